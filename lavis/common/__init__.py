@@ -1,0 +1,1 @@
+"""Registry, typed configuration and the small services every other package uses."""

@@ -1,0 +1,193 @@
+"""Read a run's YAML: model defaults, data set defaults, the file, then ``--options``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lavis.common.errors import ConfigError
+from lavis.common.paths import LIBRARY_ROOT
+from lavis.common.registry import BUILDERS, MODELS, did_you_mean, import_plugins
+from lavis.common.schema import Config
+from lavis.common.typed import parse
+
+_AUTOCAST = "autocast_dtype"
+
+
+class _Layers:
+    """Configuration layers in rising priority; the last one that sets a path owns it."""
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[str, DictConfig]] = []
+
+    def add(self, source: str, layer: DictConfig, *, first: bool = False) -> None:
+        self._layers.insert(0 if first else len(self._layers), (source, layer))
+
+    def merged(self) -> DictConfig:
+        return cast(DictConfig, OmegaConf.merge(*(layer for _, layer in self._layers)))
+
+    def where(self, path: str) -> str:
+        """Source of a dotted path, for error messages."""
+        keys = path.replace("[", ".").replace("]", "").split(".") if path else []
+        for source, layer in reversed(self._layers):
+            if _has(OmegaConf.to_container(layer, resolve=False), keys):
+                return source
+        return self._layers[-1][0] if len(keys) <= 1 else self.where(".".join(keys[:-1]))
+
+
+def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
+    """Load, merge and type a run's configuration.
+
+    Args:
+        path: YAML file with the sections ``model``, ``datasets`` and ``run``.
+        options: ``a.b=value`` overrides; values are YAML.
+
+    Raises:
+        ConfigError: naming the dotted path, the file that set it and the nearest valid name.
+    """
+    return build_config(_read_yaml(Path(path)), str(path), options)
+
+
+def default_model_config(
+    arch: str, model_type: str, options: Sequence[str] = (), cfg_path: str | Path | None = None
+) -> Config:
+    """Configuration of a model alone: its defaults, or those of a run's YAML, with overrides."""
+    if cfg_path is not None:
+        return load_config(cfg_path, options)
+    user = OmegaConf.create({"model": {"arch": arch, "model_type": model_type}})
+    return build_config(user, "the model's defaults", options)
+
+
+def build_config(user: DictConfig, source: str, options: Sequence[str] = ()) -> Config:
+    """Put the defaults under ``user`` and the options over it, and type the result."""
+    layers = _Layers()
+    layers.add(source, user)
+    layers.add("--options", parse_options(options))
+    given = layers.merged()
+    known = ("model", "datasets", "run", "preprocess", "env", "imports")
+    for key in given:
+        if key not in known:
+            raise ConfigError(
+                f"{layers.where(str(key))}: unknown section {key!r}{did_you_mean(str(key), known)} "
+                f"(known: {', '.join(known)})"
+            )
+    import_plugins(OmegaConf.select(given, "imports") or ())
+    _add_model_defaults(layers, given)
+    _add_dataset_defaults(layers, given)
+    try:
+        tree = cast(dict[str, Any], OmegaConf.to_container(layers.merged(), resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {error}") from error
+    for section in ("model", "run"):
+        tree.setdefault(section, {})
+    _move_autocast_dtype(tree)
+    config = parse(Config, tree, "", layers.where)
+    config.tree.update(tree)
+    object.__setattr__(config, "source", source)
+    return config
+
+
+def parse_options(options: Iterable[str]) -> DictConfig:
+    """Turn ``["a.b=1"]`` into a mapping.
+
+    Raises:
+        ConfigError: if an item is not of the form ``key=value``.
+    """
+    items = list(options)
+    for item in items:
+        key, equals, _ = item.partition("=")
+        if not equals or not key or any(not part for part in key.split(".")):
+            raise ConfigError(f"--options: {item!r} is not of the form a.b=value")
+    try:
+        return OmegaConf.from_dotlist(items)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"--options: {error}") from error
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add ``--cfg-path`` and ``--options`` to a command."""
+    parser.add_argument(
+        "--cfg-path", required=required, metavar="YAML", help="configuration of the run"
+    )
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override settings, e.g. --options run.max_epoch=1 run.device=cpu",
+    )
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+        raise ConfigError(f"no configuration file {path}{near}")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping with the sections model, datasets and run")
+    return loaded
+
+
+def _add_model_defaults(layers: _Layers, given: DictConfig) -> None:
+    arch = OmegaConf.select(given, "model.arch")
+    if arch is None:
+        raise ConfigError(
+            f"{layers.where('model')}: model.arch is missing (known: {', '.join(MODELS.names())})"
+        )
+    defaults: Mapping[str, str] = getattr(MODELS.config(arch), "DEFAULTS", {})
+    if not defaults:
+        return
+    model_type = OmegaConf.select(given, "model.model_type") or next(iter(defaults))
+    if model_type not in defaults:
+        raise ConfigError(
+            f"{layers.where('model.model_type')}: model.model_type: unknown {model_type!r}"
+            f"{did_you_mean(model_type, defaults)} (known: {', '.join(defaults)})"
+        )
+    path = LIBRARY_ROOT / "configs" / "models" / defaults[model_type]
+    layers.add(str(path), _read_yaml(path), first=True)
+
+
+def _add_dataset_defaults(layers: _Layers, given: DictConfig) -> None:
+    for name, block in (OmegaConf.select(given, "datasets") or {}).items():
+        builder = (block or {}).get("builder") or name
+        path = f"datasets.{name}"
+        if builder not in BUILDERS:
+            raise ConfigError(
+                f"{layers.where(path)}: {path}: unknown dataset builder {builder!r}"
+                f"{did_you_mean(builder, BUILDERS.names())} (known: {', '.join(BUILDERS.names())})"
+                ". For your own data add `builder: instruction` to the block"
+            )
+        defaults = LIBRARY_ROOT / "configs" / "datasets" / f"{builder}.yaml"
+        layer = _read_yaml(defaults) if defaults.is_file() else OmegaConf.create({"datasets": {}})
+        block_defaults = OmegaConf.merge(
+            OmegaConf.select(layer, f"datasets.{builder}") or {}, {"builder": builder}
+        )
+        source = str(defaults) if defaults.is_file() else f"defaults of {builder}"
+        layers.add(source, OmegaConf.create({"datasets": {name: block_defaults}}), first=True)
+
+
+def _move_autocast_dtype(tree: dict[str, Any]) -> None:
+    # Some of the original's files set it under `model`, where it had no effect.
+    if isinstance(tree["model"], dict) and _AUTOCAST in tree["model"]:
+        value = tree["model"].pop(_AUTOCAST)
+        tree["run"].setdefault(_AUTOCAST, value)
+
+
+def _has(tree: Any, keys: Sequence[str]) -> bool:
+    for key in keys:
+        if isinstance(tree, list) and key.isdigit() and int(key) < len(tree):
+            tree = tree[int(key)]
+        elif isinstance(tree, dict) and key in tree:
+            tree = tree[key]
+        else:
+            return False
+    return True

@@ -1,0 +1,17 @@
+"""Errors that are addressed to the user: the message says what is wrong, where, and what to do."""
+
+
+class LavisError(Exception):
+    """Base of every error a user can cause. Entry points print its message without a traceback."""
+
+
+class ConfigError(LavisError):
+    """A YAML file or an ``--options`` item is wrong."""
+
+
+class WeightsError(LavisError):
+    """A weight file, a checkpoint or a vocabulary is missing, damaged or does not fit the model."""
+
+
+class DataError(LavisError):
+    """An annotation file or a sample is wrong."""

@@ -1,0 +1,167 @@
+"""Learning-rate schedules and optimizer parameter groups.
+
+A schedule is a pure function of the step number, so that resuming needs nothing but that number.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lavis.common.errors import ConfigError
+from lavis.common.registry import LR_SCHEDULERS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lavis.common.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up from ``warmup_lr`` to ``init_lr``, then what a subclass says.
+
+    Subclasses that decay by epoch warm up inside epoch 0 only, as the original does.
+
+    Attributes:
+        init_lr: rate after the warm-up.
+        min_lr: lowest rate.
+        warmup_lr: rate of step 0 (``init_lr`` if negative).
+        warmup_steps: optimizer steps of warm-up.
+        decay_rate: factor per epoch (``linear_warmup_step_lr``).
+        max_epoch: epochs of the run.
+        steps_per_epoch: optimizer steps of one epoch.
+    """
+
+    init_lr: float
+    min_lr: float
+    warmup_lr: float
+    warmup_steps: int
+    decay_rate: float
+    max_epoch: int
+    steps_per_epoch: int
+
+    warms_up_across_epochs: ClassVar[bool] = False
+
+    @classmethod
+    def from_run(cls, run: RunConfig, steps_per_epoch: int) -> Schedule:
+        """Build the schedule of a run.
+
+        Raises:
+            ConfigError: if the warm-up does not fit into the run.
+        """
+        max_steps = run.max_epoch * steps_per_epoch
+        warmup_steps = run.warmup_steps
+        if run.warmup_ratio is not None:
+            warmup_steps = int(run.warmup_ratio * max_steps)
+        if cls.warms_up_across_epochs and warmup_steps >= max_steps:
+            raise ConfigError(
+                f"run.warmup_steps: {warmup_steps} steps of warm-up do not fit into a run of "
+                f"{max_steps} steps"
+            )
+        return cls(
+            init_lr=run.init_lr,
+            min_lr=run.min_lr,
+            warmup_lr=run.warmup_lr if run.warmup_lr >= 0 else run.init_lr,
+            warmup_steps=warmup_steps,
+            decay_rate=run.lr_decay_rate,
+            max_epoch=run.max_epoch,
+            steps_per_epoch=steps_per_epoch,
+        )
+
+    def lr(self, step: int) -> float:
+        """Learning rate of optimizer step ``step``, counted from 0 over the whole run."""
+        epoch = step // self.steps_per_epoch
+        if step <= self.warmup_steps and (epoch == 0 or self.warms_up_across_epochs):
+            share = step / max(self.warmup_steps, 1)
+            return min(self.init_lr, self.warmup_lr + (self.init_lr - self.warmup_lr) * share)
+        return self.after_warmup(epoch, step)
+
+    def after_warmup(self, epoch: int, step: int) -> float:
+        """Learning rate once the warm-up is over."""
+        raise NotImplementedError
+
+    def _cosine(self, progress: float) -> float:
+        return self.min_lr + (self.init_lr - self.min_lr) * 0.5 * (
+            1.0 + math.cos(math.pi * progress)
+        )
+
+
+@LR_SCHEDULERS.register("constant_lr")
+class ConstantLR(Schedule):
+    """``init_lr`` throughout."""
+
+    def after_warmup(self, epoch: int, step: int) -> float:
+        return self.init_lr
+
+
+@LR_SCHEDULERS.register("linear_warmup_step_lr")
+class LinearWarmupStepLR(Schedule):
+    """``init_lr * decay_rate ** epoch``, not below ``min_lr``."""
+
+    def after_warmup(self, epoch: int, step: int) -> float:
+        return max(self.min_lr, self.init_lr * self.decay_rate**epoch)
+
+
+@LR_SCHEDULERS.register("linear_warmup_cosine_lr")
+class LinearWarmupCosineLR(Schedule):
+    """Cosine over epochs: constant within an epoch."""
+
+    def after_warmup(self, epoch: int, step: int) -> float:
+        return self._cosine(epoch / self.max_epoch)
+
+
+@LR_SCHEDULERS.register("linear_warmup_cosine_lr_step-wise")
+class StepwiseLinearWarmupCosineLR(Schedule):
+    """Warm-up and cosine both by step."""
+
+    warms_up_across_epochs: ClassVar[bool] = True
+
+    def after_warmup(self, epoch: int, step: int) -> float:
+        max_steps = self.max_epoch * self.steps_per_epoch
+        return self._cosine((step - self.warmup_steps) / (max_steps - self.warmup_steps))
+
+
+def build_schedule(run: RunConfig, steps_per_epoch: int) -> Schedule:
+    """The schedule that ``run.lr_sched`` names."""
+    return LR_SCHEDULERS.get(run.lr_sched).from_run(run, steps_per_epoch)
+
+
+_NORM = re.compile(r"(^|[._])(ln|bn|norm|layernorm)\w*", re.IGNORECASE)
+_VIT_BLOCK = re.compile(r"^visual_encoder\.blocks\.(\d+)\.")
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    vit_depth: int = 0,
+) -> list[dict[str, Any]]:
+    """Group the trainable parameters for AdamW.
+
+    Biases, norms and 1-d tensors get no weight decay. With ``layer_decay`` < 1 the vision
+    encoder's block ``i`` learns at ``layer_decay ** (vit_depth - i)`` of the rate, its embeddings
+    at ``layer_decay ** (vit_depth + 1)`` (Bao et al. 2021, BEiT).
+
+    Returns:
+        Groups with ``params``, ``weight_decay`` and ``lr_scale``. Without layer decay these are
+        the original's two, decayed first, so that either project reads the other's optimizer.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim < 2 or name.endswith("bias") or _NORM.search(name) is not None
+        scale = 1.0
+        if layer_decay != 1.0 and name.startswith("visual_encoder."):
+            block = _VIT_BLOCK.match(name)
+            scale = layer_decay ** (vit_depth - int(block[1]) if block else vit_depth + 1)
+        groups.setdefault((scale, not plain), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
+        for (scale, decayed), params in groups.items()
+        if params or scale == 1.0
+    ]

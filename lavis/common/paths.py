@@ -1,0 +1,38 @@
+"""Where the user's weights and data are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lavis.common.errors import LavisError
+
+LIBRARY_ROOT = Path(__file__).resolve().parent.parent
+"""The ``lavis`` package, which holds the default configurations."""
+
+
+def cache_path(path: str, cache_root: str) -> Path:
+    """Resolve a path of a YAML file: absolute, or relative to ``env.cache_root``."""
+    return (Path(cache_root).expanduser() / Path(path).expanduser()).absolute()
+
+
+def require(path: Path, key: str, error: type[LavisError], *, directory: bool = False) -> Path:
+    """Return ``path`` if it exists.
+
+    Args:
+        key: dotted name of the setting that led here, for the message.
+        error: the exception class to raise.
+
+    Raises:
+        LavisError: the path is missing or of the wrong kind; the message names the last part of
+            the path that does exist.
+    """
+    if path.is_dir() if directory else path.is_file():
+        return path
+    kind = "folder" if directory else "file"
+    if path.exists():
+        raise error(f"{key}: {path} is not a {kind}")
+    nearest = next(p for p in (*path.parents, Path("/")) if p.exists())
+    raise error(
+        f"{key}: no {kind} {path} (the nearest existing folder is {nearest}). Put it there, set "
+        f"{key}, or point env.cache_root at the folder that holds your weights and data"
+    )

@@ -1,0 +1,216 @@
+"""What the sections of a run's YAML may hold. Field names are the original's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lavis.common.errors import ConfigError
+from lavis.common.registry import BUILDERS, LR_SCHEDULERS, MODELS, PROCESSORS, RUNNERS, TASKS
+from lavis.common.typed import Where, only
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """Base of every processor's configuration; ``name`` selects the subclass."""
+
+    name: str
+
+    @classmethod
+    def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
+        if not isinstance(data.get("name"), str):
+            raise ConfigError(
+                f"{where(path)}: {path}.name is missing (known: {', '.join(PROCESSORS.names())})"
+            )
+        return _selected(PROCESSORS, data["name"], f"{path}.name", where)
+
+
+@dataclass(frozen=True)
+class SplitProcessors:
+    """Processors for training splits and for all other splits."""
+
+    train: ProcessorConfig | None = None
+    eval: ProcessorConfig | None = None
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """``preprocess``: processors of a model, used where a data set names none of its own."""
+
+    vis_processor: SplitProcessors = SplitProcessors()
+    text_processor: SplitProcessors = SplitProcessors()
+
+
+@dataclass(frozen=True)
+class AnnotationConfig:
+    """One split's annotation files.
+
+    ``storage`` holds one path or several, relative to ``cache/``. ``url`` is where the original's
+    authors kept the file; it is never downloaded.
+    """
+
+    storage: str | tuple[str, ...]
+    url: str | tuple[str, ...] | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files as a tuple."""
+        return (self.storage,) if isinstance(self.storage, str) else self.storage
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """Folder of images or videos, relative to ``cache/``. A text-only data set needs none."""
+
+    storage: str | None = None
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """Where a data set's files are."""
+
+    annotations: dict[str, AnnotationConfig]
+    images: ImagesConfig = ImagesConfig()
+    max_frames: int = 32
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One block of ``datasets``. Its name picks a builder unless ``builder`` does."""
+
+    build_info: BuildInfo
+    builder: str = ""
+    format: Literal["minigpt4qwen", "llava"] = "minigpt4qwen"
+    type: str = only("default", "each builder has one set of defaults; remove the key")
+    data_type: Literal["images", "videos"] = "images"
+    vis_processor: SplitProcessors = SplitProcessors()
+    text_processor: SplitProcessors = SplitProcessors()
+
+    @classmethod
+    def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> Any:
+        return _selected(BUILDERS, str(data.get("builder", "")), f"{path}.builder", where)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Base of every model's configuration; ``arch`` selects the subclass."""
+
+    arch: str
+
+    @classmethod
+    def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
+        return _selected(MODELS, str(data.get("arch", "")), f"{path}.arch", where)
+
+    def check_files(self, cache_root: str) -> None:
+        """Check that every file the model is built from exists, before any weight is read.
+
+        Raises:
+            WeightsError: one is missing.
+        """
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """``run``: optimization, data loading, output. Defaults are the original's."""
+
+    task: str = "image_text_pretrain"
+    runner: str = "runner_base"
+    evaluate: bool = only(False, "evaluation-only runs are not supported yet; remove the key")
+    # splits
+    train_splits: tuple[str, ...] = ("train",)
+    valid_splits: tuple[str, ...] = only((), "validation during training is not supported yet")
+    test_splits: tuple[str, ...] = only((), "evaluation after training is not supported yet")
+    eval_freq: int = 1
+    # optimizer and schedule; a step is one optimizer step
+    lr_sched: str = "linear_warmup_cosine_lr"
+    init_lr: float = 1e-4
+    min_lr: float = 0.0
+    warmup_lr: float = -1.0  # negative: start at init_lr
+    warmup_steps: int = 0
+    warmup_ratio: float | None = None  # of all steps; overrides warmup_steps
+    lr_decay_rate: float = 1.0
+    lr_layer_decay: float = 1.0
+    weight_decay: float = 0.05
+    beta2: float = 0.999
+    grad_norm_clip: float | None = None
+    max_epoch: int = 1
+    # batches
+    batch_size_train: int = 1
+    batch_size_eval: int = 1
+    accum_grad_iters: int = 1
+    num_workers: int = 0
+    train_dataset_ratios: dict[str, float] | None = only(
+        None, "mixing by ratio is not supported yet; data sets are concatenated"
+    )
+    use_dist_eval_sampler: bool = True
+    on_bad_sample: Literal["error", "skip"] = "error"
+    # precision
+    amp: bool = False
+    autocast_dtype: Literal["bf16", "bfloat16", "fp16", "float16"] = "fp16"
+    loss_scale: bool = True
+    # placement
+    device: str = "cuda"
+    distributed: bool = True  # whether torch.distributed.run's environment is looked at
+    world_size: int = 1  # kept for the original's files: the launcher decides
+    dist_url: str = only("env://", "torch.distributed.run sets the rendezvous; remove the key")
+    fsdp: bool = only(False, "sharded training is not supported yet; remove the key")
+    deepspeed_config: dict[str, Any] | None = only(
+        None, "DeepSpeed is not supported yet; use `runner: runner_base` without this section"
+    )
+    # output and resume
+    seed: int = 42
+    output_dir: str = "output"
+    log_freq: int = 50
+    resume_ckpt_path: str | None = None
+    resume_ckpt_load_dir: str | None = only(None, "use run.resume_ckpt_path with a .pth file")
+    resume_ckpt_tag: str | None = only(None, "use run.resume_ckpt_path with a .pth file")
+    # generation during evaluation; max_len and min_len are older names
+    max_new_tokens: int = 100
+    min_new_tokens: int = 1
+    num_beams: int = 5
+    max_len: int | None = None
+    min_len: int | None = None
+
+    def __post_init__(self) -> None:
+        TASKS.check(self.task)
+        RUNNERS.check(self.runner)
+        LR_SCHEDULERS.check(self.lr_sched)
+        for name in ("max_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.beta2 < 1:
+            raise ConfigError(f"beta2 must be in [0, 1), not {self.beta2}")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """``env``: where the user's weights and data are."""
+
+    cache_root: str = "cache"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run, typed.
+
+    ``tree`` holds the same as plain values, for ``config.yaml``; ``source`` names the file.
+    """
+
+    model: ModelConfig
+    run: RunConfig
+    datasets: dict[str, DatasetConfig] = field(default_factory=dict)
+    preprocess: PreprocessConfig = PreprocessConfig()
+    env: EnvConfig = EnvConfig()
+    imports: tuple[str, ...] = ()
+    source: str = field(default="", init=False, compare=False)
+    tree: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+
+def _selected(registry: Any, name: str, path: str, where: Where) -> type:
+    try:
+        return registry.config(name)
+    except ConfigError as error:
+        raise ConfigError(f"{where(path)}: {path}: {error}") from error

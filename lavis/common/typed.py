@@ -1,0 +1,135 @@
+"""Turn plain YAML values into frozen dataclasses, naming every mistake by its dotted path."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+from lavis.common.errors import ConfigError
+from lavis.common.registry import did_you_mean
+
+T = TypeVar("T")
+Where = Callable[[str], str]
+"""Maps a dotted path to the name of the file (or ``--options``) that set it."""
+
+_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+def only(value: Any, why: str) -> Any:
+    """A dataclass field for a key of the original's dialect that allows one value here.
+
+    Args:
+        value: the default and only accepted value.
+        why: one sentence for the user: why other values are refused and what to use instead.
+    """
+    return dataclasses.field(default=value, metadata={"why": why})
+
+
+def parse(cls: type[T], data: Any, path: str, where: Where) -> T:
+    """Build the dataclass ``cls`` from a mapping.
+
+    A class with a ``__select__(data, path, where)`` class method chooses its own subclass.
+
+    Args:
+        cls: a dataclass type.
+        data: what YAML holds at ``path``.
+        path: dotted path of ``data``, for messages (empty at the top).
+        where: names the source of a dotted path, for messages.
+
+    Raises:
+        ConfigError: unknown key, wrong type, missing key or refused value.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where(path)}: {path or 'file'} must be a mapping, not {data!r}")
+    select = getattr(cls, "__select__", None)
+    if select is not None:
+        cls = select(data, path, where)
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            dotted = _join(path, key)
+            hint = did_you_mean(key, fields) or f" (known: {', '.join(sorted(fields))})"
+            raise ConfigError(f"{where(dotted)}: unknown key {dotted!r}{hint}")
+    values = {}
+    for name, field in fields.items():
+        dotted = _join(path, name)
+        if name in data:
+            values[name] = convert(hints[name], data[name], dotted, where)
+            if "why" in field.metadata and values[name] != field.default:
+                raise ConfigError(
+                    f"{where(dotted)}: {dotted}: {data[name]!r} is refused: {field.metadata['why']}"
+                )
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where(path)}: {dotted!r} is missing")
+    try:
+        return cls(**values)
+    except ConfigError as error:  # raised by __post_init__, which knows field names only
+        raise ConfigError(f"{where(path)}: {path}: {error}") from error
+
+
+def convert(hint: Any, value: Any, path: str, where: Where) -> Any:
+    """Check ``value`` against a type hint and convert it where YAML has several spellings.
+
+    Raises:
+        ConfigError: if the value does not fit the hint.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        options = [a for a in args if a is not type(None)]
+        if value is None and len(options) < len(args):
+            return None
+        if len(options) == 1:
+            return convert(options[0], value, path, where)
+        for option in options:
+            try:
+                return convert(option, value, path, where)
+            except ConfigError:
+                continue
+        raise _wrong(" or ".join(_describe(o) for o in options), value, path, where)
+    if origin is Literal:
+        if value not in args:
+            near = did_you_mean(str(value), [str(a) for a in args])
+            listed = ", ".join(str(a) for a in args)
+            raise ConfigError(f"{where(path)}: {path}: {value!r} is not one of {listed}{near}")
+        return value
+    if origin is tuple:  # only tuple[X, ...]
+        if not isinstance(value, list | tuple):
+            raise _wrong("a list", value, path, where)
+        return tuple(convert(args[0], v, f"{path}[{i}]", where) for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong("a mapping", value, path, where)
+        return {k: convert(args[1], v, _join(path, k), where) for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return parse(typing.cast(type, hint), value, path, where)
+    return _convert_scalar(hint, value, path, where)
+
+
+def _convert_scalar(hint: Any, value: Any, path: str, where: Where) -> Any:
+    is_bool = isinstance(value, bool)
+    if hint is float and isinstance(value, int | float) and not is_bool:
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # YAML reads 2e8 as a float
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not is_bool):
+        return value
+    raise _wrong(_describe(hint), value, path, where)
+
+
+def _describe(hint: Any) -> str:
+    return _EXPECTED.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _wrong(expected: str, value: Any, path: str, where: Where) -> ConfigError:
+    kind = "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+    return ConfigError(f"{where(path)}: {path} must be {expected}, not {kind}")
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)

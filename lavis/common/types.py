@@ -1,0 +1,106 @@
+"""Values that pass between processors, data sets, models and runners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised (PyTorch's cross-entropy default)."""
+
+IMAGE_PLACEHOLDER = "<ImageHere>"
+"""Where an image stands in text; becomes ``num_query_token`` copies of a reserved token."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as token ids.
+
+    Attributes:
+        input_ids: T ids.
+        labels: T ids or :data:`IGNORE_INDEX`; ``labels[t]`` is predicted from positions before t.
+        num_images: image spans in ``input_ids``.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    num_images: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training example.
+
+    Attributes:
+        sample_id: ``<data set>:<record number>`` or the record's own id.
+        input_ids: (T,) int64.
+        labels: (T,) int64.
+        pixel_values: (N, 3, H, W) float, one per image span in order; N may be 0.
+    """
+
+    sample_id: str
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that cannot be used, and why."""
+
+    sample_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents packed end to end into one row of T tokens.
+
+    Attributes:
+        input_ids: (1, T) int64.
+        labels: (1, T) int64; the first position of a document is never supervised.
+        position_ids: (1, T) int64, restarting at 0 in every document.
+        document_ids: (1, T) int64, the index of each token's document.
+        pixel_values: (N, 3, H, W) float, in order of the image spans.
+        sample_ids: one per document.
+        bad: samples that were asked for and could not be read.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+    pixel_values: Tensor
+    sample_ids: tuple[str, ...]
+    bad: tuple[BadSample, ...] = ()
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of supervised tokens."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens, T."""
+        return self.input_ids.shape[1]
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy the tensors to a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """Called by the data loader when it copies through pinned memory."""
+        pinned: dict[str, Any] = {
+            name: value.pin_memory()
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **pinned)

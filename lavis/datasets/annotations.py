@@ -1,0 +1,196 @@
+"""Read annotation files and name every record that cannot be used.
+
+Two formats. ``minigpt4qwen``, the original's::
+
+    {"image": "a.jpg", "instruction": "<Img><ImageHere></Img> What is it?", "output": "A cat."}
+
+``image`` may be a list, ``video`` may stand in its place, both may be missing (text only);
+``instruction`` and ``output`` may be lists of equal length, one item per turn. ``llava``::
+
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                          {"from": "gpt", "value": "A cat."}]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lavis.common.errors import DataError
+from lavis.common.types import IMAGE_PLACEHOLDER, BadSample
+from lavis.processors.conversation import Turn
+
+_IMAGE_SPAN = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One usable annotation.
+
+    Attributes:
+        sample_id: for messages: the record's own ``id`` if it has one, and where it stands.
+        turns: alternating user and assistant.
+        images: image files, one per placeholder; empty for text only.
+        video: a video file, whose frames take the place of its one placeholder.
+    """
+
+    sample_id: str
+    turns: tuple[Turn, ...]
+    images: tuple[Path, ...] = ()
+    video: Path | None = None
+
+    def with_frames(self, count: int) -> tuple[Turn, ...]:
+        """The turns of a video record with one placeholder per frame."""
+        return tuple(
+            Turn(role, text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * count))
+            for role, text in self.turns
+        )
+
+
+def read_annotations(
+    path: Path, media_root: Path | None, record_format: str
+) -> Iterator[Record | BadSample]:
+    """Yield every record of a JSON list or a JSON-lines file.
+
+    Args:
+        path: ``.json`` (a list of objects) or ``.jsonl`` (an object a line).
+        media_root: folder that image and video names are relative to.
+        record_format: ``minigpt4qwen`` or ``llava``.
+
+    Raises:
+        DataError: if the file as a whole cannot be read.
+    """
+    to_record = _FORMATS[record_format]
+    for number, raw in _read_json(path):
+        sample_id = f"{path.name}[{number}]"
+        if isinstance(raw, dict) and "id" in raw:
+            sample_id = f"{path.name}[{number}] (id {raw['id']})"
+        if isinstance(raw, str):  # a line of JSON lines that does not parse
+            yield BadSample(sample_id, raw)
+            continue
+        try:
+            yield _check_media(to_record(sample_id, _object(raw), media_root))
+        except DataError as error:
+            yield BadSample(sample_id, str(error))
+
+
+def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+    if path.suffix == ".jsonl":
+        return list(_read_lines(text))
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} is not valid JSON: {error}. One object a line belongs in a .jsonl file"
+        ) from error
+    if isinstance(data, dict) and isinstance(data.get("annotations"), list):
+        data = data["annotations"]
+    if not isinstance(data, list):
+        raise DataError(f"{path} must hold a list of records, not {type(data).__name__}")
+    return enumerate(data)
+
+
+def _read_lines(text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.splitlines()):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                yield number, f"not valid JSON: {error}"
+
+
+def _object(raw: Any) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise DataError(f"must be an object, not {type(raw).__name__}")
+    return raw
+
+
+def _from_minigpt4qwen(sample_id: str, raw: dict[str, Any], root: Path | None) -> Record:
+    if "conversations" in raw and "instruction" not in raw:
+        raise DataError(
+            "has `conversations` but no `instruction`: set the data set's format: llava"
+        )
+    questions, answers = _texts(raw, "instruction"), _texts(raw, "output")
+    if len(questions) != len(answers):
+        raise DataError(f"{len(questions)} instructions but {len(answers)} outputs")
+    turns: list[Turn] = []
+    for question, answer in zip(questions, answers, strict=True):
+        turns += [Turn("user", question), Turn("assistant", answer)]
+    return _record(sample_id, turns, raw, root)
+
+
+def _from_llava(sample_id: str, raw: dict[str, Any], root: Path | None) -> Record:
+    messages = raw.get("conversations")
+    if not isinstance(messages, list) or not messages:
+        raise DataError("`conversations` must be a list of messages")
+    turns: list[Turn] = []
+    for i, message in enumerate(messages):
+        expected = "human" if i % 2 == 0 else "gpt"
+        source, text = _object(message).get("from"), _object(message).get("value")
+        if source != expected or not isinstance(text, str):
+            raise DataError(
+                f"message {i} must have `from: {expected}` and a text `value`, not from {source!r}"
+            )
+        if expected == "human":
+            turns.append(Turn("user", text.replace("<image>", _IMAGE_SPAN)))
+        else:
+            turns.append(Turn("assistant", text))
+    if len(turns) % 2:
+        raise DataError("the last question has no answer")
+    return _record(sample_id, turns, raw, root)
+
+
+_FORMATS: dict[str, Callable[[str, dict[str, Any], Path | None], Record]] = {
+    "minigpt4qwen": _from_minigpt4qwen,
+    "llava": _from_llava,
+}
+
+
+def _texts(raw: dict[str, Any], key: str) -> list[str]:
+    value = raw.get(key)
+    texts: list[Any] = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(t, str) for t in texts):
+        raise DataError(f"`{key}` must be a text or a list of texts, not {value!r:.60}")
+    return texts
+
+
+def _record(sample_id: str, turns: list[Turn], raw: dict[str, Any], root: Path | None) -> Record:
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant" and not turn.text.strip():
+            raise DataError(f"the answer of turn {number // 2 + 1} is empty")
+    names = raw.get("image") or []
+    names = names if isinstance(names, list) else [names]
+    video = raw.get("video")
+    for name in [*names, *([video] if video else [])]:
+        if not isinstance(name, str):
+            raise DataError(f"an image or video must be a file name, not {name!r:.60}")
+    if names and video:
+        raise DataError("has both `image` and `video`; give one of them")
+    if (names or video) and root is None:
+        raise DataError("has an image, but the data set has no build_info.images.storage")
+    root = root or Path()
+    placeholders = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns if t.role == "user")
+    media = 1 if video else len(names)
+    if placeholders != media:
+        what = "video" if video else "image" if media == 1 else "images"
+        raise DataError(
+            f"{placeholders} {IMAGE_PLACEHOLDER} placeholder{'s' * (placeholders != 1)} in the "
+            f"instruction but {media} {what}; the numbers must be equal"
+        )
+    return Record(
+        sample_id, tuple(turns), tuple(root / n for n in names), root / video if video else None
+    )
+
+
+def _check_media(record: Record) -> Record:
+    for path in (*record.images, *([record.video] if record.video else [])):
+        if not path.is_file():
+            raise DataError(f"no image or video {path}")
+    return record

@@ -1,0 +1,159 @@
+"""Builders: a block of ``datasets`` in YAML -> checked data sets."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lavis.common.errors import ConfigError, DataError
+from lavis.common.paths import cache_path, require
+from lavis.common.registry import PROCESSORS, did_you_mean
+from lavis.common.schema import DatasetConfig, PreprocessConfig, ProcessorConfig
+from lavis.common.types import BadSample
+from lavis.datasets.annotations import Record, read_annotations
+from lavis.datasets.instruction import InstructionDataset
+from lavis.processors.config import BaseInstructionConfig
+from lavis.processors.conversation import ConversationEncoder
+
+logger = logging.getLogger(__name__)
+_SHOWN = 10  # bad samples named in one message
+
+
+@dataclass(frozen=True)
+class InstructionBuilder:
+    """Builds the splits of one instruction data set.
+
+    Attributes:
+        name: the block's name under ``datasets``.
+        config: the block.
+        preprocess: the model's processors, used where the block names none.
+        cache_root: folder that the block's paths are relative to.
+    """
+
+    name: str
+    config: DatasetConfig
+    preprocess: PreprocessConfig
+    cache_root: str
+
+    def check_paths(self, splits: tuple[str, ...]) -> None:
+        """Check that annotation files and image folders exist.
+
+        Raises:
+            ConfigError: a split is not described.
+            DataError: a path is missing.
+        """
+        info = self.config.build_info
+        for split in splits:
+            if split not in info.annotations:
+                known = ", ".join(info.annotations)
+                raise ConfigError(
+                    f"datasets.{self.name}.build_info.annotations has no split {split!r}"
+                    f"{did_you_mean(split, info.annotations)} (it has: {known})"
+                )
+            for path in self._annotation_files(split):
+                require(path, f"{self._key}.annotations.{split}.storage", DataError)
+        if info.images.storage is not None:
+            require(
+                cache_path(info.images.storage, self.cache_root),
+                f"{self._key}.images.storage",
+                DataError,
+                directory=True,
+            )
+
+    def build(
+        self, split: str, encoder: ConversationEncoder, *, train: bool, seed: int, on_bad: str
+    ) -> InstructionDataset:
+        """Read and check every record of a split.
+
+        Args:
+            train: use the training processors rather than the evaluation ones.
+            seed: of the augmentation.
+            on_bad: ``error`` or ``skip``.
+
+        Raises:
+            DataError: naming the first bad records, with ``on_bad="error"``; or nothing is left.
+        """
+        self.check_paths((split,))
+        info = self.config.build_info
+        storage = info.images.storage
+        media_root = None if storage is None else cache_path(storage, self.cache_root)
+        dataset = InstructionDataset(
+            [],
+            encoder,
+            PROCESSORS.get(self._vis(train).name)(self._vis(train)),
+            PROCESSORS.get(self._text(train).name)(self._text(train)),
+            info.max_frames,
+            seed,
+        )
+        good: list[Record] = []
+        bad: list[BadSample] = []
+        for path in self._annotation_files(split):
+            records = read_annotations(path, media_root, self.config.format)
+            for record in tqdm(records, desc=f"checking {path.name}", unit=" records"):
+                _sort(record, dataset, good, bad)
+        report_bad(self.name, split, good, bad, on_bad)
+        dataset.records = good
+        return dataset
+
+    @property
+    def _key(self) -> str:
+        return f"datasets.{self.name}.build_info"
+
+    def _annotation_files(self, split: str) -> list[Path]:
+        paths = self.config.build_info.annotations[split].paths
+        return [cache_path(path, self.cache_root) for path in paths]
+
+    def _vis(self, train: bool) -> ProcessorConfig:
+        own, default = self.config.vis_processor, self.preprocess.vis_processor
+        chosen = (own.train or default.train) if train else (own.eval or default.eval)
+        if chosen is None:
+            raise ConfigError(
+                f"datasets.{self.name}.vis_processor.{'train' if train else 'eval'} is missing, "
+                "and the model's preprocess section names none"
+            )
+        return chosen
+
+    def _text(self, train: bool) -> ProcessorConfig:
+        own = self.config.text_processor
+        return (own.train if train else own.eval) or BaseInstructionConfig("base_instruction")
+
+
+def _sort(
+    record: Record | BadSample,
+    dataset: InstructionDataset,
+    good: list[Record],
+    bad: list[BadSample],
+) -> None:
+    if isinstance(record, BadSample):
+        bad.append(record)
+        return
+    try:
+        dataset.encode(record)
+    except DataError as error:
+        bad.append(BadSample(record.sample_id, str(error)))
+    else:
+        good.append(record)
+
+
+def report_bad(
+    name: str, split: str, good: list[Record], bad: list[BadSample], on_bad: str
+) -> None:
+    """Refuse or log bad samples.
+
+    Raises:
+        DataError: with ``on_bad="error"`` and a bad sample, or if no sample is left.
+    """
+    listed = "".join(f"\n  {b.sample_id}: {b.reason}" for b in bad[:_SHOWN])
+    more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    if bad and on_bad == "error":
+        raise DataError(
+            f"datasets.{name}, split {split!r}: {len(bad)} of {len(good) + len(bad)} records "
+            f"cannot be used (run.on_bad_sample: skip leaves them out):{listed}{more}"
+        )
+    if not good:
+        raise DataError(f"datasets.{name}, split {split!r}: no usable record{listed}{more}")
+    if bad:
+        logger.warning("datasets.%s, %s: skipped %d:%s%s", name, split, len(bad), listed, more)

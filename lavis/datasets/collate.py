@@ -1,0 +1,39 @@
+"""Samples -> one packed row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lavis.common.types import IGNORE_INDEX, BadSample, Batch, Sample
+
+
+def collate(samples: Sequence[Sample | BadSample]) -> Batch:
+    """Pack samples into one row. Bad samples are carried along by name."""
+    good = [s for s in samples if isinstance(s, Sample)]
+    bad = tuple(s for s in samples if isinstance(s, BadSample))
+    lengths = torch.tensor([len(s.input_ids) for s in good], dtype=torch.int64)
+    starts = torch.cumsum(lengths, 0) - lengths
+    labels = _cat([s.labels for s in good])
+    labels[starts] = IGNORE_INDEX  # nothing before it in its own document predicts it
+    positions = torch.arange(len(labels)) - torch.repeat_interleave(starts, lengths)
+    return Batch(
+        input_ids=_cat([s.input_ids for s in good])[None],
+        labels=labels[None],
+        position_ids=positions[None],
+        document_ids=torch.repeat_interleave(torch.arange(len(good)), lengths)[None],
+        pixel_values=_cat_images(good),
+        sample_ids=tuple(s.sample_id for s in good),
+        bad=bad,
+    )
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
+
+
+def _cat_images(samples: list[Sample]) -> Tensor:
+    images = [s.pixel_values for s in samples if len(s.pixel_values)]
+    return torch.cat(images) if images else torch.empty(0)

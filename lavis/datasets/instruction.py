@@ -1,0 +1,89 @@
+"""The instruction data set: checked records -> samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lavis.common.errors import DataError
+from lavis.common.types import BadSample, Encoded, Sample
+from lavis.datasets.annotations import Record
+from lavis.datasets.media import count_frames, frame_indices, open_frames, open_image
+from lavis.processors.conversation import ConversationEncoder, Turn
+
+
+class InstructionDataset(Dataset[Sample | BadSample]):
+    """Samples by ``(epoch, index)``.
+
+    Augmentation draws from a generator seeded by (seed, epoch, index): the number of workers and
+    the order of reading change nothing.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        encoder: ConversationEncoder,
+        vis_processor: Callable[[Image.Image], Tensor],
+        text_processor: Callable[[str], str],
+        max_frames: int = 32,
+        seed: int = 0,
+    ) -> None:
+        self.records = list(records)
+        self.encoder = encoder
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+        self.max_frames = max_frames
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | BadSample:
+        """Return a sample; one that cannot be read comes back as a :class:`BadSample`."""
+        epoch, index = key
+        record = self.records[index]
+        try:
+            images = self._images(record)
+            encoded = self.encode(record)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(augmentation_seed(self.seed, epoch, index))
+                pixels = [self.vis_processor(image) for image in images]
+        except DataError as error:
+            return BadSample(record.sample_id, str(error))
+        return Sample(
+            sample_id=record.sample_id,
+            input_ids=torch.tensor(encoded.input_ids),
+            labels=torch.tensor(encoded.labels),
+            pixel_values=torch.stack(pixels) if pixels else torch.empty(0),
+        )
+
+    def encode(self, record: Record) -> Encoded:
+        """Token ids and labels of a record.
+
+        Raises:
+            DataError: if truncation would leave nothing to learn from, or a video is damaged.
+        """
+        turns: Sequence[Turn] = record.turns
+        if record.video is not None:
+            turns = record.with_frames(
+                len(frame_indices(count_frames(record.video), self.max_frames))
+            )
+        return self.encoder.encode(
+            [Turn(r, self.text_processor(x)) if r == "user" else Turn(r, x) for r, x in turns]
+        )
+
+    def _images(self, record: Record) -> list[Image.Image]:
+        if record.video is not None:
+            return open_frames(record.video, self.max_frames)
+        return [open_image(path) for path in record.images]
+
+
+def augmentation_seed(seed: int, epoch: int, index: int) -> int:
+    """A 63-bit seed that depends on all three numbers and on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,75 @@
+"""Open images and sample video frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from lavis.common.errors import DataError
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decode an image to RGB.
+
+    Raises:
+        DataError: if the file is missing, damaged, or so large that it may be a bomb.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path} is not an image that can be read") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} is too large: {error}") from error
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def frame_indices(total: int, max_frames: int) -> list[int]:
+    """Indices of at most ``max_frames`` evenly spaced frames, as the original picks them."""
+    interval = max(total // max_frames, 1)
+    return list(range(0, total, interval))[:max_frames]
+
+
+def count_frames(path: Path) -> int:
+    """Number of frames of a video, decoding it only if its header does not say.
+
+    Raises:
+        DataError: if the video cannot be read.
+    """
+    av = _import_av()
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            return int(stream.frames) or sum(1 for _ in container.decode(stream))
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"{path} cannot be read as a video: {error}") from error
+
+
+def open_frames(path: Path, max_frames: int) -> list[Image.Image]:
+    """Decode evenly spaced frames of a video to RGB.
+
+    Raises:
+        DataError: if the video cannot be read or ends before its header says.
+    """
+    wanted = frame_indices(count_frames(path), max_frames)
+    frames = []
+    try:
+        with _import_av().open(str(path)) as container:
+            for i, frame in enumerate(container.decode(video=0)):
+                if i in set(wanted):
+                    frames.append(frame.to_image())
+                if len(frames) == len(wanted):
+                    return frames
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a video: {error}") from error
+    raise DataError(f"{path} ends after {len(frames)} of the {len(wanted)} frames wanted")
+
+
+def _import_av():  # type: ignore[no-untyped-def]
+    try:
+        import av
+    except ImportError as error:
+        raise DataError("videos need PyAV: pip install 'lavis-minigpt4qwen[video]'") from error
+    return av

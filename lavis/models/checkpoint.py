@@ -1,0 +1,71 @@
+"""The model's part of a checkpoint, in the original's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lavis.common.errors import WeightsError
+from lavis.common.registry import did_you_mean
+from lavis.models.keys import FULL_MODEL
+from lavis.models.weights import WeightFile, open_pth
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained, on the CPU, under the original's names.
+
+    A part of a joined tensor (``c_attn``) is never trained without the others.
+    """
+    return FULL_MODEL.to_original(
+        {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+    )
+
+
+def load_model_state(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint's ``model`` entry into a model, in place.
+
+    Raises:
+        WeightsError: the file is missing or damaged, a name is not part of the model, something
+            that is trained here is missing, or a shape differs. The model is then unchanged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no checkpoint {path}")
+    assign_model_state(model, open_pth(path))
+
+
+def assign_model_state(model: nn.Module, file: WeightFile) -> None:
+    """Copy a checkpoint's tensors into a model's parameters.
+
+    Raises:
+        WeightsError: as :func:`load_model_state`.
+    """
+    used: set[str] = set()
+    new: list[tuple[nn.Parameter, Tensor]] = []
+    for name, parameter in model.named_parameters():
+        source = FULL_MODEL.source(name)
+        if source.key not in file:
+            if parameter.requires_grad:
+                raise WeightsError(
+                    f"{file.label} lacks {source.key}, which is trained with this configuration; "
+                    "check the freeze_* and get_lora settings that the checkpoint was made with"
+                )
+            continue
+        used.add(source.key)
+        tensor = source.cut(file[source.key])
+        if tensor.shape != parameter.shape:
+            raise WeightsError(
+                f"{file.label}: {source.key} has shape {tuple(tensor.shape)}, the model "
+                f"{tuple(parameter.shape)}: the checkpoint belongs to other encoder or LLM sizes"
+            )
+        new.append((parameter, tensor))
+    left_over = [key for key in file if key not in used]
+    if left_over:
+        known = [FULL_MODEL.source(n).key for n, _ in model.named_parameters()]
+        raise WeightsError(
+            f"{file.label} holds {len(left_over)} tensors that are not part of this model: "
+            f"{', '.join(left_over[:8])}{did_you_mean(left_over[0], known)}"
+        )
+    for parameter, tensor in new:
+        parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)

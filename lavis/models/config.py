@@ -1,0 +1,175 @@
+"""Options of ``minigpt4qwen``, as they stand under ``model`` in YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.paths import cache_path, require
+from lavis.common.schema import ModelConfig
+from lavis.common.typed import only
+
+Part = Literal["vit", "qformer", "llm"]
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """``model.vit_config``: sizes of the vision encoder, EVA-CLIP ViT-g/14 by default."""
+
+    embed_dim: int = 1408
+    depth: int = 39
+    num_heads: int = 16
+    mlp_ratio: float = 4.3637
+    patch_size: int = 14
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise ConfigError(
+                f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """``model.qformer_config``: what is not given comes from ``bert_config``, or is BERT-base."""
+
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    hidden_dropout_prob: float | None = None
+    attention_probs_dropout_prob: float | None = None
+    layer_norm_eps: float | None = None
+    cross_attention_frequency: int | None = None
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters of the language model (Hu et al. 2021)."""
+
+    r: int
+    alpha: int
+    dropout: float
+
+
+@dataclass(frozen=True)
+class MiniGPT4QwenConfig(ModelConfig):
+    """The ``model`` section. Paths are relative to ``cache/``.
+
+    ``from_scratch`` names parts that start from random weights and so need no weight file.
+    """
+
+    DEFAULTS: ClassVar[dict[str, str]] = {
+        "qwen7b_chat": "minigpt4qwen_qwen7b_chat.yaml",
+        "qwen14b_chat": "minigpt4qwen_qwen14b_chat.yaml",
+    }
+
+    model_type: str = "qwen7b_chat"
+    from_scratch: tuple[Part, ...] = ()
+    load_pretrained: bool = True  # false: the Q-Former from scratch
+    pretrained: str = "ckpt/blip2/blip2_pretrained_flant5xxl.pth"
+    load_finetuned: bool = False
+    finetuned: str | None = None
+    # vision encoder
+    vit_model: Literal["eva_clip_g"] = "eva_clip_g"
+    vit_weights: str = "ckpt/eva/eva_vit_g.pth"
+    vit_config: ViTConfig = ViTConfig()
+    image_size: int = 224
+    drop_path_rate: float = 0.0
+    use_grad_checkpoint: bool = False
+    vit_precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    freeze_vit: bool = True
+    unfreeze_pos_embed: bool = False
+    # Q-Former
+    bert_config: str = "ckpt/bert-base-uncased/config.json"
+    qformer_config: QFormerConfig = QFormerConfig()
+    num_query_token: int = 32
+    qformer_text_input: bool = only(
+        False, "the Q-Former reads no text here, as in every recipe of the original; remove the key"
+    )
+    freeze_qformer: bool = True
+    freeze_queries: bool = True
+    # projection
+    freeze_proj: bool = False
+    # language model
+    llm_model: str = "ckpt/Qwen7B-chat"
+    llm_config: dict[str, Any] | None = None  # over its config.json
+    llm_precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"  # auto: as stored
+    freeze_llm: bool = True
+    llm_grad_ckpt: bool = False
+    llm_device_map: Literal["cpu", "auto"] = "cpu"  # auto: spread over the visible GPUs
+    get_lora: bool = False
+    lora_r: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    # text
+    max_txt_len: int = 512
+    label_mask: Literal["chatml_delimiters", "assistant_only"] = "chatml_delimiters"
+    prompt: str = ""  # put in front of text given to `generate` without markup
+    apply_lemmatizer: bool = only(False, "answers are returned as generated; remove the key")
+    enable_autocast: bool = True  # whether run.amp reaches the vision encoder
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.vit_config.patch_size:
+            raise ConfigError(
+                f"image_size {self.image_size} is not divisible by vit_config.patch_size "
+                f"{self.vit_config.patch_size}"
+            )
+        if self.num_query_token < 1 or self.max_txt_len < 1:
+            raise ConfigError("num_query_token and max_txt_len must be positive")
+        if self.load_finetuned and not self.finetuned:
+            raise ConfigError("load_finetuned is true but finetuned names no checkpoint")
+        if not self.freeze_vit and self.vit_precision == "fp16":
+            raise ConfigError(
+                "freeze_vit: false needs vit_precision: fp32 (fp16 weights do not train: their "
+                "updates round away); run.amp gives the speed of half precision"
+            )
+
+    def is_from_scratch(self, part: Part) -> bool:
+        """Whether a part starts from random weights."""
+        return part in self.from_scratch or (part == "qformer" and not self.load_pretrained)
+
+    @property
+    def lora(self) -> LoraOptions | None:
+        """The adapter options, or ``None`` without adapters."""
+        if not self.get_lora:
+            return None
+        return LoraOptions(self.lora_r, self.lora_alpha, self.lora_dropout)
+
+    def files(self, cache_root: str) -> Iterator[Path]:
+        """Every file and folder that building the model reads, checked.
+
+        Raises:
+            WeightsError: one is missing; no weight has been read yet.
+        """
+        if not self.is_from_scratch("vit"):
+            yield require(self.path("vit_weights", cache_root), "model.vit_weights", WeightsError)
+        if not self.is_from_scratch("qformer"):
+            yield require(self.path("pretrained", cache_root), "model.pretrained", WeightsError)
+        folder = self.path("llm_model", cache_root)
+        yield require(folder, "model.llm_model", WeightsError, directory=True)
+        if not self.is_from_scratch("llm"):
+            yield require(folder / "config.json", "model.llm_model", WeightsError)
+            if not (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
+                raise WeightsError(
+                    f"model.llm_model: {folder} holds neither *.safetensors nor *.bin files"
+                )
+        yield require(folder / "qwen.tiktoken", "model.llm_model", WeightsError)
+        if self.load_finetuned:
+            yield require(self.path("finetuned", cache_root), "model.finetuned", WeightsError)
+
+    def check_files(self, cache_root: str) -> None:
+        """Check every path before any weight is read.
+
+        Raises:
+            WeightsError: one is missing.
+        """
+        for _ in self.files(cache_root):
+            pass
+
+    def path(self, key: str, cache_root: str) -> Path:
+        """The path that a key of this section names."""
+        return cache_path(getattr(self, key), cache_root)

@@ -1,0 +1,105 @@
+"""The vision encoder: EVA-CLIP ViT-g/14 (Fang et al. 2022) without its final norm and head."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.models.eva import Eva
+from torch import Tensor
+
+from lavis.common.errors import WeightsError
+from lavis.models.config import MiniGPT4QwenConfig
+from lavis.models.keys import VIT
+from lavis.models.weights import load_weights, open_pth
+
+logger = logging.getLogger(__name__)
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+def build_vit(config: MiniGPT4QwenConfig, device: torch.device, dtype: torch.dtype) -> Eva:
+    """Build the encoder on ``device`` (``meta`` for weights that come from a file)."""
+    sizes = config.vit_config
+    return Eva(
+        img_size=config.image_size,
+        patch_size=sizes.patch_size,
+        embed_dim=sizes.embed_dim,
+        depth=sizes.depth,
+        num_heads=sizes.num_heads,
+        mlp_ratio=sizes.mlp_ratio,
+        drop_path_rate=config.drop_path_rate,
+        num_classes=0,
+        global_pool="",
+        use_abs_pos_emb=True,
+        use_rot_pos_emb=False,
+        use_post_transformer_norm=False,
+        use_fc_norm=False,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def load_vit(vit: Eva, path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill an encoder on the meta device from the original's ``eva_vit_g.pth``.
+
+    Position embeddings of another grid are interpolated; blocks past the model's depth are
+    ignored, and their number is logged.
+
+    Raises:
+        WeightsError: the file is damaged or does not fit.
+    """
+    depth = len(vit.blocks)
+
+    def is_extra(key: str) -> bool:
+        block = _BLOCK.match(key)
+        return block is not None and int(block[1]) >= depth
+
+    source = open_pth(path)
+    extra = {int(b[1]) for key in source if (b := _BLOCK.match(key)) and int(b[1]) >= depth}
+    if extra:
+        logger.info("%s: %d blocks past depth %d are not used", path.name, len(extra), depth)
+    load_weights(
+        vit,
+        source,
+        VIT,
+        device=device,
+        dtype=dtype,
+        adapt=lambda key, t: (
+            interpolate_pos_embed(t, vit.pos_embed.shape[1]) if key == "pos_embed" else t
+        ),
+        extra_dropped=is_extra,
+    )
+    for module in vit.modules():  # constants that no file holds
+        init = getattr(module, "init_non_persistent_buffers", None)
+        if init is not None and module is not vit:
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(buffer, device=device))
+            init()
+
+
+def interpolate_pos_embed(pos_embed: Tensor, num_positions: int) -> Tensor:
+    """Resize a square grid of position embeddings bicubically, keeping the class token's.
+
+    Args:
+        pos_embed: (1, 1 + G * G, C).
+        num_positions: 1 + the wanted G * G.
+
+    Raises:
+        WeightsError: one of the grids is not square.
+    """
+    if pos_embed.ndim != 3 or pos_embed.shape[1] == num_positions:
+        return pos_embed
+    old, new = (round((n - 1) ** 0.5) for n in (pos_embed.shape[1], num_positions))
+    if old**2 != pos_embed.shape[1] - 1 or new**2 != num_positions - 1:
+        raise WeightsError(
+            f"pos_embed of {pos_embed.shape[1]} positions cannot be resized to {num_positions}: "
+            "not a class token and a square grid"
+        )
+    logger.info("position embeddings interpolated from %d x %d to %d x %d", old, old, new, new)
+    grid = pos_embed[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
+    return torch.cat([pos_embed[:, :1], patches], dim=1)

@@ -1,0 +1,326 @@
+"""MiniGPT4Qwen: EVA ViT-g -> Q-Former -> one linear layer -> Qwen.
+
+Submodules carry the original's names (``visual_encoder``, ``ln_vision``, ``query_tokens``,
+``Qformer``, ``llm_proj``, ``llm_model``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Blip2QFormerConfig
+
+from lavis.common.errors import ConfigError, DataError
+from lavis.common.types import IGNORE_INDEX, Batch
+from lavis.models.checkpoint import load_model_state
+from lavis.models.config import MiniGPT4QwenConfig
+from lavis.models.eva import build_vit, load_vit
+from lavis.models.generation import GenerationMixin
+from lavis.models.keys import QFORMER
+from lavis.models.qformer import build_qformer, qformer_config
+from lavis.models.qwen import QwenSpec, add_lora, load_llm, new_llm, read_spec
+from lavis.models.weights import load_weights, open_pth, own_trainable
+from lavis.processors.conversation import ConversationEncoder
+from lavis.processors.tokenizer import QwenTokenizer
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "auto": None}
+_VIT_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a training step needs.
+
+    Attributes:
+        loss_sum: scalar, cross-entropy summed over the batch's supervised tokens, in nats.
+        num_tokens: how many there are.
+    """
+
+    loss_sum: Tensor
+    num_tokens: int
+
+
+class MiniGPT4Qwen(GenerationMixin, nn.Module):
+    """A frozen vision side and a frozen language model, joined by a linear projection."""
+
+    Config = MiniGPT4QwenConfig
+
+    def __init__(
+        self,
+        config: MiniGPT4QwenConfig,
+        qformer: Blip2QFormerConfig,
+        llm: nn.Module,
+        spec: QwenSpec,
+        encoder: ConversationEncoder,
+        *,
+        device: torch.device,
+    ) -> None:
+        """Assemble the parts; use :meth:`from_config`.
+
+        The vision side is built on the meta device where its weights are to come from files.
+        """
+        super().__init__()
+        self.config = config
+        self.context = spec.context
+        self.encoder = encoder
+        self.tokenizer = encoder.tokenizer
+        meta = torch.device("meta")
+        vit_device = device if config.is_from_scratch("vit") else meta
+        qformer_device = device if config.is_from_scratch("qformer") else meta
+        self.visual_encoder = build_vit(config, vit_device, _vit_dtype(config, device))
+        with qformer_device:
+            self.ln_vision = nn.LayerNorm(config.vit_config.embed_dim, eps=_VIT_NORM_EPS)
+            self.Qformer = build_qformer(qformer)
+            self.query_tokens = nn.Parameter(
+                torch.randn(1, config.num_query_token, qformer.hidden_size)
+                * qformer.initializer_range
+            )
+        self.llm_proj = nn.Linear(qformer.hidden_size, spec.config.hidden_size, device=device)
+        self.llm_model = llm
+
+    @classmethod
+    def from_config(
+        cls,
+        config: MiniGPT4QwenConfig,
+        *,
+        cache_root: str = "cache",
+        device: str | torch.device = "cpu",
+    ) -> MiniGPT4Qwen:
+        """Build the model and load its weights, each tensor straight to its final place.
+
+        Random parts draw from PyTorch's global generator.
+
+        Raises:
+            WeightsError: a file is missing (found before anything is read), damaged, or unfit.
+            ConfigError: sizes do not fit each other.
+        """
+        device = torch.device(device)
+        config.check_files(cache_root)
+        folder = config.path("llm_model", cache_root)
+        encoder = cls.build_encoder(config, cache_root)
+        scratch_llm = config.is_from_scratch("llm")
+        spec = read_spec(folder, config.llm_config, need_file=not scratch_llm)
+        _check_fit(config, spec, encoder.tokenizer)
+        qformer = qformer_config(
+            config.qformer_config,
+            config.path("bert_config", cache_root),
+            config.vit_config.embed_dim,
+        )
+        dtype = _DTYPES[config.llm_precision]
+        if scratch_llm:
+            llm = new_llm(spec, device=device, dtype=dtype)
+        else:
+            target = torch.device("cpu") if config.llm_device_map == "auto" else device
+            llm = load_llm(spec, folder, device=target, dtype=dtype)
+        model = cls(config, qformer, llm, spec, encoder, device=device)
+        model._load_vision(cache_root, device)
+        model._set_trainable()
+        if config.lora is not None:
+            add_lora(llm, config.lora)
+            llm.to(device)
+        own_trainable(model)
+        if config.load_finetuned:
+            model.load_checkpoint(config.path("finetuned", cache_root))
+        if config.llm_device_map == "auto":
+            _dispatch(llm)
+        return model.train(False)
+
+    @classmethod
+    def build_encoder(cls, config: MiniGPT4QwenConfig, cache_root: str) -> ConversationEncoder:
+        """What turns conversations into this model's ids and labels; reads only the vocabulary."""
+        tokenizer = QwenTokenizer(config.path("llm_model", cache_root) / "qwen.tiktoken")
+        return ConversationEncoder(
+            tokenizer, config.num_query_token, config.max_txt_len, config.label_mask
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where images and the projection are."""
+        return self.llm_proj.weight.device
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Summed cross-entropy of a packed batch.
+
+        Only supervised positions go through the output head; documents do not see each other.
+
+        Raises:
+            DataError: images and placeholders do not match.
+        """
+        features = self.encode_image(batch.pixel_values) if len(batch.pixel_values) else None
+        hidden = self.llm_model.model(
+            inputs_embeds=self.embed(batch.input_ids, features),
+            position_ids=batch.position_ids,  # restarts mark the documents: they attend apart
+            use_cache=False,
+        ).last_hidden_state
+        targets = batch.labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        targets = targets[supervised]
+        logits = self.llm_model.lm_head(hidden[:, :-1][supervised])
+        loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return LossOutput(loss_sum, len(targets))
+
+    def encode_vit(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) normalized images -> (N, 1 + patches, width) of the last ViT block."""
+        amp = torch.is_autocast_enabled(self.device.type) and self.config.enable_autocast
+        with torch.autocast(self.device.type, enabled=amp):
+            weight = self.visual_encoder.patch_embed.proj.weight
+            return self.visual_encoder(pixel_values.to(weight.device, weight.dtype))
+
+    def encode_query(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, Q, D) Q-Former output, what the projection reads."""
+        with contextlib.nullcontext() if self._vision_learns else torch.no_grad():
+            image = self.ln_vision(self.encode_vit(pixel_values).to(self.ln_vision.weight.dtype))
+            queries = self.query_tokens.expand(len(image), -1, -1)
+            return self.Qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, Q, C) soft tokens of the language model's width C."""
+        return self.llm_proj(self.encode_query(pixel_values).to(self.llm_proj.weight.dtype))
+
+    def embed(self, input_ids: Tensor, image_embeds: Tensor | None) -> Tensor:
+        """Token embeddings with image spans replaced by projected features.
+
+        Args:
+            input_ids: (B, T).
+            image_embeds: (N, Q, C) in order of the spans, or ``None`` without images.
+
+        Returns:
+            (B, T, C) in the language model's precision.
+
+        Raises:
+            DataError: the number of image positions is not N * Q; features would be misplaced.
+        """
+        embeds = self.llm_model.get_input_embeddings()(input_ids)
+        spans = input_ids == self.tokenizer.image_id
+        given = 0 if image_embeds is None else image_embeds.shape[0] * image_embeds.shape[1]
+        if int(spans.sum()) != given:
+            raise DataError(
+                f"the text has {int(spans.sum())} image positions but the images fill {given} "
+                f"({self.config.num_query_token} each): every <ImageHere> needs one image"
+            )
+        if image_embeds is None:
+            # Without images the projection still takes part, with gradient zero, so that every
+            # rank and every micro-batch has the same graph.
+            return embeds + 0.0 * (self.llm_proj.weight.sum() + self.llm_proj.bias.sum()).to(embeds)
+        image_embeds = image_embeds.to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter(spans[..., None], image_embeds.flatten(0, 1))
+
+    def train(self, mode: bool = True) -> MiniGPT4Qwen:
+        """Set training mode on what is trained; frozen parts stay in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        for module in self._learning_modules():
+            module.train(mode)
+        for layer in self.llm_model.model.layers:
+            # Transformers recomputes a layer only if its own flag says training; the flags of its
+            # submodules, which would switch dropout on, stay as they are.
+            layer.training = layer.training or (mode and self.config.llm_grad_ckpt)
+        return self
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that are trained, by name."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def load_checkpoint(self, path: str | Any) -> None:
+        """Load a checkpoint of this project or of the original.
+
+        Raises:
+            WeightsError: the file is damaged, does not fit, or lacks what is trained here.
+        """
+        load_model_state(self, path)
+
+    @property
+    def _vision_learns(self) -> bool:
+        c = self.config
+        frozen = c.freeze_vit and not c.unfreeze_pos_embed and c.freeze_qformer
+        return not (frozen and c.freeze_queries)
+
+    def _learning_modules(self) -> Iterator[nn.Module]:
+        c = self.config
+        if not c.freeze_vit:
+            yield self.visual_encoder
+        if not c.freeze_qformer:
+            yield self.ln_vision
+            yield self.Qformer
+        if not c.freeze_proj:
+            yield self.llm_proj
+        if not c.freeze_llm:
+            yield self.llm_model
+        elif c.get_lora:
+            yield from (m for n, m in self.llm_model.named_modules() if "lora_" in n)
+
+    def _set_trainable(self) -> None:
+        c = self.config
+        self.requires_grad_(False)
+        for module in self._learning_modules():
+            module.requires_grad_(True)
+        self.query_tokens.requires_grad_(not c.freeze_queries)
+        if c.unfreeze_pos_embed:
+            self.visual_encoder.pos_embed.requires_grad_(True)
+        if c.use_grad_checkpoint:
+            self.visual_encoder.set_grad_checkpointing(True)
+        if c.llm_grad_ckpt:
+            self.llm_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _load_vision(self, cache_root: str, device: torch.device) -> None:
+        c = self.config
+        if not c.is_from_scratch("vit"):
+            path = c.path("vit_weights", cache_root)
+            dtype = _vit_dtype(c, device)
+            load_vit(self.visual_encoder, path, device=device, dtype=dtype)
+        if not c.is_from_scratch("qformer"):
+            load_weights(
+                self,
+                open_pth(c.path("pretrained", cache_root)),
+                QFORMER,
+                device=device,
+                dtype=torch.float32,
+                select=lambda name: name.startswith(("query_tokens", "ln_vision.", "Qformer.")),
+            )
+
+
+def _vit_dtype(config: MiniGPT4QwenConfig, device: torch.device) -> torch.dtype:
+    if config.vit_precision == "fp16" and device.type == "cpu":
+        logger.info("vit_precision: fp16 is computed in fp32 on a CPU, as in the original")
+        return torch.float32
+    dtype = _DTYPES[config.vit_precision]
+    assert dtype is not None
+    return dtype
+
+
+def _check_fit(config: MiniGPT4QwenConfig, spec: QwenSpec, tokenizer: QwenTokenizer) -> None:
+    if tokenizer.vocab_size > spec.config.vocab_size:
+        raise ConfigError(
+            f"model.llm_model: the vocabulary has {tokenizer.vocab_size} tokens, the language "
+            f"model only {spec.config.vocab_size}"
+        )
+    if config.max_txt_len > spec.context:
+        raise ConfigError(
+            f"model.max_txt_len {config.max_txt_len} is past this language model's context of "
+            f"{spec.context} (seq_length), where it would need dynamic NTK scaling"
+        )
+
+
+def _dispatch(llm: nn.Module) -> None:
+    """Spread a language model's layers over the visible GPUs."""
+    if torch.cuda.device_count() < 2:
+        if torch.cuda.is_available():
+            llm.to("cuda")
+        return
+    try:
+        from accelerate import dispatch_model, infer_auto_device_map
+    except ImportError as error:
+        raise ConfigError(
+            "model.llm_device_map: auto needs Accelerate: pip install 'accelerate>=1.0'"
+        ) from error
+    device_map = infer_auto_device_map(llm, no_split_module_classes=["Qwen2DecoderLayer"])
+    dispatch_model(llm, device_map)

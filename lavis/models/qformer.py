@@ -1,0 +1,54 @@
+"""The Q-Former (Li et al. 2023, BLIP-2, section 3.1): its query branch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+from lavis.common.errors import ConfigError, WeightsError
+from lavis.models.config import QFormerConfig
+
+_FROM_BERT = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "layer_norm_eps",
+)
+
+
+def qformer_config(
+    overrides: QFormerConfig, bert_config: Path, encoder_width: int
+) -> Blip2QFormerConfig:
+    """Sizes of the Q-Former: BERT-base, then ``bert_config`` if it exists, then ``overrides``.
+
+    Raises:
+        WeightsError: ``bert_config`` is not JSON.
+        ConfigError: the sizes do not fit each other.
+    """
+    sizes: dict[str, object] = {}
+    if bert_config.is_file():
+        try:
+            file = json.loads(bert_config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise WeightsError(f"{bert_config} is not valid JSON: {error}") from error
+        sizes = {key: file[key] for key in _FROM_BERT if key in file}
+    sizes |= {k: v for k, v in dataclasses.asdict(overrides).items() if v is not None}
+    config = Blip2QFormerConfig(**sizes, encoder_hidden_size=encoder_width)
+    if config.hidden_size % config.num_attention_heads:
+        raise ConfigError(
+            f"model.qformer_config: hidden_size {config.hidden_size} is not divisible by "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+    return config
+
+
+def build_qformer(config: Blip2QFormerConfig) -> Blip2QFormerModel:
+    """Build the Q-Former on the current default device."""
+    config._attn_implementation = "sdpa"
+    return Blip2QFormerModel(config)

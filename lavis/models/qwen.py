@@ -1,0 +1,158 @@
+"""First-generation Qwen as a stock :class:`transformers.Qwen2ForCausalLM`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.registry import did_you_mean
+from lavis.models.config import LoraOptions
+from lavis.models.keys import QWEN
+from lavis.models.weights import load_weights, open_shards
+
+# What a Qwen-7B-Chat config.json says where a smaller one is made from scratch.
+_QWEN_DEFAULTS: dict[str, Any] = {
+    "model_type": "qwen",
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-6,
+    "no_bias": True,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 8192,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "vocab_size": 151936,
+}
+# Values that Qwen2ForCausalLM cannot express, and the only ones that Qwen's releases have.
+_FIXED = {
+    "model_type": "qwen",
+    "no_bias": True,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class QwenSpec:
+    """A first-generation Qwen, described.
+
+    Attributes:
+        config: the equivalent Qwen2 configuration.
+        context: longest sequence. Past it, the original changes its attention (log-n scaling and
+            dynamic NTK), which Qwen2 does not have.
+        original: the ``config.json`` it came from.
+    """
+
+    config: Qwen2Config
+    context: int
+    original: dict[str, Any]
+
+
+def read_spec(folder: Path, overrides: dict[str, Any] | None, *, need_file: bool) -> QwenSpec:
+    """Read ``config.json`` and apply ``model.llm_config``.
+
+    Raises:
+        WeightsError: the file is missing or not JSON.
+        ConfigError: the result is not a first-generation Qwen, or an override is unknown.
+    """
+    path = folder / "config.json"
+    original = dict(_QWEN_DEFAULTS)
+    if path.is_file():
+        try:
+            original |= json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise WeightsError(f"{path} is not valid JSON: {error}") from error
+    elif need_file:
+        raise WeightsError(f"model.llm_model: no file {path}")
+    for key in overrides or {}:
+        if key not in original:
+            raise ConfigError(f"model.llm_config: unknown key {key!r}{did_you_mean(key, original)}")
+    original |= overrides or {}
+    if overrides and "kv_channels" not in overrides:
+        original["kv_channels"] = original["hidden_size"] // original["num_attention_heads"]
+    for key, value in _FIXED.items():
+        if original[key] != value:
+            raise ConfigError(
+                f"{path}: {key} is {original[key]!r}; only {value!r} is supported "
+                "(a first-generation Qwen such as Qwen-7B-Chat or Qwen-14B-Chat)"
+            )
+    heads, width = original["num_attention_heads"], original["hidden_size"]
+    if original["kv_channels"] * heads != width:
+        raise ConfigError(
+            f"{path}: kv_channels {original['kv_channels']} x num_attention_heads {heads} is not "
+            f"hidden_size {width}"
+        )
+    config = Qwen2Config(
+        vocab_size=original["vocab_size"],
+        hidden_size=width,
+        intermediate_size=original["intermediate_size"] // 2,
+        num_hidden_layers=original["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        hidden_act="silu",
+        max_position_embeddings=original["seq_length"],
+        initializer_range=original["initializer_range"],
+        rms_norm_eps=original["layer_norm_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": float(original["rotary_emb_base"])},
+        tie_word_embeddings=False,
+        attention_dropout=0.0,
+    )
+    config._attn_implementation = "sdpa"
+    return QwenSpec(config, original["seq_length"], original)
+
+
+def load_llm(
+    spec: QwenSpec, folder: Path, *, device: torch.device, dtype: torch.dtype | None
+) -> Qwen2ForCausalLM:
+    """Build a language model and fill it from a folder of shards.
+
+    Args:
+        dtype: ``None`` keeps the type the weights are stored in.
+
+    Raises:
+        WeightsError: a shard is missing, damaged or does not fit.
+    """
+    with torch.device("meta"):
+        llm = Qwen2ForCausalLM(spec.config)
+    load_weights(llm, open_shards(folder), QWEN, device=device, dtype=dtype)
+    # Its frequencies are constants that no file holds.
+    llm.model.rotary_emb = type(llm.model.rotary_emb)(spec.config).to(device)
+    return llm
+
+
+def new_llm(spec: QwenSpec, *, device: torch.device, dtype: torch.dtype | None) -> Qwen2ForCausalLM:
+    """A language model with random weights."""
+    with torch.device(device):
+        return Qwen2ForCausalLM(spec.config).to(dtype or torch.float32)
+
+
+def add_lora(llm: Qwen2ForCausalLM, options: LoraOptions) -> None:
+    """Put trainable low-rank adapters on the query and value projections, in place.
+
+    Raises:
+        ConfigError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError("model.get_lora needs PEFT: pip install 'peft>=0.17'") from error
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=["q_proj", "v_proj"],
+        bias="none",
+    )
+    inject_adapter_in_model(config, llm)

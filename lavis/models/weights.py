@@ -1,0 +1,224 @@
+"""Read weight files: memory-mapped, matched key by key, straight to their final place.
+
+A frozen tensor whose type and device already fit is not copied at all: it stays a view of the
+mapped file, so that loading a 15 GB model takes no second 15 GB and pages come in as they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lavis.common.errors import WeightsError
+from lavis.models.keys import KeyMap, SourceKey
+
+logger = logging.getLogger(__name__)
+_SHOWN = 8  # names listed in one message
+
+
+class WeightFile(Mapping[str, Tensor]):
+    """Tensors by name, from one file or several shards, read when they are asked for."""
+
+    def __init__(self, label: str, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.label = label
+        self._tensors = tensors
+
+    @classmethod
+    def of(cls, label: str, tensors: Mapping[str, Tensor]) -> WeightFile:
+        """Wrap tensors that are already open."""
+        return cls(label, {k: partial(tensors.__getitem__, k) for k in tensors})
+
+    def __getitem__(self, key: str) -> Tensor:
+        try:
+            return self._tensors[key]()
+        except SafetensorError as error:
+            raise WeightsError(f"{self.label}: {key} cannot be read: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def load_pickle(path: Path) -> object:
+    """Read a ``.pth`` or ``.bin`` file without running any code it may hold.
+
+    Raises:
+        WeightsError: the file is damaged, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} is refused: it holds Python objects other than tensors and plain values, "
+            "which could run code when loaded, or it is damaged. "
+            f"PyTorch says: {_first_line(error)}"
+        ) from error
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+        # files of PyTorch < 1.6 cannot be mapped
+        if "mmap can only be used" in str(error):
+            return _load_legacy(path)
+        raise WeightsError(
+            f"{path} is damaged or no PyTorch file ({path.stat().st_size:,} bytes): "
+            f"{_first_line(error)}. Download it again"
+        ) from error
+
+
+def _load_legacy(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsError(
+            f"{path} is damaged, no PyTorch file, or holds objects that could run code: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def open_pth(path: Path) -> WeightFile:
+    """Open a ``.pth``: a bare state dict, or one under ``"model"``."""
+    loaded = load_pickle(path)
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        loaded = loaded["model"]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise WeightsError(f"{path} holds no state dict (names and tensors)")
+    return WeightFile.of(str(path), loaded)
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """Weight files of a language model: safetensors if there are any, else ``.bin``.
+
+    Raises:
+        WeightsError: there are none, or one that the index names is missing.
+    """
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        shards = sorted(folder.glob(pattern))
+        for index in folder.glob(f"{pattern.removesuffix('.bin').rstrip('*')}*.index.json"):
+            if index.name.startswith("model") != pattern.startswith("model"):
+                continue
+            named = {folder / f for f in json.loads(index.read_text())["weight_map"].values()}
+            if absent := sorted(named - set(shards)):
+                raise WeightsError(
+                    f"{index} names {len(named)} files, {len(absent)} of them missing: "
+                    + ", ".join(p.name for p in absent[:_SHOWN])
+                )
+            shards = sorted(named)
+        if shards:
+            return shards
+    raise WeightsError(f"{folder} holds neither model*.safetensors nor pytorch_model*.bin")
+
+
+def open_shards(folder: Path) -> WeightFile:
+    """Open a language model's weights."""
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    for shard in find_shards(folder):
+        opened = _open_safetensors(shard) if shard.suffix == ".safetensors" else open_pth(shard)
+        for key in opened:
+            if key in tensors:
+                raise WeightsError(f"{shard}: {key} stands in another file of {folder} too")
+            tensors[key] = partial(opened.__getitem__, key)
+    return WeightFile(str(folder), tensors)
+
+
+def _open_safetensors(path: Path) -> WeightFile:
+    try:
+        handle = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path} is damaged or cut short ({path.stat().st_size:,} bytes): {error}. "
+            "Download it again"
+        ) from error
+    return WeightFile(str(path), {k: partial(handle.get_tensor, k) for k in handle.keys()})  # noqa: SIM118
+
+
+def load_weights(
+    module: nn.Module,
+    source: WeightFile,
+    key_map: KeyMap,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    select: Callable[[str], bool] = lambda name: True,
+    adapt: Callable[[str, Tensor], Tensor] | None = None,
+    extra_dropped: Callable[[str], bool] | None = None,
+) -> None:
+    """Fill a module that was built on the meta device.
+
+    Args:
+        module: every selected parameter and persistent buffer is replaced.
+        source: the file.
+        key_map: how names relate; every name on either side must be accounted for.
+        dtype: of floating-point tensors; ``None`` keeps the file's.
+        select: which of the module's names to fill.
+        adapt: changes a tensor before its shape is checked (position embeddings).
+        extra_dropped: names in the file that this model does not use, beyond the table's.
+
+    Raises:
+        WeightsError: names that are missing or left over, or shapes that differ; all are listed.
+    """
+    targets = {n: t for n, t in module.state_dict(keep_vars=True).items() if select(n)}
+    wanted = {name: key_map.source(name) for name in targets}
+    used = {s.key for s in wanted.values()}
+    missing = sorted(used - set(source))
+    left_over = [
+        k
+        for k in source
+        if k not in used
+        and not key_map.is_dropped(k)
+        and not (extra_dropped is not None and extra_dropped(k))
+    ]
+    if missing or left_over:
+        raise WeightsError(f"{source.label} does not fit: " + _mismatch(missing, left_over))
+    loaded: dict[str, Tensor] = {}
+    wrong: list[str] = []
+    for name, key in wanted.items():
+        tensor = _take(source, key, adapt)
+        if tensor.shape != targets[name].shape:
+            wrong.append(f"{key.key} {tuple(tensor.shape)}, not {tuple(targets[name].shape)}")
+            continue
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        loaded[name] = tensor.to(device)
+    if wrong:
+        shown = "; ".join(wrong[:_SHOWN]) + (
+            f"; and {len(wrong) - _SHOWN} more" * (len(wrong) > _SHOWN)
+        )
+        raise WeightsError(f"{source.label} has tensors of another shape: {shown}")
+    module.load_state_dict(loaded, strict=False, assign=True)
+
+
+def own_trainable(module: nn.Module) -> None:
+    """Copy trainable parameters out of the mapped file, since an optimizer writes to them."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
+
+
+def _take(
+    source: WeightFile, key: SourceKey, adapt: Callable[[str, Tensor], Tensor] | None
+) -> Tensor:
+    tensor = source[key.key]
+    if adapt is not None:
+        tensor = adapt(key.key, tensor)
+    return key.cut(tensor)
+
+
+def _mismatch(missing: list[str], left_over: list[str]) -> str:
+    parts = []
+    for what, names in (("missing", missing), ("not part of the model", left_over)):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            parts.append(f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}")
+    return "; ".join(parts)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,66 @@
+"""Options of the built-in processors, as they stand in YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lavis.common.errors import ConfigError
+from lavis.common.schema import ProcessorConfig
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageEvalConfig(ProcessorConfig):
+    """``blip_image_eval``: bicubic resize to a square, CLIP normalization."""
+
+    image_size: int = 384
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ConfigError(f"image_size must be positive, not {self.image_size}")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != 3:
+                raise ConfigError(f"{name} must have 3 values, not {len(value)}")
+
+
+@dataclass(frozen=True)
+class ImageTrainConfig(ImageEvalConfig):
+    """``blip2_image_train``: random resized crop, horizontal flip, CLIP normalization."""
+
+    image_size: int = 364
+    min_scale: float = 0.5
+    max_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.min_scale <= self.max_scale:
+            raise ConfigError(
+                f"need 0 < min_scale <= max_scale, not {self.min_scale} and {self.max_scale}"
+            )
+
+
+@dataclass(frozen=True)
+class BaseInstructionConfig(ProcessorConfig):
+    """``base_instruction``: text unchanged. ``max_words`` is the original's and had no effect."""
+
+    max_words: int = 100
+
+
+@dataclass(frozen=True)
+class BaseTextConfig(ProcessorConfig):
+    """``base_text``: lower case, at most ``max_words`` words."""
+
+    max_words: int = 50
+
+
+@dataclass(frozen=True)
+class BlipCaptionConfig(ProcessorConfig):
+    """``blip_caption``: lower case, no punctuation, at most ``max_words`` words."""
+
+    prompt: str = ""
+    max_words: int = 50

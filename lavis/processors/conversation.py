@@ -1,0 +1,123 @@
+"""Conversation -> token ids and labels, in one function so that they cannot drift apart.
+
+The format is ChatML::
+
+    <|im_start|>system\\n{system}<|im_end|>\\n
+    <|im_start|>user\\n{question}<|im_end|>\\n
+    <|im_start|>assistant\\n{answer}<|im_end|>\\n
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from lavis.common.errors import DataError
+from lavis.common.types import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded
+from lavis.processors.tokenizer import QwenTokenizer
+
+SYSTEM_PROMPT = "You are a helpful assistant."
+DEFAULT_PROMPT = f"<Img>{IMAGE_PLACEHOLDER}</Img> Describe this image in detail."
+
+LabelMask = Literal["chatml_delimiters", "assistant_only"]
+
+
+class Turn(NamedTuple):
+    """What one side says. Only a user's text can hold image placeholders."""
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True)
+class ConversationEncoder:
+    """Encodes conversations for training and prompts for generation.
+
+    Attributes:
+        tokenizer: gives ids.
+        num_query_token: ids that stand for one image.
+        max_txt_len: longest training example, in ids.
+        label_mask: ``chatml_delimiters`` supervises the answers and every turn's delimiters, as
+            the original does; ``assistant_only`` supervises the answers and what ends them.
+        system: the system prompt.
+    """
+
+    tokenizer: QwenTokenizer
+    num_query_token: int
+    max_txt_len: int = 512
+    label_mask: LabelMask = "chatml_delimiters"
+    system: str = SYSTEM_PROMPT
+
+    def encode(self, turns: Sequence[Turn]) -> Encoded:
+        """Encode a training example, cut at ``max_txt_len``.
+
+        Raises:
+            DataError: if the cut would lose an image or leave no answer token to learn from.
+        """
+        ids, labels, answers, spans = self._render(turns)
+        if spans and spans[-1] + self.num_query_token > self.max_txt_len:
+            number = sum(s + self.num_query_token <= self.max_txt_len for s in spans) + 1
+            raise DataError(
+                f"image {number} of {len(spans)} ends at token "
+                f"{spans[number - 1] + self.num_query_token}, past max_txt_len "
+                f"{self.max_txt_len}; raise model.max_txt_len or shorten the text before it"
+            )
+        if not any(answers[: self.max_txt_len]):
+            first = answers.index(True) if True in answers else None
+            raise DataError(
+                "no answer to learn from: every answer is empty"
+                if first is None
+                else f"no answer to learn from: the first answer starts at token {first}, past "
+                f"max_txt_len {self.max_txt_len}; raise model.max_txt_len or shorten the question"
+            )
+        return Encoded(ids[: self.max_txt_len], labels[: self.max_txt_len], len(spans))
+
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Ids of a conversation that ends with a question, up to where the answer begins."""
+        ids = self._render(turns)[0]
+        return [*ids, self.tokenizer.im_start_id, *self._role("assistant")]
+
+    def prompt_from_markup(self, text: str) -> list[int]:
+        """Ids of a prompt in ChatML markup, as the original's ``generate`` takes it.
+
+        Special tokens in ``text`` are markup: never call it on what a user typed.
+        """
+        ids: list[int] = []
+        for i, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
+            if i > 0:
+                ids += self._image()
+            ids += self.tokenizer.encode_markup(part)
+        return ids
+
+    def _render(self, turns: Sequence[Turn]) -> tuple[list[int], list[int], list[bool], list[int]]:
+        """Ids, labels, whether each id belongs to an answer, and where the images start."""
+        t = self.tokenizer
+        ids: list[int] = []
+        labels: list[int] = []
+        answers: list[bool] = []
+        spans: list[int] = []
+
+        def add(new: list[int], *, learn: bool = False, answer: bool = False) -> None:
+            ids.extend(new)
+            labels.extend(new if learn else [IGNORE_INDEX] * len(new))
+            answers.extend([answer] * len(new))
+
+        for role, text in [("system", self.system), *turns]:
+            is_answer = role == "assistant"
+            delimiters = self.label_mask == "chatml_delimiters"
+            add([t.im_start_id], learn=delimiters)
+            add(self._role(role))
+            for i, part in enumerate(text.split(IMAGE_PLACEHOLDER) if role == "user" else [text]):
+                if i > 0:
+                    spans.append(len(ids))
+                    add(self._image())
+                add(t.encode(part), learn=is_answer, answer=is_answer)
+            add([t.im_end_id, *t.newline_ids], learn=is_answer or delimiters)
+        return ids, labels, answers, spans
+
+    def _role(self, role: str) -> list[int]:
+        return [*self.tokenizer.encode(role), *self.tokenizer.newline_ids]
+
+    def _image(self) -> list[int]:
+        return [self.tokenizer.image_id] * self.num_query_token

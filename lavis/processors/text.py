@@ -1,0 +1,44 @@
+"""Text -> text."""
+
+from __future__ import annotations
+
+import re
+
+from lavis.processors.config import BaseInstructionConfig, BaseTextConfig, BlipCaptionConfig
+
+
+class BaseInstruction:
+    """Leaves an instruction as it is."""
+
+    def __init__(self, config: BaseInstructionConfig) -> None:
+        self.config = config
+
+    def __call__(self, text: str) -> str:
+        return text
+
+
+class BaseText:
+    """Lower case, at most ``max_words`` words."""
+
+    def __init__(self, config: BaseTextConfig) -> None:
+        self.config = config
+
+    def __call__(self, text: str) -> str:
+        return _first_words(text.lower().rstrip(" "), self.config.max_words)
+
+
+class BlipCaption:
+    """Lower case, punctuation to spaces, at most ``max_words`` words, after ``prompt``."""
+
+    def __init__(self, config: BlipCaptionConfig) -> None:
+        self.config = config
+
+    def __call__(self, text: str) -> str:
+        text = re.sub(r"""([.!"()*#:;~])""", " ", text.lower())
+        text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+        return self.config.prompt + _first_words(text, self.config.max_words)
+
+
+def _first_words(text: str, count: int) -> str:
+    words = text.split(" ")
+    return " ".join(words[:count]) if len(words) > count else text

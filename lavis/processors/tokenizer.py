@@ -1,0 +1,90 @@
+"""The first-generation Qwen tokenizer on tiktoken."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+import tiktoken
+
+from lavis.common.errors import WeightsError
+
+# Split pattern and special tokens of the Qwen tokenizer; the ranks come from the user's file.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|extra_{i}|>" for i in range(205)),
+)
+
+
+class QwenTokenizer:
+    """Byte-pair encoding of NFC-normalized text with 208 special tokens after the merges.
+
+    Attributes:
+        vocab_size: ids in use.
+        eod_id: ``<|endoftext|>``; also pads.
+        im_start_id: ``<|im_start|>``, opens a ChatML turn.
+        im_end_id: ``<|im_end|>``, closes it.
+        image_id: ``<|extra_0|>``, holds the place of image features; never comes out of text.
+        newline_ids: ids of a line feed.
+    """
+
+    def __init__(self, vocab_file: Path) -> None:
+        """Read a ``qwen.tiktoken`` file.
+
+        Raises:
+            WeightsError: if the file is missing or not a list of tokens and ranks.
+        """
+        ranks = _read_ranks(vocab_file)
+        self.special_tokens = {name: len(ranks) + i for i, name in enumerate(_SPECIAL)}
+        self._encoding = tiktoken.Encoding(
+            vocab_file.name,
+            pat_str=_SPLIT,
+            mergeable_ranks=ranks,
+            special_tokens=self.special_tokens,
+        )
+        self.vocab_size = self._encoding.n_vocab
+        self.eod_id = self.special_tokens["<|endoftext|>"]
+        self.im_start_id = self.special_tokens["<|im_start|>"]
+        self.im_end_id = self.special_tokens["<|im_end|>"]
+        self.image_id = self.special_tokens["<|extra_0|>"]
+        self.newline_ids = self.encode("\n")
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text. What looks like a special token is ordinary characters."""
+        return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Encode text whose special tokens are markup. Never call it on what a user typed."""
+        return self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """Decode ids; bytes that are not UTF-8 become U+FFFD."""
+        if skip_special_tokens:
+            ids = (i for i in ids if i < self.eod_id)
+        return self._encoding.decode(list(ids), errors="replace")
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    if not path.is_file():
+        raise WeightsError(f"no vocabulary {path}; it comes with the language model's weights")
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise WeightsError(f"{path}:{number}: not a base64 token and its rank") from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise WeightsError(f"{path}: the ranks are not 0 to {len(ranks) - 1} without gaps")
+    return ranks

@@ -1,0 +1,5 @@
+"""The training loop and checkpoints."""
+
+from lavis.common.registry import RUNNERS
+
+RUNNERS.register("runner_base", "lavis.runners.runner_base:RunnerBase")

@@ -1,0 +1,140 @@
+"""Checkpoints: what is trained, the optimizer, and how far the run is.
+
+The file holds the original's entries (``model``, ``optimizer``, ``config``, ``scaler``, ``epoch``)
+and ``progress`` and ``versions`` of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lavis
+from lavis.common.errors import WeightsError
+from lavis.models.weights import load_pickle
+
+_PACKAGES = ("torch", "transformers", "timm", "tiktoken", "safetensors")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps done over the whole run.
+        steps_per_epoch: of the run that wrote it; must agree to resume inside an epoch.
+    """
+
+    step: int
+    steps_per_epoch: int
+
+    @property
+    def epochs_done(self) -> int:
+        """Completed epochs."""
+        return self.step // self.steps_per_epoch
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    model: dict[str, torch.Tensor],
+    optimizer: dict[str, Any],
+    scaler: dict[str, Any] | None,
+    config: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Write a checkpoint so that ``path`` is either the old file or the whole new one.
+
+    Raises:
+        OSError: e.g. a full disk; the old file is untouched.
+    """
+    content = {
+        "model": model,
+        "optimizer": optimizer,
+        "config": config,
+        "scaler": scaler,
+        "epoch": progress.epochs_done - 1,  # the last complete one, as in the original
+        "progress": asdict(progress),
+        "versions": software_versions(),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``, without a second copy where links work."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    try:
+        os.link(source, temporary)
+    except OSError:
+        temporary.write_bytes(source.read_bytes())
+    temporary.replace(target)
+    _sync_folder(target.parent)
+
+
+def read_checkpoint(path: Path, steps_per_epoch: int) -> tuple[dict[str, Any], Progress]:
+    """Read a checkpoint of this project or of the original.
+
+    Args:
+        steps_per_epoch: of the run that resumes; the original's files do not hold it.
+
+    Raises:
+        WeightsError: the file is missing, damaged, no checkpoint, or of another batch plan.
+    """
+    if not path.is_file():
+        raise WeightsError(f"run.resume_ckpt_path: no checkpoint {path}")
+    content = load_pickle(path)
+    if not isinstance(content, dict) or not {"model", "optimizer", "epoch"} <= set(content):
+        raise WeightsError(
+            f"{path} cannot be resumed: it has no `model`, `optimizer` and `epoch`. To start from "
+            "its weights alone, set model.load_finetuned and model.finetuned"
+        )
+    if "progress" not in content:
+        return content, Progress((content["epoch"] + 1) * steps_per_epoch, steps_per_epoch)
+    progress = Progress(**content["progress"])
+    if progress.steps_per_epoch != steps_per_epoch:
+        if progress.step % progress.steps_per_epoch:
+            raise WeightsError(
+                f"{path} stopped inside an epoch of {progress.steps_per_epoch} steps, but this "
+                f"configuration has {steps_per_epoch} steps per epoch: data, batch_size_train or "
+                "accum_grad_iters differ. Resume from the checkpoint of a complete epoch"
+            )
+        progress = Progress(progress.epochs_done * steps_per_epoch, steps_per_epoch)
+    return content, progress
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    versions = {"lavis": lavis.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every file system can
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

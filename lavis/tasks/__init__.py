@@ -1,0 +1,5 @@
+"""What is trained on what: a task builds model and data sets and defines a step."""
+
+from lavis.common.registry import TASKS
+
+TASKS.register("image_text_pretrain", "lavis.tasks.image_text_pretrain:ImageTextPretrainTask")

@@ -1,0 +1,75 @@
+"""Instruction tuning on image-text conversations."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from lavis.common.errors import ConfigError
+from lavis.common.registry import BUILDERS, MODELS
+from lavis.common.schema import Config
+from lavis.common.types import Batch
+from lavis.datasets.plan import ConcatDataset
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageTextPretrainTask:
+    """Minimizes the cross-entropy of answers, given images and questions."""
+
+    config: Config
+
+    def check_paths(self) -> None:
+        """Check that every file that the run needs exists, before anything is read.
+
+        Raises:
+            ConfigError, WeightsError, DataError: naming the setting and the path.
+        """
+        if not self.config.datasets:
+            raise ConfigError("datasets is empty: name at least one data set")
+        self.config.model.check_files(self.config.env.cache_root)
+        for builder in self._builders():
+            builder.check_paths(self.config.run.train_splits)
+
+    def build_datasets(self) -> Dataset[Any]:
+        """Read and check all annotations; the training splits end to end.
+
+        Raises:
+            DataError: a record cannot be used and ``run.on_bad_sample`` is ``error``.
+        """
+        run, model = self.config.run, self.config.model
+        encoder = MODELS.get(model.arch).build_encoder(model, self.config.env.cache_root)
+        parts = []
+        for builder in self._builders():
+            for split in run.train_splits:
+                part = builder.build(
+                    split, encoder, train=True, seed=run.seed, on_bad=run.on_bad_sample
+                )
+                logger.info("datasets.%s, %s: %d samples", builder.name, split, len(part))
+                parts.append(part)
+        return ConcatDataset(parts)
+
+    def build_model(self, device: torch.device) -> nn.Module:
+        """Build the model and load its weights."""
+        model = self.config.model
+        return MODELS.get(model.arch).from_config(
+            model, cache_root=self.config.env.cache_root, device=device
+        )
+
+    def train_step(self, model: nn.Module, batch: Batch) -> Any:
+        """Summed loss of one micro-batch, a :class:`LossOutput`."""
+        return model(batch)
+
+    def _builders(self) -> list[Any]:
+        return [
+            BUILDERS.get(block.builder)(
+                name, block, self.config.preprocess, self.config.env.cache_root
+            )
+            for name, block in self.config.datasets.items()
+        ]

@@ -1,0 +1,57 @@
+"""Ask a model about one image: ``python test_model_chat.py --checkpoint CKPT --image a.jpg``."""
+
+from __future__ import annotations
+
+import argparse
+
+from lavis.common.cli import run_cli, setup_logging
+from lavis.common.config import add_config_arguments
+from lavis.common.errors import DataError
+
+FIRST = "<Img><ImageHere></Img> Describe this image in detail."
+SECOND = "Is there a refrigerator in the picture? Answer yes or no."
+
+
+def main() -> int:
+    """Load the model, ask two questions in one conversation, print the answers."""
+    parser = argparse.ArgumentParser(description="Ask two questions about an image.")
+    add_config_arguments(parser, required=False)
+    parser.add_argument("--model-type", default="qwen7b_chat", help="default: %(default)s")
+    parser.add_argument("--checkpoint", required=True, help="the trained projection (.pth)")
+    parser.add_argument("--image", required=True, help="image file")
+    parser.add_argument("--question", default=FIRST, help="default: %(default)s")
+    parser.add_argument("--second-question", default=SECOND, help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu or auto (default)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
+    args = parser.parse_args()
+    setup_logging()
+
+    from lavis.common.device import pick_device
+    from lavis.datasets.media import open_image
+    from lavis.models import load_model_and_preprocess
+
+    image = open_image(args.image)
+    if "<ImageHere>" not in args.question:
+        args.question = f"<Img><ImageHere></Img> {args.question}"
+    model, vis_processors, _ = load_model_and_preprocess(
+        "minigpt4qwen",
+        args.model_type,
+        is_eval=True,
+        device=pick_device(args.device),
+        cfg_path=args.cfg_path,
+        options=args.options,
+    )
+    model.load_checkpoint(args.checkpoint)
+    if "eval" not in vis_processors:
+        raise DataError("the configuration's preprocess.vis_processor has no `eval`")
+    pixels = vis_processors["eval"](image)[None]
+
+    history: list[tuple[str, str]] = []
+    for question in filter(None, (args.question, args.second_question)):
+        answer, history = model.chat(question, history, pixels, max_new_tokens=args.max_new_tokens)
+        print(f"User: {question}\nAssistant: {answer}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

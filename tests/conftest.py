@@ -1,0 +1,67 @@
+"""Shared fixtures: the original's toy model, loaded through the public path."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach for a hub
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TOY = FIXTURES / "upstream_toy"
+
+TOY_YAML = f"""
+env: {{cache_root: {TOY / "cache"}}}
+model:
+  arch: minigpt4qwen
+  model_type: qwen7b_chat
+  image_size: 56
+  vit_precision: fp32
+  vit_config: {{embed_dim: 88, depth: 2, num_heads: 4}}
+  num_query_token: 8
+  max_txt_len: 128
+preprocess:
+  vis_processor:
+    train: {{name: blip_image_eval, image_size: 56}}
+    eval: {{name: blip_image_eval, image_size: 56}}
+"""
+
+
+@pytest.fixture(scope="session")
+def expected() -> dict[str, Any]:
+    """What the original computed: ``expected.json`` and the tensors."""
+    values = json.loads((TOY / "expected.json").read_text(encoding="utf-8"))
+    return values | load_file(TOY / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def toy_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's YAML that points at the original's toy weights; it has no data sets."""
+    path = tmp_path_factory.mktemp("toy") / "toy.yaml"
+    path.write_text(TOY_YAML, encoding="utf-8")
+    return path
+
+
+@pytest.fixture()
+def toy_model(toy_yaml: Path) -> Any:
+    """The toy model with the original's trained projection."""
+    from lavis.models import load_model
+
+    return load_model(
+        "minigpt4qwen",
+        "qwen7b_chat",
+        is_eval=True,
+        cfg_path=toy_yaml,
+        checkpoint=TOY / "checkpoint_9.pth",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    torch.manual_seed(0)
