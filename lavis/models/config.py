@@ -108,7 +108,7 @@ class MiniGPT4QwenConfig(ModelConfig):
     # text
     max_txt_len: int = 512
     label_mask: Literal["chatml_delimiters", "assistant_only"] = "chatml_delimiters"
-    prompt: str = ""  # put in front of text given to `generate` without markup
+    prompt: str = only("", "it had no effect in the original; put it into the question")
     apply_lemmatizer: bool = only(False, "answers are returned as generated; remove the key")
     enable_autocast: bool = True  # whether run.amp reaches the vision encoder
 

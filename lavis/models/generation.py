@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lavis.common.errors import ConfigError
+from lavis.common.registry import did_you_mean
 from lavis.processors.conversation import SYSTEM_PROMPT, ConversationEncoder, Turn
 
 if TYPE_CHECKING:
@@ -177,8 +178,6 @@ def generation_options(
     known = set(GENERATION_DEFAULTS) | set(GenerationConfig().to_dict())
     for key in given:
         if key not in known:
-            from lavis.common.registry import did_you_mean
-
             raise ConfigError(f"unknown generation setting {key!r}{did_you_mean(key, known)}")
     options = GENERATION_DEFAULTS | given
     if options["chat_format"] != "chatml":

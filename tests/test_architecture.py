@@ -1,0 +1,70 @@
+"""Rules that hold for the whole tree."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lavis.common.schema import BuildInfo, DatasetConfig, RunConfig
+from lavis.models.config import MiniGPT4QwenConfig, QFormerConfig, ViTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted((ROOT / "lavis").rglob("*.py"))
+LAYERS = {
+    "common": set(),
+    "processors": {"common"},
+    "datasets": {"common", "processors"},
+    "models": {"common", "processors"},
+    "tasks": {"common", "processors", "datasets", "models"},
+    "runners": {"common", "processors", "datasets", "models", "tasks"},
+    "chat": {"common", "processors", "models"},
+    "tools": {"common", "processors", "datasets", "models", "tasks", "runners", "chat"},
+}
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    package = path.relative_to(ROOT / "lavis").parts[0]
+    if package not in LAYERS:
+        return
+    for name in _imports(ast.parse(path.read_text(encoding="utf-8"))):
+        parts = name.split(".")
+        if parts[0] == "lavis" and len(parts) > 1:
+            assert parts[1] in LAYERS[package] | {package}, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_star_import(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.name != "*" for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "config", [MiniGPT4QwenConfig, ViTConfig, QFormerConfig, RunConfig, DatasetConfig, BuildInfo]
+)
+def test_every_key_is_documented(config: type) -> None:
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w.]+", page))
+    named |= {part for name in named for part in name.split(".")}
+    assert {f.name for f in dataclasses.fields(config)} <= named
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md", "CONTRIBUTING.md"])
+def test_local_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / target).exists(), target
