@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lavis.common.cli import run_cli, setup_logging
 from lavis.common.config import add_config_arguments
-from lavis.common.errors import DataError
+from lavis.common.errors import DataError, WeightsError
+from lavis.common.paths import is_file
 
 FIRST = "<Img><ImageHere></Img> Describe this image in detail."
 SECOND = "Is there a refrigerator in the picture? Answer yes or no."
@@ -30,7 +32,9 @@ def main() -> int:
     from lavis.datasets.media import open_image
     from lavis.models import load_model_and_preprocess
 
-    image = open_image(args.image)
+    image = open_image(Path(args.image))
+    if not is_file(Path(args.checkpoint)):
+        raise WeightsError(f"no checkpoint {args.checkpoint}")
     if "<ImageHere>" not in args.question:
         args.question = f"<Img><ImageHere></Img> {args.question}"
     model, vis_processors, _ = load_model_and_preprocess(

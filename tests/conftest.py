@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach for a hub
+torch.set_num_threads(1)  # the models are tiny; threads would wait for each other
 
+REPO = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 TOY = FIXTURES / "upstream_toy"
+DEMO = REPO / "examples" / "demo"
 
 TOY_YAML = f"""
 env: {{cache_root: {TOY / "cache"}}}
@@ -60,6 +63,14 @@ def toy_model(toy_yaml: Path) -> Any:
         cfg_path=toy_yaml,
         checkpoint=TOY / "checkpoint_9.pth",
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The toy vocabulary: 1200 ranks, then the special tokens."""
+    from lavis.processors.tokenizer import QwenTokenizer
+
+    return QwenTokenizer(TOY / "cache" / "ckpt" / "Qwen7B-chat" / "qwen.tiktoken")
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis.common.errors import ConfigError
-from lavis.common.paths import LIBRARY_ROOT
+from lavis.common.paths import LIBRARY_ROOT, is_file
 from lavis.common.registry import BUILDERS, MODELS, did_you_mean, import_plugins
-from lavis.common.schema import Config
-from lavis.common.typed import parse
+from lavis.common.schema import Config, ModelConfig
+from lavis.common.typed import convert, parse
 
 _AUTOCAST = "autocast_dtype"
 
@@ -23,14 +23,26 @@ _AUTOCAST = "autocast_dtype"
 class _Layers:
     """Configuration layers in rising priority; the last one that sets a path owns it."""
 
-    def __init__(self) -> None:
-        self._layers: list[tuple[str, DictConfig]] = []
+    def __init__(self, source: str, user: DictConfig) -> None:
+        self._source = source
+        self._layers = [(source, user)]
 
     def add(self, source: str, layer: DictConfig, *, first: bool = False) -> None:
         self._layers.insert(0 if first else len(self._layers), (source, layer))
 
-    def merged(self) -> DictConfig:
-        return cast(DictConfig, OmegaConf.merge(*(layer for _, layer in self._layers)))
+    def merged(self, *, resolve: bool = True) -> dict[str, Any]:
+        """Plain values of all layers.
+
+        Raises:
+            ConfigError: layers that do not merge, or an interpolation that leads nowhere.
+        """
+        try:
+            tree = OmegaConf.merge(*(layer for _, layer in self._layers))
+            plain = OmegaConf.to_container(tree, resolve=resolve, throw_on_missing=resolve)
+        except OmegaConfBaseException as error:
+            first, path = str(error).splitlines()[0], str(error.full_key or "")
+            raise ConfigError(f"{self.where(path)}: {path}: {first}") from error
+        return cast(dict[str, Any], plain)
 
     def where(self, path: str) -> str:
         """Source of a dotted path, for error messages."""
@@ -38,7 +50,7 @@ class _Layers:
         for source, layer in reversed(self._layers):
             if _has(OmegaConf.to_container(layer, resolve=False), keys):
                 return source
-        return self._layers[-1][0] if len(keys) <= 1 else self.where(".".join(keys[:-1]))
+        return self._source if len(keys) <= 1 else self.where(".".join(keys[:-1]))
 
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
@@ -66,10 +78,9 @@ def default_model_config(
 
 def build_config(user: DictConfig, source: str, options: Sequence[str] = ()) -> Config:
     """Put the defaults under ``user`` and the options over it, and type the result."""
-    layers = _Layers()
-    layers.add(source, user)
+    layers = _Layers(source, user)
     layers.add("--options", parse_options(options))
-    given = layers.merged()
+    given = layers.merged(resolve=False)
     known = ("model", "datasets", "run", "preprocess", "env", "imports")
     for key in given:
         if key not in known:
@@ -77,13 +88,10 @@ def build_config(user: DictConfig, source: str, options: Sequence[str] = ()) -> 
                 f"{layers.where(str(key))}: unknown section {key!r}{did_you_mean(str(key), known)} "
                 f"(known: {', '.join(known)})"
             )
-    import_plugins(OmegaConf.select(given, "imports") or ())
+    import_plugins(convert(tuple[str, ...], given.get("imports") or [], "imports", layers.where))
     _add_model_defaults(layers, given)
     _add_dataset_defaults(layers, given)
-    try:
-        tree = cast(dict[str, Any], OmegaConf.to_container(layers.merged(), resolve=True))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {error}") from error
+    tree = layers.merged()
     for section in ("model", "run"):
         tree.setdefault(section, {})
     _move_autocast_dtype(tree)
@@ -125,28 +133,31 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 
 
 def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
+    if not is_file(path):
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
         raise ConfigError(f"no configuration file {path}{near}")
     try:
         loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with the sections model, datasets and run")
     return loaded
 
 
-def _add_model_defaults(layers: _Layers, given: DictConfig) -> None:
-    arch = OmegaConf.select(given, "model.arch")
-    if arch is None:
+def _add_model_defaults(layers: _Layers, given: dict[str, Any]) -> None:
+    model = convert(dict[str, Any], given.get("model") or {}, "model", layers.where)
+    if model.get("arch") is None:
         raise ConfigError(
             f"{layers.where('model')}: model.arch is missing (known: {', '.join(MODELS.names())})"
         )
-    defaults: Mapping[str, str] = getattr(MODELS.config(arch), "DEFAULTS", {})
+    convert(str, model["arch"], "model.arch", layers.where)
+    model_class = ModelConfig.__select__(model, "model", layers.where)
+    defaults: Mapping[str, str] = getattr(model_class, "DEFAULTS", {})
     if not defaults:
         return
-    model_type = OmegaConf.select(given, "model.model_type") or next(iter(defaults))
+    model_type = model.get("model_type") or next(iter(defaults))
+    convert(str, model_type, "model.model_type", layers.where)
     if model_type not in defaults:
         raise ConfigError(
             f"{layers.where('model.model_type')}: model.model_type: unknown {model_type!r}"
@@ -156,10 +167,13 @@ def _add_model_defaults(layers: _Layers, given: DictConfig) -> None:
     layers.add(str(path), _read_yaml(path), first=True)
 
 
-def _add_dataset_defaults(layers: _Layers, given: DictConfig) -> None:
-    for name, block in (OmegaConf.select(given, "datasets") or {}).items():
-        builder = (block or {}).get("builder") or name
+def _add_dataset_defaults(layers: _Layers, given: dict[str, Any]) -> None:
+    blocks = convert(
+        dict[str, dict[str, Any]], given.get("datasets") or {}, "datasets", layers.where
+    )
+    for name, block in reversed(blocks.items()):  # each goes in front: the file's order stays
         path = f"datasets.{name}"
+        builder = convert(str, block.get("builder") or str(name), f"{path}.builder", layers.where)
         if builder not in BUILDERS:
             raise ConfigError(
                 f"{layers.where(path)}: {path}: unknown dataset builder {builder!r}"

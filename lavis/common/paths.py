@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from lavis.common.errors import LavisError
@@ -15,6 +17,11 @@ def cache_path(path: str, cache_root: str) -> Path:
     return (Path(cache_root).expanduser() / Path(path).expanduser()).absolute()
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there. A name that is too long for the file system names none."""
+    return _answers(path.is_file)
+
+
 def require(path: Path, key: str, error: type[LavisError], *, directory: bool = False) -> Path:
     """Return ``path`` if it exists.
 
@@ -26,13 +33,33 @@ def require(path: Path, key: str, error: type[LavisError], *, directory: bool = 
         LavisError: the path is missing or of the wrong kind; the message names the last part of
             the path that does exist.
     """
-    if path.is_dir() if directory else path.is_file():
+    if _answers(path.is_dir if directory else path.is_file):
         return path
     kind = "folder" if directory else "file"
-    if path.exists():
+    if _answers(path.exists):
         raise error(f"{key}: {path} is not a {kind}")
-    nearest = next(p for p in (*path.parents, Path("/")) if p.exists())
+    nearest = next(p for p in (*path.parents, Path("/")) if _answers(p.exists))
     raise error(
         f"{key}: no {kind} {path} (the nearest existing folder is {nearest}). Put it there, set "
         f"{key}, or point env.cache_root at the folder that holds your weights and data"
     )
+
+
+def require_writable(folder: Path, key: str, error: type[LavisError]) -> None:
+    """Check that a folder can be made or written to, without making it.
+
+    Raises:
+        LavisError: the message names what is in the way.
+    """
+    nearest = next(p for p in (folder, *folder.absolute().parents) if _answers(p.exists))
+    if not nearest.is_dir():
+        raise error(f"{key}: {folder} cannot be a folder, since {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise error(f"{key}: {folder} cannot be written: no permission to write to {nearest}")
+
+
+def _answers(probe: Callable[[], bool]) -> bool:
+    try:
+        return probe()
+    except OSError:
+        return False

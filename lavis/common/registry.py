@@ -87,7 +87,13 @@ class Registry(Generic[T]):
     def config(self, name: str) -> Any:
         """Return the dataclass that types the entry's configuration."""
         self.check(name)
-        return self._configs.get(name) or self.get(name).Config  # type: ignore[attr-defined]
+        config = self._configs.get(name) or getattr(self.get(name), "Config", None)
+        if config is None:
+            raise ConfigError(
+                f"{self.kind} {name!r} has no configuration: give its class a `Config` dataclass, "
+                "or register it with config=..."
+            )
+        return config
 
     def check(self, name: str) -> None:
         """Raise :class:`ConfigError` unless ``name`` is registered."""
@@ -120,6 +126,8 @@ def import_plugins(modules: Iterable[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
+        except (ValueError, TypeError) as error:  # empty or relative
+            raise ConfigError(f"imports: {module!r} is no module name such as a.b") from error
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lavis.common.errors import ConfigError
 from lavis.common.registry import BUILDERS, LR_SCHEDULERS, MODELS, PROCESSORS, RUNNERS, TASKS
-from lavis.common.typed import Where, only
+from lavis.common.typed import Where, only, require_range
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ class BuildInfo:
     annotations: dict[str, AnnotationConfig]
     images: ImagesConfig = ImagesConfig()
     max_frames: int = 32
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, "max_frames")
 
 
 @dataclass(frozen=True)
@@ -173,16 +176,23 @@ class RunConfig:
     min_len: int | None = None
 
     def __post_init__(self) -> None:
-        TASKS.check(self.task)
-        RUNNERS.check(self.runner)
-        LR_SCHEDULERS.check(self.lr_sched)
-        for name in ("max_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.beta2 < 1:
-            raise ConfigError(f"beta2 must be in [0, 1), not {self.beta2}")
-        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(f"warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
+        for name, registry in (("task", TASKS), ("runner", RUNNERS), ("lr_sched", LR_SCHEDULERS)):
+            try:
+                registry.check(getattr(self, name))
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from error
+        if not self.train_splits:
+            raise ConfigError("train_splits is empty: name at least one split, such as train")
+        require_range(
+            self, 1, "max_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters",
+            "log_freq",
+        )  # fmt: skip
+        require_range(
+            self, 0, "init_lr", "min_lr", "warmup_steps", "lr_decay_rate", "lr_layer_decay",
+            "weight_decay", "grad_norm_clip", "num_workers",
+        )  # fmt: skip
+        require_range(self, 0, "seed", below=2**32)
+        require_range(self, 0, "beta2", "warmup_ratio", below=1)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -15,7 +16,14 @@ T = TypeVar("T")
 Where = Callable[[str], str]
 """Maps a dotted path to the name of the file (or ``--options``) that set it."""
 
-_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+_EXPECTED = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    tuple: "a list",
+    dict: "a mapping",
+}
 
 
 def only(value: Any, why: str) -> Any:
@@ -26,6 +34,20 @@ def only(value: Any, why: str) -> Any:
         why: one sentence for the user: why other values are refused and what to use instead.
     """
     return dataclasses.field(default=value, metadata={"why": why})
+
+
+def require_range(config: object, least: float, *names: str, below: float = math.inf) -> None:
+    """Check that fields which are set lie in [``least``, ``below``); NaN lies nowhere.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is None or least <= value < below:
+            continue
+        wanted = f"at least {least}" if value < least else f"in [{least}, {below})"
+        raise ConfigError(f"{name} must be {wanted}, not {value}")
 
 
 def parse(cls: type[T], data: Any, path: str, where: Where) -> T:
@@ -68,6 +90,10 @@ def parse(cls: type[T], data: Any, path: str, where: Where) -> T:
     try:
         return cls(**values)
     except ConfigError as error:  # raised by __post_init__, which knows field names only
+        first = str(error).split(maxsplit=1)[0].rstrip(":")
+        if first in fields:
+            dotted = _join(path, first)
+            raise ConfigError(f"{where(dotted)}: {_join(path, error)}") from error
         raise ConfigError(f"{where(path)}: {path}: {error}") from error
 
 
@@ -123,6 +149,7 @@ def _convert_scalar(hint: Any, value: Any, path: str, where: Where) -> Any:
 
 
 def _describe(hint: Any) -> str:
+    hint = typing.get_origin(hint) or hint
     return _EXPECTED.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from lavis.common.errors import DataError
+from lavis.common.paths import is_file
 from lavis.common.types import IMAGE_PLACEHOLDER, BadSample
 from lavis.processors.conversation import Turn
 
+_NOT_JSON = (ValueError, RecursionError)  # what `json.loads` raises
 _IMAGE_SPAN = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 
 
@@ -68,8 +70,8 @@ def read_annotations(
         sample_id = f"{path.name}[{number}]"
         if isinstance(raw, dict) and "id" in raw:
             sample_id = f"{path.name}[{number}] (id {raw['id']})"
-        if isinstance(raw, str):  # a line of JSON lines that does not parse
-            yield BadSample(sample_id, raw)
+        if isinstance(raw, DataError):  # a line of JSON lines that does not parse
+            yield BadSample(sample_id, str(raw))
             continue
         try:
             yield _check_media(to_record(sample_id, _object(raw), media_root))
@@ -82,11 +84,11 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return list(_read_lines(text))
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except _NOT_JSON as error:
         raise DataError(
             f"{path} is not valid JSON: {error}. One object a line belongs in a .jsonl file"
         ) from error
@@ -98,12 +100,12 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
 
 
 def _read_lines(text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.splitlines()):
+    for number, line in enumerate(text.split("\n")):  # splitlines would cut at U+2028 in a text
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, f"not valid JSON: {error}"
+            except _NOT_JSON as error:
+                yield number, DataError(f"not valid JSON: {error}")
 
 
 def _object(raw: Any) -> dict[str, Any]:
@@ -191,6 +193,6 @@ def _record(sample_id: str, turns: list[Turn], raw: dict[str, Any], root: Path |
 
 def _check_media(record: Record) -> Record:
     for path in (*record.images, *([record.video] if record.video else [])):
-        if not path.is_file():
-            raise DataError(f"no image or video {path}")
+        if not is_file(path):
+            raise DataError(f"no image or video {path!s:.300}")
     return record

@@ -66,16 +66,23 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         """Token ids and labels of a record.
 
         Raises:
-            DataError: if truncation would leave nothing to learn from, or a video is damaged.
+            DataError: if truncation would leave nothing to learn from, a video is damaged, or the
+                text processor changes the placeholders.
         """
         turns: Sequence[Turn] = record.turns
+        images = len(record.images)
         if record.video is not None:
-            turns = record.with_frames(
-                len(frame_indices(count_frames(record.video), self.max_frames))
-            )
-        return self.encoder.encode(
+            images = len(frame_indices(count_frames(record.video), self.max_frames))
+            turns = record.with_frames(images)
+        encoded = self.encoder.encode(
             [Turn(r, self.text_processor(x)) if r == "user" else Turn(r, x) for r, x in turns]
         )
+        if encoded.num_images != images:
+            raise DataError(
+                f"the text processor leaves {encoded.num_images} of {images} image placeholders; "
+                "use base_instruction"
+            )
+        return encoded
 
     def _images(self, record: Record) -> list[Image.Image]:
         if record.video is not None:

@@ -22,8 +22,10 @@ def open_image(path: Path) -> Image.Image:
         raise DataError(f"{path} is not an image that can be read") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{path} is too large: {error}") from error
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise what their format's library does
+        raise DataError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def frame_indices(total: int, max_frames: int) -> list[int]:
@@ -41,10 +43,15 @@ def count_frames(path: Path) -> int:
     av = _import_av()
     try:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path} has no video stream")
             stream = container.streams.video[0]
-            return int(stream.frames) or sum(1 for _ in container.decode(stream))
-    except (OSError, ValueError, IndexError) as error:
+            count = int(stream.frames) or sum(1 for _ in container.decode(stream))
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a video: {error}") from error
+    if count < 1:
+        raise DataError(f"{path} has no frames")
+    return count
 
 
 def open_frames(path: Path, max_frames: int) -> list[Image.Image]:
@@ -55,14 +62,15 @@ def open_frames(path: Path, max_frames: int) -> list[Image.Image]:
     """
     wanted = frame_indices(count_frames(path), max_frames)
     frames = []
+    av = _import_av()
     try:
-        with _import_av().open(str(path)) as container:
+        with av.open(str(path)) as container:
             for i, frame in enumerate(container.decode(video=0)):
                 if i in set(wanted):
                     frames.append(frame.to_image())
                 if len(frames) == len(wanted):
                     return frames
-    except (OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a video: {error}") from error
     raise DataError(f"{path} ends after {len(frames)} of the {len(wanted)} frames wanted")
 

@@ -53,13 +53,13 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
                 )
             continue
         used.add(source.key)
-        tensor = source.cut(file[source.key])
-        if tensor.shape != parameter.shape:
+        tensor = file[source.key]
+        if tensor.shape != (shape := source.whole(parameter.shape)):
             raise WeightsError(
                 f"{file.label}: {source.key} has shape {tuple(tensor.shape)}, the model "
-                f"{tuple(parameter.shape)}: the checkpoint belongs to other encoder or LLM sizes"
+                f"{shape}: the checkpoint belongs to other encoder or LLM sizes"
             )
-        new.append((parameter, tensor))
+        new.append((parameter, source.cut(tensor)))
     left_over = [key for key in file if key not in used]
     if left_over:
         known = [FULL_MODEL.source(n).key for n, _ in model.named_parameters()]

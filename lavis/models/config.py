@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import cache_path, require
 from lavis.common.schema import ModelConfig
-from lavis.common.typed import only
+from lavis.common.typed import only, require_range
+from lavis.models.shards import find_shards
 
 Part = Literal["vit", "qformer", "llm"]
 
@@ -26,6 +27,7 @@ class ViTConfig:
     patch_size: int = 14
 
     def __post_init__(self) -> None:
+        require_range(self, 1, "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size")
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}"
@@ -44,6 +46,13 @@ class QFormerConfig:
     attention_probs_dropout_prob: float | None = None
     layer_norm_eps: float | None = None
     cross_attention_frequency: int | None = None
+
+    def __post_init__(self) -> None:
+        require_range(
+            self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "intermediate_size", "cross_attention_frequency",
+        )  # fmt: skip
+        require_range(self, 0, "hidden_dropout_prob", "attention_probs_dropout_prob", below=1)
 
 
 @dataclass(frozen=True)
@@ -118,14 +127,15 @@ class MiniGPT4QwenConfig(ModelConfig):
                 f"image_size {self.image_size} is not divisible by vit_config.patch_size "
                 f"{self.vit_config.patch_size}"
             )
-        if self.num_query_token < 1 or self.max_txt_len < 1:
-            raise ConfigError("num_query_token and max_txt_len must be positive")
+        require_range(self, 1, "image_size", "num_query_token", "max_txt_len", "lora_r")
+        require_range(self, 0, "drop_path_rate", "lora_dropout", below=1)
         if self.load_finetuned and not self.finetuned:
             raise ConfigError("load_finetuned is true but finetuned names no checkpoint")
-        if not self.freeze_vit and self.vit_precision == "fp16":
+        trained = "freeze_vit: false" if not self.freeze_vit else "unfreeze_pos_embed: true"
+        if self.vit_precision == "fp16" and (not self.freeze_vit or self.unfreeze_pos_embed):
             raise ConfigError(
-                "freeze_vit: false needs vit_precision: fp32 (fp16 weights do not train: their "
-                "updates round away); run.amp gives the speed of half precision"
+                f"{trained} needs vit_precision: fp32 (fp16 weights do not train: their updates "
+                "round away); run.amp gives the speed of half precision"
             )
 
     def is_from_scratch(self, part: Part) -> bool:
@@ -153,10 +163,7 @@ class MiniGPT4QwenConfig(ModelConfig):
         yield require(folder, "model.llm_model", WeightsError, directory=True)
         if not self.is_from_scratch("llm"):
             yield require(folder / "config.json", "model.llm_model", WeightsError)
-            if not (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
-                raise WeightsError(
-                    f"model.llm_model: {folder} holds neither *.safetensors nor *.bin files"
-                )
+            yield from find_shards(folder)
         yield require(folder / "qwen.tiktoken", "model.llm_model", WeightsError)
         if self.load_finetuned:
             yield require(self.path("finetuned", cache_root), "model.finetuned", WeightsError)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lavis.common.errors import ConfigError
+from lavis.common.errors import ConfigError, DataError
 from lavis.common.registry import did_you_mean
 from lavis.processors.conversation import SYSTEM_PROMPT, ConversationEncoder, Turn
 
@@ -65,6 +65,10 @@ class GenerationMixin:
         """
         text = samples["text"]
         prompts = [text] if isinstance(text, str) else list(text)
+        if not all(prompts):
+            raise DataError("a prompt is empty")
+        if not prompts:
+            return []
         ids = self._generate(
             [self.encoder.prompt_from_markup(prompt) for prompt in prompts],
             samples.get("image"),
@@ -117,7 +121,7 @@ class GenerationMixin:
         options: dict[str, Any],
     ) -> list[int]:
         """The prompt with as many of the latest turns as fit; turns with images always stay."""
-        room = min(options["max_window_size"], self.context - options["max_new_tokens"])
+        room = max(min(options["max_window_size"], self.context - options["max_new_tokens"]), 0)
         kept = list(history)
         while True:
             turns = [t for q, a in kept for t in (Turn("user", q), Turn("assistant", a))]
@@ -185,6 +189,13 @@ def generation_options(
             f"chat_format {options['chat_format']!r}: only chatml is supported; use a Chat model "
             "such as Qwen-7B-Chat"
         )
+    for key in ("max_new_tokens", "max_window_size", "num_beams"):
+        value = options.get(key, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"generation setting {key} must be a positive integer, not {value!r}")
+    temperature = options.get("temperature", 1.0)
+    if not isinstance(temperature, int | float) or not temperature > 0:
+        raise ConfigError(f"generation setting temperature must be positive, not {temperature!r}")
     return options
 
 

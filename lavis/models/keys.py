@@ -7,7 +7,7 @@ split in equal parts along its first dimension appears in one rule with several 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +30,10 @@ class SourceKey:
     key: str
     part: int = 0
     parts: int = 1
+
+    def whole(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of a source of which every part has the shape ``shape``."""
+        return tuple(shape) if self.parts == 1 else (shape[0] * self.parts, *shape[1:])
 
     def cut(self, tensor: Tensor) -> Tensor:
         """The part of a source tensor, as a view."""

@@ -22,6 +22,7 @@ from lavis.common.types import IGNORE_INDEX, Batch
 from lavis.models.checkpoint import load_model_state
 from lavis.models.config import MiniGPT4QwenConfig
 from lavis.models.eva import build_vit, load_vit
+from lavis.models.frozen_linear import widen_frozen_linears
 from lavis.models.generation import GenerationMixin
 from lavis.models.keys import QFORMER
 from lavis.models.qformer import build_qformer, qformer_config
@@ -128,6 +129,7 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
             add_lora(llm, config.lora)
             llm.to(device)
         own_trainable(model)
+        widen_frozen_linears(model)
         if config.load_finetuned:
             model.load_checkpoint(config.path("finetuned", cache_root))
         if config.llm_device_map == "auto":
@@ -169,7 +171,17 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         return LossOutput(loss_sum, len(targets))
 
     def encode_vit(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, H, W) normalized images -> (N, 1 + patches, width) of the last ViT block."""
+        """(N, 3, H, W) normalized images -> (N, 1 + patches, width) of the last ViT block.
+
+        Raises:
+            DataError: images of another shape.
+        """
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+            raise DataError(
+                f"images have the shape {tuple(pixel_values.shape)}, not (N, 3, {size}, {size}) as "
+                "model.image_size wants; check vis_processor.image_size"
+            )
         amp = torch.is_autocast_enabled(self.device.type) and self.config.enable_autocast
         with torch.autocast(self.device.type, enabled=amp):
             weight = self.visual_encoder.patch_embed.proj.weight

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.typed import parse
 from lavis.models.config import QFormerConfig
 
 _FROM_BERT = (
@@ -35,10 +36,12 @@ def qformer_config(
     if bert_config.is_file():
         try:
             file = json.loads(bert_config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise WeightsError(f"{bert_config} is not valid JSON: {error}") from error
-        sizes = {key: file[key] for key in _FROM_BERT if key in file}
+            file = {key: value for key, value in dict(**file).items() if key in _FROM_BERT}
+            sizes = dataclasses.asdict(parse(QFormerConfig, file, "", lambda _: str(bert_config)))
+        except (ValueError, TypeError) as error:
+            raise WeightsError(f"{bert_config} is not a JSON object: {error}") from error
     sizes |= {k: v for k, v in dataclasses.asdict(overrides).items() if v is not None}
+    sizes = {k: v for k, v in sizes.items() if v is not None}
     config = Blip2QFormerConfig(**sizes, encoder_hidden_size=encoder_width)
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(

@@ -26,7 +26,7 @@ _QWEN_DEFAULTS: dict[str, Any] = {
     "no_bias": True,
     "num_attention_heads": 32,
     "num_hidden_layers": 32,
-    "rotary_emb_base": 10000,
+    "rotary_emb_base": 10000.0,
     "rotary_pct": 1.0,
     "scale_attn_weights": True,
     "seq_length": 8192,
@@ -71,15 +71,16 @@ def read_spec(folder: Path, overrides: dict[str, Any] | None, *, need_file: bool
     original = dict(_QWEN_DEFAULTS)
     if path.is_file():
         try:
-            original |= json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise WeightsError(f"{path} is not valid JSON: {error}") from error
+            original = {**original, **json.loads(path.read_text(encoding="utf-8"))}
+        except (ValueError, TypeError) as error:
+            raise WeightsError(f"{path} is not a JSON object: {error}") from error
     elif need_file:
         raise WeightsError(f"model.llm_model: no file {path}")
     for key in overrides or {}:
         if key not in original:
             raise ConfigError(f"model.llm_config: unknown key {key!r}{did_you_mean(key, original)}")
     original |= overrides or {}
+    _check_types(original, path)
     if overrides and "kv_channels" not in overrides:
         original["kv_channels"] = original["hidden_size"] // original["num_attention_heads"]
     for key, value in _FIXED.items():
@@ -111,6 +112,18 @@ def read_spec(folder: Path, overrides: dict[str, Any] | None, *, need_file: bool
     )
     config._attn_implementation = "sdpa"
     return QwenSpec(config, original["seq_length"], original)
+
+
+def _check_types(original: dict[str, Any], path: Path) -> None:
+    for key, default in _QWEN_DEFAULTS.items():
+        value, kind = original[key], type(default)
+        is_bool = isinstance(value, bool)
+        fits = isinstance(value, int | float if kind is float else kind) and is_bool == (
+            kind is bool
+        )
+        if not fits or (kind in (int, float) and value <= 0):
+            wanted = "a positive number" if kind in (int, float) else f"of type {kind.__name__}"
+            raise ConfigError(f"{path} and model.llm_config: {key} must be {wanted}, not {value!r}")
 
 
 def load_llm(

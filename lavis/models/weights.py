@@ -6,19 +6,21 @@ mapped file, so that loading a 15 GB model takes no second 15 GB and pages come 
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lavis.common.errors import WeightsError
-from lavis.models.keys import KeyMap, SourceKey
+from lavis.models.keys import KeyMap
+from lavis.models.shards import find_shards
 
 logger = logging.getLogger(__name__)
 _SHOWN = 8  # names listed in one message
@@ -60,8 +62,7 @@ def load_pickle(path: Path) -> object:
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} is refused: it holds Python objects other than tensors and plain values, "
-            "which could run code when loaded, or it is damaged. "
-            f"PyTorch says: {_first_line(error)}"
+            f"which could run code when loaded, or it is damaged ({_reason(error)})"
         ) from error
     except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
         # files of PyTorch < 1.6 cannot be mapped
@@ -69,7 +70,7 @@ def load_pickle(path: Path) -> object:
             return _load_legacy(path)
         raise WeightsError(
             f"{path} is damaged or no PyTorch file ({path.stat().st_size:,} bytes): "
-            f"{_first_line(error)}. Download it again"
+            f"{_reason(error)}. Download it again"
         ) from error
 
 
@@ -79,7 +80,7 @@ def _load_legacy(path: Path) -> object:
     except Exception as error:
         raise WeightsError(
             f"{path} is damaged, no PyTorch file, or holds objects that could run code: "
-            f"{_first_line(error)}"
+            f"{_reason(error)}"
         ) from error
 
 
@@ -88,32 +89,16 @@ def open_pth(path: Path) -> WeightFile:
     loaded = load_pickle(path)
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
         loaded = loaded["model"]
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+    if not is_state_dict(loaded):
         raise WeightsError(f"{path} holds no state dict (names and tensors)")
     return WeightFile.of(str(path), loaded)
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """Weight files of a language model: safetensors if there are any, else ``.bin``.
-
-    Raises:
-        WeightsError: there are none, or one that the index names is missing.
-    """
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        shards = sorted(folder.glob(pattern))
-        for index in folder.glob(f"{pattern.removesuffix('.bin').rstrip('*')}*.index.json"):
-            if index.name.startswith("model") != pattern.startswith("model"):
-                continue
-            named = {folder / f for f in json.loads(index.read_text())["weight_map"].values()}
-            if absent := sorted(named - set(shards)):
-                raise WeightsError(
-                    f"{index} names {len(named)} files, {len(absent)} of them missing: "
-                    + ", ".join(p.name for p in absent[:_SHOWN])
-                )
-            shards = sorted(named)
-        if shards:
-            return shards
-    raise WeightsError(f"{folder} holds neither model*.safetensors nor pytorch_model*.bin")
+def is_state_dict(value: object) -> TypeGuard[dict[str, Tensor]]:
+    """Whether a value is a mapping of names to tensors."""
+    return isinstance(value, dict) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()
+    )
 
 
 def open_shards(folder: Path) -> WeightFile:
@@ -178,16 +163,20 @@ def load_weights(
     if missing or left_over:
         raise WeightsError(f"{source.label} does not fit: " + _mismatch(missing, left_over))
     loaded: dict[str, Tensor] = {}
-    wrong: list[str] = []
+    misfits: dict[str, str] = {}
     for name, key in wanted.items():
-        tensor = _take(source, key, adapt)
-        if tensor.shape != targets[name].shape:
-            wrong.append(f"{key.key} {tuple(tensor.shape)}, not {tuple(targets[name].shape)}")
+        tensor = source[key.key]
+        if adapt is not None:
+            tensor = adapt(key.key, tensor)
+        if tensor.shape != (shape := key.whole(targets[name].shape)):
+            misfits[key.key] = f"{key.key} {tuple(tensor.shape)}, not {shape}"
             continue
+        tensor = key.cut(tensor)
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         loaded[name] = tensor.to(device)
-    if wrong:
+    if misfits:
+        wrong = list(misfits.values())
         shown = "; ".join(wrong[:_SHOWN]) + (
             f"; and {len(wrong) - _SHOWN} more" * (len(wrong) > _SHOWN)
         )
@@ -202,15 +191,6 @@ def own_trainable(module: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _take(
-    source: WeightFile, key: SourceKey, adapt: Callable[[str, Tensor], Tensor] | None
-) -> Tensor:
-    tensor = source[key.key]
-    if adapt is not None:
-        tensor = adapt(key.key, tensor)
-    return key.cut(tensor)
-
-
 def _mismatch(missing: list[str], left_over: list[str]) -> str:
     parts = []
     for what, names in (("missing", missing), ("not part of the model", left_over)):
@@ -220,5 +200,13 @@ def _mismatch(missing: list[str], left_over: list[str]) -> str:
     return "; ".join(parts)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """What is wrong, without PyTorch's advice on how to load the file all the same."""
+    paragraphs = [p.strip() for p in str(error).split("\n\n") if p.strip()]
+    if len(paragraphs) > 1 and paragraphs[0].startswith("Weights only load failed"):
+        del paragraphs[0]
+    return (
+        re.split(r"\.\s|\n", paragraphs[0])[0].rstrip(".")[:200]
+        if paragraphs
+        else type(error).__name__
+    )

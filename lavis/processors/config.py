@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lavis.common.errors import ConfigError
 from lavis.common.schema import ProcessorConfig
+from lavis.common.typed import only
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -26,6 +27,8 @@ class ImageEvalConfig(ProcessorConfig):
             value = getattr(self, name)
             if value is not None and len(value) != 3:
                 raise ConfigError(f"{name} must have 3 values, not {len(value)}")
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError(f"std must be positive, not {list(self.std)}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class BaseInstructionConfig(ProcessorConfig):
     """``base_instruction``: text unchanged. ``max_words`` is the original's and had no effect."""
 
     max_words: int = 100
+    prompt: str = only("", "base_instruction leaves text unchanged; write it into the annotations")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class BaseTextConfig(ProcessorConfig):
     """``base_text``: lower case, at most ``max_words`` words."""
 
     max_words: int = 50
+    prompt: str = only("", "base_text puts nothing in front; use blip_caption")
 
 
 @dataclass(frozen=True)

@@ -87,4 +87,8 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             raise WeightsError(f"{path}:{number}: not a base64 token and its rank") from error
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise WeightsError(f"{path}: the ranks are not 0 to {len(ranks) - 1} without gaps")
+    if absent := sum(bytes([byte]) not in ranks for byte in range(256)):
+        raise WeightsError(
+            f"{path} lacks {absent} of the 256 single bytes: cut short, or no vocabulary of Qwen"
+        )
     return ranks

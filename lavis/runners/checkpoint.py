@@ -12,13 +12,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 import lavis
 from lavis.common.errors import WeightsError
-from lavis.models.weights import load_pickle
+from lavis.common.paths import is_file
+from lavis.models.weights import is_state_dict, load_pickle
 
 _PACKAGES = ("torch", "transformers", "timm", "tiktoken", "safetensors")
 
@@ -100,17 +101,17 @@ def read_checkpoint(path: Path, steps_per_epoch: int) -> tuple[dict[str, Any], P
     Raises:
         WeightsError: the file is missing, damaged, no checkpoint, or of another batch plan.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise WeightsError(f"run.resume_ckpt_path: no checkpoint {path}")
     content = load_pickle(path)
-    if not isinstance(content, dict) or not {"model", "optimizer", "epoch"} <= set(content):
+    if not _is_checkpoint(content):
         raise WeightsError(
-            f"{path} cannot be resumed: it has no `model`, `optimizer` and `epoch`. To start from "
-            "its weights alone, set model.load_finetuned and model.finetuned"
+            f"{path} cannot be resumed: its `model`, `optimizer` and `epoch` are missing or "
+            "damaged. To start from its weights alone, set model.load_finetuned and model.finetuned"
         )
     if "progress" not in content:
         return content, Progress((content["epoch"] + 1) * steps_per_epoch, steps_per_epoch)
-    progress = Progress(**content["progress"])
+    progress = _progress(path, content["progress"])
     if progress.steps_per_epoch != steps_per_epoch:
         if progress.step % progress.steps_per_epoch:
             raise WeightsError(
@@ -120,6 +121,25 @@ def read_checkpoint(path: Path, steps_per_epoch: int) -> tuple[dict[str, Any], P
             )
         progress = Progress(progress.epochs_done * steps_per_epoch, steps_per_epoch)
     return content, progress
+
+
+def _is_checkpoint(content: object) -> TypeGuard[dict[str, Any]]:
+    return (
+        isinstance(content, dict)
+        and is_state_dict(content.get("model"))
+        and isinstance(content.get("optimizer"), dict)
+        and isinstance(content.get("epoch"), int)
+    )
+
+
+def _progress(path: Path, entry: Any) -> Progress:
+    try:
+        progress = Progress(**entry)
+    except TypeError as error:
+        raise WeightsError(f"{path}: its `progress` is damaged: {entry!r:.200}") from error
+    if progress.step < 0 or progress.steps_per_epoch < 1:
+        raise WeightsError(f"{path}: its `progress` is damaged: {entry!r:.200}")
+    return progress
 
 
 def software_versions() -> dict[str, str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import OmegaConf
@@ -85,7 +86,10 @@ class RunnerBase:
         if self.run.resume_ckpt_path is not None:
             self._resume(Path(self.run.resume_ckpt_path))
         self.folder = Path(self.run.output_dir) / job_id
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run.output_dir: {self.folder} cannot be made: {error}") from error
         OmegaConf.save(OmegaConf.create(config.tree), self.folder / "config.yaml")
 
     def train(self) -> Path:
@@ -101,13 +105,18 @@ class RunnerBase:
         total = self.run.max_epoch * self.plan.steps_per_epoch
         watch = Watch(self.folder, total, self.step, self.run.log_freq)
         first = self.step
+        if first >= total:
+            logger.warning(
+                "nothing left to train: %d of %d steps are done; raise run.max_epoch", first, total
+            )
         try:
             with self._catch_signals():
                 for epoch in range(self.step // self.plan.steps_per_epoch, self.run.max_epoch):
                     self._train_epoch(epoch, watch)
+                    if self.step == (epoch + 1) * self.plan.steps_per_epoch:
+                        self._save_epoch(epoch, watch)
                     if self.interrupted:
                         return self._save_latest()
-                    self._save_epoch(epoch, watch)
         except BaseException as error:
             if self.step > first:
                 watch.flush()
@@ -152,17 +161,15 @@ class RunnerBase:
             self.scaler.scale(output.loss_sum / supervised).backward()
             loss_sum += output.loss_sum.item()
             if not math.isfinite(loss_sum):
-                self.optimizer.zero_grad(set_to_none=True)
-                raise LavisError(
-                    f"the loss of step {self.step} is not finite; samples of the micro-batch: "
-                    f"{', '.join(batch.sample_ids)}. Lower run.init_lr, or use bf16"
-                )
+                self._refuse_step("loss", batch.sample_ids)
         grad_norm = 0.0
         if micro_batches:
             self.scaler.unscale_(self.optimizer)
             grad_norm = float(
                 nn.utils.clip_grad_norm_(self.trained, self.run.grad_norm_clip or math.inf)
             )
+            if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
+                self._refuse_step("gradient", [s for b in micro_batches for s in b.sample_ids])
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
@@ -177,6 +184,13 @@ class RunnerBase:
             grad_norm=grad_norm,
         )
         self.step += 1
+
+    def _refuse_step(self, what: str, sample_ids: Sequence[str]) -> NoReturn:
+        self.optimizer.zero_grad(set_to_none=True)
+        raise LavisError(
+            f"the {what} of step {self.step} is not finite; samples: {', '.join(sample_ids)}. "
+            "Lower run.init_lr, or use bf16"
+        )
 
     def _loader(self, epoch: int, first_step: int) -> DataLoader[Any]:
         return DataLoader(
@@ -222,13 +236,17 @@ class RunnerBase:
         content, progress = read_checkpoint(path, self.plan.steps_per_epoch)
         assign_model_state(self.model, WeightFile.of(str(path), content["model"]))
         if content["optimizer"]:
+            groups = self.optimizer.param_groups
+            options = [{k: v for k, v in g.items() if k != "params"} for g in groups]
             try:
                 self.optimizer.load_state_dict(content["optimizer"])
-            except ValueError as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise LavisError(
                     f"{path}: its optimizer belongs to other trainable parameters ({error}); "
                     "the freeze_* settings differ"
                 ) from error
+            for group, own in zip(self.optimizer.param_groups, options, strict=True):
+                group.update(own)  # the configuration decides, and the original has no lr_scale
         else:
             logger.warning("%s holds no optimizer state: AdamW starts afresh", path)
         if self.scaler.is_enabled() and content.get("scaler"):
@@ -237,11 +255,10 @@ class RunnerBase:
         logger.info("resumed from %s at step %d", path, self.step)
 
     def _how_to_resume(self) -> str:
-        path = self.folder / "checkpoint_latest.pth"
-        return (
-            f"resume with: python train.py --cfg-path {self.config.source} "
-            f"--options run.resume_ckpt_path={path}"
-        )
+        # The folder's own configuration holds what --options said, too.
+        config, path = self.folder / "config.yaml", self.folder / "checkpoint_latest.pth"
+        command = ["python", "train.py", "--cfg-path", str(config)]
+        return "resume with: " + shlex.join([*command, "--options", f"run.resume_ckpt_path={path}"])
 
     @contextmanager
     def _catch_signals(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,11 @@ class Watch:
         self._reset()
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write one JSON line."""
-        self._log.write(json.dumps({"time": time.time(), **line}) + "\n")
+        """Write one JSON line. A number that is not finite becomes null, as JSON has none."""
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+        }
+        self._log.write(json.dumps({"time": time.time(), **finite}) + "\n")
         self._log.flush()
 
     def close(self) -> None:

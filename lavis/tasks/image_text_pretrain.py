@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from lavis.common.errors import ConfigError
+from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.paths import is_file, require_writable
 from lavis.common.registry import BUILDERS, MODELS
 from lavis.common.schema import Config
 from lavis.common.types import Batch
@@ -34,8 +36,13 @@ class ImageTextPretrainTask:
         if not self.config.datasets:
             raise ConfigError("datasets is empty: name at least one data set")
         self.config.model.check_files(self.config.env.cache_root)
+        run = self.config.run
         for builder in self._builders():
-            builder.check_paths(self.config.run.train_splits)
+            builder.check_paths(run.train_splits)
+        self._check_image_sizes()
+        if run.resume_ckpt_path is not None and not is_file(Path(run.resume_ckpt_path)):
+            raise WeightsError(f"run.resume_ckpt_path: no checkpoint {run.resume_ckpt_path}")
+        require_writable(Path(run.output_dir), "run.output_dir", ConfigError)
 
     def build_datasets(self) -> Dataset[Any]:
         """Read and check all annotations; the training splits end to end.
@@ -65,6 +72,18 @@ class ImageTextPretrainTask:
     def train_step(self, model: nn.Module, batch: Batch) -> Any:
         """Summed loss of one micro-batch, a :class:`LossOutput`."""
         return model(batch)
+
+    def _check_image_sizes(self) -> None:
+        wanted = getattr(self.config.model, "image_size", None)
+        for name, block in self.config.datasets.items():
+            chosen = block.vis_processor.train or self.config.preprocess.vis_processor.train
+            size = getattr(chosen, "image_size", wanted)
+            if size != wanted:
+                section = f"datasets.{name}" if block.vis_processor.train else "preprocess"
+                raise ConfigError(
+                    f"{self.config.source}: {section}.vis_processor.train.image_size is {size}, "
+                    f"but model.image_size is {wanted}; they must be equal"
+                )
 
     def _builders(self) -> list[Any]:
         return [

@@ -1,0 +1,274 @@
+"""Annotation files: what is read, and what is said about records that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lavis.common.errors import DataError
+from lavis.common.types import BadSample
+from lavis.datasets.annotations import Record, read_annotations
+from lavis.processors.conversation import Turn
+
+ASK = "<Img><ImageHere></Img> What?"
+
+
+@pytest.fixture()
+def media(tmp_path: Path) -> Path:
+    folder = tmp_path / "图 片"
+    folder.mkdir()
+    for name in ("a.png", "猫.png"):
+        Image.new("RGB", (2, 2)).save(folder / name)
+    (folder / "v.mp4").write_bytes(b"")
+    return folder
+
+
+def read(
+    media: Path | None, content: Any, record_format: str = "minigpt4qwen", name: str = "ann.json"
+) -> list[Record | BadSample]:
+    assert media is not None
+    path = media.parent / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        path.write_text(text, encoding="utf-8")
+    return list(read_annotations(path, media, record_format))
+
+
+def reason(media: Path, record: Any, record_format: str = "minigpt4qwen") -> str:
+    (bad,) = read(media, [record], record_format)
+    assert isinstance(bad, BadSample)
+    assert bad.sample_id.startswith("ann.json[0]")
+    return bad.reason
+
+
+# --- what is read ---------------------------------------------------------------------------
+
+
+def test_one_turn(media: Path) -> None:
+    assert read(media, [{"image": "a.png", "instruction": ASK, "output": "A cat."}]) == [
+        Record(
+            "ann.json[0]",
+            (Turn("user", ASK), Turn("assistant", "A cat.")),
+            images=(media / "a.png",),
+        )
+    ]
+
+
+def test_several_turns_and_images(media: Path) -> None:
+    record = {
+        "id": 7,
+        "image": ["a.png", "猫.png"],
+        "instruction": [ASK, "And here? <ImageHere>"],
+        "output": ["one", "two"],
+    }
+    assert read(media, [record]) == [
+        Record(
+            "ann.json[0] (id 7)",
+            (
+                Turn("user", ASK),
+                Turn("assistant", "one"),
+                Turn("user", "And here? <ImageHere>"),
+                Turn("assistant", "two"),
+            ),
+            images=(media / "a.png", media / "猫.png"),
+        )
+    ]
+
+
+def test_text_only_needs_no_folder(media: Path) -> None:
+    path = media.parent / "ann.json"
+    path.write_text('[{"instruction": "q", "output": "a"}]')
+    (record,) = read_annotations(path, None, "minigpt4qwen")
+    assert record == Record("ann.json[0]", (Turn("user", "q"), Turn("assistant", "a")))
+
+
+def test_video(media: Path) -> None:
+    (record,) = read(media, [{"video": "v.mp4", "instruction": ASK, "output": "A cat."}])
+    assert isinstance(record, Record)
+    assert record.video == media / "v.mp4"
+    assert record.with_frames(3)[0].text == "<Img><ImageHere><ImageHere><ImageHere></Img> What?"
+
+
+def test_llava_format(media: Path) -> None:
+    record = {
+        "id": "x1",
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat?"},
+            {"from": "gpt", "value": "A <image> of a cat."},
+        ],
+    }
+    assert read(media, [record], "llava") == [
+        Record(
+            "ann.json[0] (id x1)",
+            (
+                Turn("user", "<Img><ImageHere></Img>\nWhat?"),
+                Turn("assistant", "A <image> of a cat."),
+            ),
+            images=(media / "a.png",),
+        )
+    ]
+
+
+def test_list_under_annotations_and_byte_order_mark(media: Path) -> None:
+    content = '\ufeff{"annotations": [{"instruction": "q", "output": "a"}]}'
+    assert len(read(media, content)) == 1
+
+
+@pytest.mark.parametrize("name", ["ann.jsonl", "ann.JSONL"])
+def test_json_lines(media: Path, name: str) -> None:
+    lines = (
+        '{"instruction": "one\u2028two", "output": "a\x85b"}\r\n'
+        "\n"
+        "{broken\n"
+        '"a text"\n'
+        '{"instruction": "q", "output": "a"}'
+    )
+    good, broken, text, last = read(media, lines, name=name)
+    assert isinstance(good, Record)
+    assert [turn.text for turn in good.turns] == ["one\u2028two", "a\x85b"]
+    assert isinstance(broken, BadSample)
+    assert broken.sample_id == f"{name}[2]"
+    assert broken.reason.startswith("not valid JSON: Expecting property name")
+    assert text == BadSample(f"{name}[3]", "must be an object, not str")
+    assert isinstance(last, Record)
+
+
+# --- records that cannot be used ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("text", "must be an object, not str"),
+        (None, "must be an object, not NoneType"),
+        ([], "must be an object, not list"),
+        ({}, "`instruction` must be a text or a list of texts, not None"),
+        ({"instruction": "q"}, "`output` must be a text or a list of texts, not None"),
+        ({"instruction": [], "output": []}, "`instruction` must be a text or a list of texts, no"),
+        ({"instruction": "q", "output": 5}, "`output` must be a text or a list of texts, not 5"),
+        ({"instruction": ["q", 3], "output": "a"}, "`instruction` must be a text or a list of te"),
+        ({"instruction": ["q", "r"], "output": "a"}, "2 instructions but 1 outputs"),
+        ({"instruction": "q", "output": " \n"}, "the answer of turn 1 is empty"),
+        ({"instruction": ["q", "r"], "output": ["a", ""]}, "the answer of turn 2 is empty"),
+        (
+            {"conversations": []},
+            "has `conversations` but no `instruction`: set the data set's format: llava",
+        ),
+        (
+            {"image": "a.png", "instruction": ASK + ASK, "output": "a"},
+            "2 <ImageHere> placeholders in the instruction but 1 image; the numbers must be equal",
+        ),
+        (
+            {"image": ["a.png", "a.png"], "instruction": ASK, "output": "a"},
+            "1 <ImageHere> placeholder in the instruction but 2 images; the numbers must be equal",
+        ),
+        (
+            {"image": "a.png", "instruction": "q", "output": ASK},
+            "0 <ImageHere> placeholders in the instruction but 1 image; the numbers must be equal",
+        ),
+        (
+            {"instruction": ASK, "output": "a"},
+            "1 <ImageHere> placeholder in the instruction but 0 images; the numbers must be equal",
+        ),
+        (
+            {"video": "v.mp4", "instruction": "q", "output": "a"},
+            "0 <ImageHere> placeholders in the instruction but 1 video; the numbers must be equal",
+        ),
+        (
+            {"video": "v.mp4", "image": "a.png", "instruction": ASK, "output": "a"},
+            "has both `image` and `video`; give one of them",
+        ),
+        (
+            {"image": 3, "instruction": ASK, "output": "a"},
+            "an image or video must be a file name, not 3",
+        ),
+        (
+            {"image": [["a.png"]], "instruction": ASK, "output": "a"},
+            "an image or video must be a file name, not ['a.png']",
+        ),
+    ],
+)
+def test_bad_record(media: Path, record: Any, message: str) -> None:
+    assert reason(media, record).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "`conversations` must be a list of messages"),
+        ("q", "`conversations` must be a list of messages"),
+        (["q"], "must be an object, not str"),
+        ([{"from": "human", "value": "q"}], "the last question has no answer"),
+        (
+            [{"from": "system", "value": "q"}],
+            "message 0 must have `from: human` and a text `value`, not from 'system'",
+        ),
+        (
+            [{"from": "human", "value": "q"}, {"from": "human", "value": "q"}],
+            "message 1 must have `from: gpt` and a text `value`, not from 'human'",
+        ),
+        (
+            [{"from": "human", "value": 3}],
+            "message 0 must have `from: human` and a text `value`",
+        ),
+    ],
+)
+def test_bad_llava_record(media: Path, messages: Any, message: str) -> None:
+    assert reason(media, {"conversations": messages}, "llava").startswith(message)
+
+
+@pytest.mark.parametrize("name", ["none.png", ".", "x/y.png", "a\0.png", "\ud800.png", "x" * 5000])
+def test_image_that_is_not_there(media: Path, name: str) -> None:
+    record = {"image": name, "instruction": ASK, "output": "a"}
+    (bad,) = read(media, json.dumps([record]))
+    assert isinstance(bad, BadSample)
+    assert bad.reason.startswith(f"no image or video {media}")
+
+
+def test_image_without_a_folder(media: Path) -> None:
+    path = media.parent / "ann.json"
+    path.write_text(json.dumps([{"image": "a.png", "instruction": ASK, "output": "a"}]))
+    (bad,) = read_annotations(path, None, "minigpt4qwen")
+    assert bad == BadSample(
+        "ann.json[0]", "has an image, but the data set has no build_info.images.storage"
+    )
+
+
+def test_good_records_around_a_bad_one(media: Path) -> None:
+    good = {"instruction": "q", "output": "a"}
+    kinds = [type(r) for r in read(media, [good, {}, good])]
+    assert kinds == [Record, BadSample, Record]
+
+
+# --- files that cannot be read --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", " is not valid JSON: Expecting value: line 1 column 1 (char 0). One object a line "),
+        (b"[1,]", " is not valid JSON: "),
+        (b'{"a": 1}\n{"a": 2}', " is not valid JSON: Extra data: line 2 column 1 (char 9). One o"),
+        (b"[" * 100_000, " is not valid JSON: "),
+        (b"[" + b"1" * 5000 + b"]", " is not valid JSON: "),
+        ('[{"a": "é"}]'.encode("latin-1"), " is not UTF-8 text: "),
+        ("[]".encode("utf-16"), " is not UTF-8 text: "),
+        (b'{"a": 1}', " must hold a list of records, not dict"),
+        (b'"a"', " must hold a list of records, not str"),
+    ],
+)
+def test_unreadable_file(media: Path, content: bytes, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(media, content)
+    assert str(caught.value).startswith(f"{media.parent / 'ann.json'}{message}")
+
+
+def test_empty_list(media: Path) -> None:
+    assert read(media, []) == []

@@ -1,0 +1,291 @@
+"""The instruction data set and its builder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lavis.common.errors import ConfigError, DataError
+from lavis.common.schema import (
+    AnnotationConfig,
+    BuildInfo,
+    DatasetConfig,
+    ImagesConfig,
+    PreprocessConfig,
+    SplitProcessors,
+)
+from lavis.common.types import BadSample, Batch, Sample
+from lavis.datasets.builders import InstructionBuilder
+from lavis.datasets.collate import collate
+from lavis.datasets.instruction import InstructionDataset, augmentation_seed
+from lavis.datasets.plan import BatchPlan, PlanSampler
+from lavis.processors.config import BlipCaptionConfig, ImageEvalConfig, ImageTrainConfig
+from lavis.processors.conversation import ConversationEncoder
+
+ASK = "<Img><ImageHere></Img> a"
+
+
+@pytest.fixture()
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(6):
+        Image.effect_noise((20, 20), 40 + i).convert("RGB").save(folder / f"{i}.png")
+    records: list[dict[str, Any]] = [
+        {"image": f"{i}.png", "instruction": ASK, "output": "b" * (i + 1)} for i in range(6)
+    ]
+    records.append(
+        {"image": ["0.png", "1.png"], "instruction": ASK + ASK, "output": "b", "id": "two"}
+    )
+    records.append({"instruction": "a", "output": "b", "id": "text"})
+    (tmp_path / "ann.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+def builder(root: Path, *files: str, **block: Any) -> InstructionBuilder:
+    return InstructionBuilder(
+        "demo",
+        DatasetConfig(
+            BuildInfo({"train": AnnotationConfig(files or "ann.json")}, ImagesConfig("images")),
+            **block,
+        ),
+        PreprocessConfig(
+            SplitProcessors(
+                train=ImageTrainConfig("blip2_image_train", 14),
+                eval=ImageEvalConfig("blip_image_eval", 14),
+            )
+        ),
+        str(root),
+    )
+
+
+def build(
+    root: Path, tokenizer: Any, *files: str, on_bad: str = "error", **block: Any
+) -> InstructionDataset:
+    encoder = ConversationEncoder(tokenizer, num_query_token=2, max_txt_len=64)
+    return builder(root, *files, **block).build("train", encoder, train=True, seed=3, on_bad=on_bad)
+
+
+def add(root: Path, *records: dict[str, Any]) -> None:
+    path = root / "ann.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) + list(records)))
+
+
+# --- samples --------------------------------------------------------------------------------
+
+
+def test_sample(root: Path, tokenizer: Any) -> None:
+    dataset = build(root, tokenizer)
+    assert len(dataset) == 8
+    sample = dataset[0, 2]
+    assert isinstance(sample, Sample)
+    assert sample.sample_id == "ann.json[2]"
+    assert sample.pixel_values.shape == (1, 3, 14, 14)
+    assert sample.input_ids.dtype == sample.labels.dtype == torch.int64
+    wanted = dataset.encode(dataset.records[2])
+    assert sample.input_ids.tolist() == wanted.input_ids
+    assert sample.labels.tolist() == wanted.labels
+
+
+def test_two_images_and_none(root: Path, tokenizer: Any) -> None:
+    dataset = build(root, tokenizer)
+    two, text = dataset[0, 6], dataset[0, 7]
+    assert isinstance(two, Sample)
+    assert isinstance(text, Sample)
+    assert (two.sample_id, text.sample_id) == ("ann.json[6] (id two)", "ann.json[7] (id text)")
+    assert two.pixel_values.shape == (2, 3, 14, 14)
+    assert len(text.pixel_values) == 0
+
+
+def test_several_files_end_to_end(root: Path, tokenizer: Any) -> None:
+    (root / "more.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    dataset = build(root, tokenizer, "ann.json", "more.jsonl")
+    assert len(dataset) == 9
+    assert dataset.records[8].sample_id == "more.jsonl[0]"
+
+
+# --- augmentation ---------------------------------------------------------------------------
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(root: Path, tokenizer: Any) -> None:
+    dataset = build(root, tokenizer)
+
+    def pixels(epoch: int, index: int) -> torch.Tensor:
+        sample = dataset[epoch, index]
+        assert isinstance(sample, Sample)
+        return sample.pixel_values
+
+    first = pixels(0, 3)
+    torch.manual_seed(99)
+    torch.rand(7)
+    state = torch.random.get_rng_state()
+    assert torch.equal(pixels(0, 3), first)
+    assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's draws are moved
+    assert not torch.equal(pixels(1, 3), first)
+    dataset.seed = 4
+    assert not torch.equal(pixels(0, 3), first)
+    two = pixels(0, 6)
+    assert not torch.equal(two[0], two[1])
+
+
+def test_augmentation_seeds_differ() -> None:
+    seeds = {augmentation_seed(s, e, i) for s in range(5) for e in range(5) for i in range(20)}
+    assert len(seeds) == 500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert augmentation_seed(1, 23, 4) != augmentation_seed(12, 3, 4)
+
+
+def test_workers_change_nothing(root: Path, tokenizer: Any) -> None:
+    dataset = build(root, tokenizer)
+    plan = BatchPlan(len(dataset), batch_size=3, accumulation=1, seed=3)
+
+    def batches(workers: int) -> list[Batch]:
+        return list(
+            DataLoader(
+                dataset,
+                batch_sampler=PlanSampler(plan.micro_batches(1)),
+                collate_fn=collate,
+                num_workers=workers,
+            )
+        )
+
+    alone, shared = batches(0), batches(2)
+    assert len(alone) == len(shared) == 3
+    for one, other in zip(alone, shared, strict=True):
+        assert one.sample_ids == other.sample_ids
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.pixel_values, other.pixel_values)
+
+
+# --- bad samples ----------------------------------------------------------------------------
+
+
+def test_bad_samples_are_refused_by_name(root: Path, tokenizer: Any) -> None:
+    add(
+        root,
+        {"image": "none.png", "instruction": ASK, "output": "b"},
+        {"instruction": "a " * 99, "output": "b", "id": "long"},
+    )
+    with pytest.raises(DataError) as caught:
+        build(root, tokenizer)
+    first, *rest = str(caught.value).splitlines()
+    assert first == (
+        "datasets.demo, split 'train': 2 of 10 records cannot be used "
+        "(run.on_bad_sample: skip leaves them out):"
+    )
+    assert rest[0] == f"  ann.json[8]: no image or video {root / 'images' / 'none.png'}"
+    assert rest[1].startswith("  ann.json[9] (id long): no answer to learn from: the first answer ")
+    assert len(rest) == 2
+
+
+def test_bad_samples_are_left_out(
+    root: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(root, {"instruction": "a", "output": ""})
+    with caplog.at_level(logging.WARNING):
+        dataset = build(root, tokenizer, on_bad="skip")
+    assert len(dataset) == 8
+    assert caplog.messages == [
+        "datasets.demo, train: skipped 1:\n  ann.json[8]: the answer of turn 1 is empty"
+    ]
+
+
+def test_at_most_ten_bad_samples_are_listed(root: Path, tokenizer: Any) -> None:
+    add(root, *[{"instruction": "a", "output": ""}] * 13)
+    with pytest.raises(DataError) as caught:
+        build(root, tokenizer)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + 10 + 1
+    assert lines[-1] == "  and 3 more"
+
+
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+def test_nothing_usable(root: Path, tokenizer: Any, on_bad: str) -> None:
+    (root / "ann.json").write_text("[]")
+    with pytest.raises(DataError) as caught:
+        build(root, tokenizer, on_bad=on_bad)
+    assert str(caught.value) == "datasets.demo, split 'train': no usable record"
+
+
+def test_only_bad_samples_with_skip(root: Path, tokenizer: Any) -> None:
+    (root / "ann.json").write_text('[{"instruction": "a", "output": ""}]')
+    with pytest.raises(DataError) as caught:
+        build(root, tokenizer, on_bad="skip")
+    assert str(caught.value) == (
+        "datasets.demo, split 'train': no usable record\n"
+        "  ann.json[0]: the answer of turn 1 is empty"
+    )
+
+
+def test_image_damaged_after_the_check(root: Path, tokenizer: Any) -> None:
+    dataset = build(root, tokenizer)
+    (root / "images" / "3.png").write_bytes(b"hello")
+    assert dataset[0, 3] == BadSample(
+        "ann.json[3]", f"{root / 'images' / '3.png'} is not an image that can be read"
+    )
+
+
+def test_text_processor_that_loses_the_placeholder(root: Path, tokenizer: Any) -> None:
+    """Lower case turns ``<ImageHere>`` into ordinary text."""
+    lower = SplitProcessors(train=BlipCaptionConfig("blip_caption"))
+    with pytest.raises(DataError, match="the text processor leaves 0 of 1 image placeholders; use"):
+        build(root, tokenizer, text_processor=lower)
+
+
+# --- paths and settings ---------------------------------------------------------------------
+
+
+def test_missing_paths_are_named(root: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        builder(root, "anno.json").check_paths(("train",))
+    assert str(caught.value).startswith(
+        f"datasets.demo.build_info.annotations.train.storage: no file {root / 'anno.json'} "
+        f"(the nearest existing folder is {root}). "
+    )
+    with pytest.raises(DataError, match=f"{root / 'images'} is not a file"):
+        builder(root, "images").check_paths(("train",))
+    for image in (root / "images").iterdir():
+        image.unlink()
+    (root / "images").rmdir()
+    with pytest.raises(DataError) as caught:
+        builder(root).check_paths(("train",))
+    assert str(caught.value).startswith(
+        f"datasets.demo.build_info.images.storage: no folder {root / 'images'} "
+    )
+
+
+def test_unknown_split(root: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        builder(root).check_paths(("trian",))
+    assert str(caught.value) == (
+        "datasets.demo.build_info.annotations has no split 'trian'; did you mean 'train'? "
+        "(it has: train)"
+    )
+
+
+def test_no_image_processor(root: Path, tokenizer: Any) -> None:
+    bare = InstructionBuilder(
+        "demo",
+        DatasetConfig(BuildInfo({"train": AnnotationConfig("ann.json")}, ImagesConfig("images"))),
+        PreprocessConfig(),
+        str(root),
+    )
+    with pytest.raises(
+        ConfigError, match=r"^datasets\.demo\.vis_processor\.train is missing, and "
+    ):
+        bare.build("train", ConversationEncoder(tokenizer, 2), train=True, seed=0, on_bad="error")
+
+
+def test_own_processor_goes_before_the_models(root: Path, tokenizer: Any) -> None:
+    own = SplitProcessors(train=ImageEvalConfig("blip_image_eval", 28))
+    sample = build(root, tokenizer, vis_processor=own)[0, 0]
+    assert isinstance(sample, Sample)
+    assert sample.pixel_values.shape == (1, 3, 28, 28)

@@ -1,0 +1,232 @@
+"""What is trained, what stays frozen, and what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lavis.common.errors import WeightsError
+from lavis.models.checkpoint import trainable_state
+from tests.conftest import TOY
+from tests.models.conftest import BLIP, SHARDS, VIT, Load, one_batch, refusal
+
+# --- what is trained ------------------------------------------------------------------------
+
+PROJECTION = {"llm_proj."}
+TRAINED: list[tuple[list[str], set[str]]] = [
+    ([], PROJECTION),
+    (["freeze_proj=true", "freeze_queries=false"], {"query_tokens"}),
+    (["freeze_queries=false"], PROJECTION | {"query_tokens"}),
+    (["freeze_qformer=false"], PROJECTION | {"Qformer.", "ln_vision."}),
+    (["freeze_vit=false"], PROJECTION | {"visual_encoder."}),
+    (["unfreeze_pos_embed=true"], PROJECTION | {"visual_encoder.pos_embed"}),
+    (["freeze_llm=false", "freeze_proj=true"], {"llm_model."}),
+    (["freeze_proj=true"], set()),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "prefixes"), TRAINED, ids=lambda x: ",".join(sorted(x)) or "none"
+)
+def test_exactly_the_named_parameters_train(
+    load: Load, flags: list[str], prefixes: set[str]
+) -> None:
+    model = load(*(f"model.{flag}" for flag in flags))
+    named = {n for n, _ in model.named_parameters() if n.startswith(tuple(prefixes))}
+    assert set(model.trainable_parameters()) == (named if prefixes else set())
+    assert bool(named) == bool(prefixes)
+    model.train()
+    assert model.training
+    whole = {
+        "visual_encoder": "visual_encoder.",
+        "ln_vision": "ln_vision.",
+        "Qformer": "Qformer.",
+        "llm_proj": "llm_proj.",
+        "llm_model": "llm_model.",
+    }
+    for name, prefix in whole.items():
+        for module in getattr(model, name).modules():
+            assert module.training == (prefix in prefixes), name
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("flags", [f for f, p in TRAINED if p], ids=",".join)
+def test_exactly_the_trained_parameters_get_a_gradient(load: Load, flags: list[str]) -> None:
+    model = load(*(f"model.{flag}" for flag in flags)).train()
+    model(one_batch(model)).loss_sum.backward()
+    got = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert got == set(model.trainable_parameters())
+
+
+def test_dropout_of_a_frozen_q_former_is_off(load: Load) -> None:
+    """Its configuration has dropout 0.1."""
+    image = torch.rand(1, 3, 56, 56)
+    frozen = load().train()
+    assert torch.equal(frozen.encode_image(image), frozen.encode_image(image))
+    trained = load("model.freeze_qformer=false").train()
+    assert not torch.equal(trained.encode_image(image), trained.encode_image(image))
+
+
+def test_training_never_writes_to_a_weight_file(ckpt: Path, load: Load) -> None:
+    def digests() -> list[str]:
+        return [hashlib.sha256((ckpt / n).read_bytes()).hexdigest() for n in (VIT, BLIP, *SHARDS)]
+
+    before = digests()
+    flags = ("freeze_vit", "freeze_qformer", "freeze_queries", "freeze_llm")
+    model = load(*(f"model.{flag}=false" for flag in flags))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(one_batch(model)).loss_sum.backward()
+    optimizer.step()
+    assert digests() == before
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_recomputation_changes_neither_loss_nor_gradient(load: Load, lora: bool) -> None:
+    if lora:
+        pytest.importorskip("peft")
+    options = ["model.get_lora=true", "model.lora_dropout=0"] if lora else []
+
+    def run(*extra: str) -> tuple[Tensor, dict[str, Tensor], int]:
+        torch.manual_seed(3)
+        model = load(*options, *extra, checkpoint=None).train()
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        for layer in model.llm_model.model.layers:
+            layer.mlp.register_forward_pre_hook(count)
+        out = model(one_batch(model))
+        out.loss_sum.backward()
+        grads = {n: p.grad for n, p in model.trainable_parameters().items()}
+        return out.loss_sum.detach(), grads, calls
+
+    loss, grads, calls = run()
+    again, same, twice = run("model.llm_grad_ckpt=true")
+    assert (calls, twice) == (2, 4)  # two layers, once and twice
+    assert torch.equal(loss, again)
+    assert grads.keys() == same.keys()
+    assert all(torch.equal(grads[n], same[n]) for n in grads)
+
+
+def test_recomputation_of_the_vision_encoder(load: Load) -> None:
+    image = torch.rand(1, 3, 56, 56)
+
+    def grad(*extra: str) -> Tensor:
+        torch.manual_seed(3)
+        model = load("model.unfreeze_pos_embed=true", *extra).train()
+        model(one_batch(model, image)).loss_sum.backward()
+        return model.visual_encoder.pos_embed.grad
+
+    assert torch.allclose(grad(), grad("model.use_grad_checkpoint=true"), atol=1e-6)
+
+
+# --- LoRA -----------------------------------------------------------------------------------
+
+
+def test_lora_trains_adapters_only_and_its_checkpoint_round_trips(
+    load: Load, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    options = ("model.get_lora=true", "model.lora_r=3", "model.lora_alpha=5")
+    model = load(*options)
+    trained = model.trainable_parameters()
+    adapters = {n for n in trained if not n.startswith("llm_proj.")}
+    assert set(trained) - adapters == {"llm_proj.weight", "llm_proj.bias"}
+    assert len(adapters) == 2 * 2 * 2  # two layers, query and value, A and B
+    assert all(".lora_" in n and n.startswith("llm_model.") for n in adapters)
+    assert {p.shape[0] for n, p in trained.items() if ".lora_A." in n} == {3}
+    for parameter in trained.values():
+        parameter.data.normal_(std=0.1)
+    path = tmp_path / "lora.pth"
+    torch.save({"model": trainable_state(model)}, path)
+    torch.manual_seed(11)
+    other = load(*options)
+    one = one_batch(model)
+    wanted = model(one).loss_sum.item()
+    assert other(one).loss_sum.item() != wanted
+    other.load_checkpoint(path)
+    assert other(one).loss_sum.item() == wanted
+    assert "which is trained with this configuration" in refusal(
+        load, *options, checkpoint=TOY / "checkpoint_9.pth"
+    )
+    assert refusal(load, checkpoint=path).startswith(
+        f"{path} holds 8 tensors that are not part of this model: llm_model.model.layers.0."
+    )
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+
+def test_checkpoint_of_the_original(load: Load) -> None:
+    model = load(checkpoint=TOY / "checkpoint_9.pth")
+    wanted = torch.load(TOY / "checkpoint_9.pth", weights_only=True)["model"]
+    assert torch.equal(model.llm_proj.weight, wanted["llm_proj.weight"])
+    assert torch.equal(model.llm_proj.bias, wanted["llm_proj.bias"])
+    state = trainable_state(model)
+    assert list(state) == ["llm_proj.weight", "llm_proj.bias"]
+
+
+def test_load_finetuned_is_the_same_as_a_checkpoint(load: Load, ckpt: Path) -> None:
+    (ckpt / "mine.pth").write_bytes((TOY / "checkpoint_9.pth").read_bytes())
+    one = load("model.load_finetuned=true", "model.finetuned=ckpt/mine.pth")
+    other = load(checkpoint=TOY / "checkpoint_9.pth")
+    assert torch.equal(one.llm_proj.weight, other.llm_proj.weight)
+
+
+def test_full_checkpoint_round_trips_through_the_originals_names(
+    load: Load, tmp_path: Path
+) -> None:
+    flags = [f"model.freeze_{p}=false" for p in ("vit", "qformer", "queries", "llm")]
+    model = load(*flags)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    state = trainable_state(model)
+    assert state["llm_model.transformer.h.0.attn.c_attn.weight"].shape == (192, 64)
+    assert "Qformer.bert.encoder.layer.0.attention.self.query.weight" in state
+    path = tmp_path / "full.pth"
+    torch.save({"model": state}, path)
+    other = load(*flags, checkpoint=path)
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: {"llm_proj.weight": m["llm_proj.weight"]},
+            " lacks llm_proj.bias, which is trained with this configuration; check the freeze_* ",
+        ),
+        (
+            lambda m: m | {"llm_prj.bias": torch.ones(1)},
+            " holds 1 tensors that are not part of this model: llm_prj.bias; did you mean "
+            "'llm_proj.bias'?",
+        ),
+        (
+            lambda m: m | {"llm_proj.weight": torch.ones(64, 768)},
+            ": llm_proj.weight has shape (64, 768), the model (64, 48): the checkpoint belongs to "
+            "other encoder or LLM sizes",
+        ),
+    ],
+)
+def test_checkpoint_that_does_not_fit(
+    load: Load, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    content = torch.load(TOY / "checkpoint_9.pth", weights_only=True)
+    path = tmp_path / "c.pth"
+    torch.save(content | {"model": change(content["model"])}, path)
+    model = load()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(WeightsError) as caught:
+        model.load_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}{message}")
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())  # unchanged
