@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -101,6 +102,26 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     one = prepare(tmp_path, "run.max_epoch=1", job="alone").train()
     other = prepare(tmp_path, "run.max_epoch=1", "run.num_workers=2", job="shared").train()
     assert same(final(one), final(other))
+
+
+def test_ctrl_c_does_not_reach_the_workers(tmp_path: Path) -> None:
+    """It goes to the whole process group, but the main process decides when loading ends."""
+    options = ("run.max_epoch=1", "run.batch_size_train=1", "run.accum_grad_iters=1")
+    runner = prepare(tmp_path, *options, "run.num_workers=2")
+    children: list[Any] = []
+
+    def interrupt_workers() -> None:
+        children.extend(multiprocessing.active_children())
+        for _ in range(2):  # they inherit a handler that bears the first
+            for child in children:
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGINT)
+            time.sleep(0.2)
+
+    after_steps(runner, 0, interrupt_workers)
+    runner.train()
+    assert len(children) == 2
+    assert len(steps(runner.folder)) == 18
 
 
 # --- resuming -------------------------------------------------------------------------------
