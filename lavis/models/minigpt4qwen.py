@@ -160,7 +160,9 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         features = self.encode_image(batch.pixel_values) if len(batch.pixel_values) else None
         hidden = self.llm_model.model(
             inputs_embeds=self.embed(batch.input_ids, features),
-            position_ids=batch.position_ids,  # restarts mark the documents: they attend apart
+            position_ids=batch.position_ids,
+            attention_mask={"full_attention": None},  # documents attend apart, without a mask
+            document_lengths=torch.bincount(batch.document_ids[0]).tolist(),
             use_cache=False,
         ).last_hidden_state
         targets = batch.labels[:, 1:]

@@ -12,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.registry import did_you_mean
+from lavis.models.attention import PACKED
 from lavis.models.config import LoraOptions
 from lavis.models.keys import QWEN
 from lavis.models.weights import load_weights, open_shards
@@ -110,7 +111,7 @@ def read_spec(folder: Path, overrides: dict[str, Any] | None, *, need_file: bool
         tie_word_embeddings=False,
         attention_dropout=0.0,
     )
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = PACKED
     return QwenSpec(config, original["seq_length"], original)
 
 
