@@ -13,7 +13,7 @@ import tiktoken
 from lavis.common.errors import WeightsError
 
 # Split pattern and special tokens of the Qwen tokenizer; the ranks come from the user's file.
-_SPLIT = (
+SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -43,11 +43,11 @@ class QwenTokenizer:
         Raises:
             WeightsError: if the file is missing or not a list of tokens and ranks.
         """
-        ranks = _read_ranks(vocab_file)
+        ranks = read_ranks(vocab_file)
         self.special_tokens = {name: len(ranks) + i for i, name in enumerate(_SPECIAL)}
         self._encoding = tiktoken.Encoding(
             vocab_file.name,
-            pat_str=_SPLIT,
+            pat_str=SPLIT_PATTERN,
             mergeable_ranks=ranks,
             special_tokens=self.special_tokens,
         )
@@ -60,11 +60,11 @@ class QwenTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Encode text. What looks like a special token is ordinary characters."""
-        return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+        return self._encoding.encode_ordinary(normalize(text))
 
     def encode_markup(self, text: str) -> list[int]:
         """Encode text whose special tokens are markup. Never call it on what a user typed."""
-        return self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")
+        return self._encoding.encode(normalize(text), allowed_special="all")
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Decode ids; bytes that are not UTF-8 become U+FFFD."""
@@ -73,7 +73,17 @@ class QwenTokenizer:
         return self._encoding.decode(list(ids), errors="replace")
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
+def normalize(text: str) -> str:
+    """The text as the vocabulary knows it: NFC."""
+    return unicodedata.normalize("NFC", text)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Read a ``qwen.tiktoken`` file: a base64 token and its rank a line.
+
+    Raises:
+        WeightsError: the file is missing or damaged.
+    """
     if not path.is_file():
         raise WeightsError(f"no vocabulary {path}; it comes with the language model's weights")
     ranks: dict[bytes, int] = {}

@@ -1,0 +1,93 @@
+"""Write the parts that a checkpoint trained in the original's file layouts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lavis.common.cli import run_cli, setup_logging
+from lavis.common.config import load_config
+from lavis.common.errors import WeightsError
+from lavis.models.config import MiniGPT4QwenConfig
+from lavis.models.qwen import read_spec
+from lavis.models.weights import load_pickle
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_QFORMER = ("query_tokens", "ln_vision.", "Qformer.")
+
+
+def main() -> int:
+    """Read a run's configuration and checkpoint, write its trained parts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint_*.pth of a run")
+    parser.add_argument(
+        "--out", required=True, type=Path,
+        help="folder to write: eva_vit_g.pth, blip2.pth, llm/, each if it was trained",
+    )  # fmt: skip
+    parser.add_argument("--dtype", default="fp16", choices=_DTYPES, help="default: %(default)s")
+    args = parser.parse_args()
+    setup_logging()
+    for path in export(args.checkpoint, args.out, _DTYPES[args.dtype]):
+        print(path)
+    return 0
+
+
+def export(checkpoint: Path, out: Path, dtype: torch.dtype) -> list[Path]:
+    """Write every part that a checkpoint holds.
+
+    Returns:
+        The files written.
+
+    Raises:
+        WeightsError: the checkpoint is damaged, or holds no part as a whole.
+    """
+    if not checkpoint.is_file():
+        raise WeightsError(f"--checkpoint: no file {checkpoint}")
+    content = load_pickle(checkpoint)
+    if not isinstance(content, dict) or "config" not in content or "model" not in content:
+        raise WeightsError(f"{checkpoint} is not a checkpoint of a run")
+    config = load_config(checkpoint.parent / "config.yaml")
+    assert isinstance(config.model, MiniGPT4QwenConfig)
+    state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in content["model"].items()}
+    out.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    if vit := _under(state, "visual_encoder."):
+        written.append(out / "eva_vit_g.pth")
+        torch.save(vit, written[-1])
+    if qformer := {k: t for k, t in state.items() if k.startswith(_QFORMER)}:
+        written.append(out / "blip2.pth")
+        torch.save({"model": qformer}, written[-1])
+    if llm := _under(state, "llm_model."):
+        written += _write_llm(llm, config.model, config.env.cache_root, out / "llm")
+    if not written:
+        raise WeightsError(f"{checkpoint} holds neither a vision encoder, a Q-Former nor an LLM")
+    return written
+
+
+def _write_llm(
+    state: dict[str, Tensor], config: MiniGPT4QwenConfig, cache_root: str, out: Path
+) -> list[Path]:
+    source = config.path("llm_model", cache_root)
+    original: dict[str, Any] = read_spec(source, config.llm_config, need_file=False).original
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({k: t.contiguous() for k, t in state.items()}, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(original, indent=1) + "\n", encoding="utf-8")
+    vocabulary = out / "qwen.tiktoken"
+    if source.resolve() != out.resolve():
+        shutil.copyfile(source / "qwen.tiktoken", vocabulary)
+    return [out / "model.safetensors", out / "config.json", vocabulary]
+
+
+def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,1 @@
+"""Toybox: a small world of coloured shapes, its pictures, and questions about them."""

@@ -1,0 +1,119 @@
+"""Write the toybox's pictures and annotations: ``python -m lavis.tools.toybox --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lavis.common.cli import run_cli, setup_logging
+from lavis.common.errors import DataError
+from lavis.tools.toybox.questions import KINDS, LANGUAGES, Question, ask
+from lavis.tools.toybox.scenes import Scene, draw, in_words, random_scene
+
+_TEST_KINDS = tuple(kind for kind in KINDS if kind != "scan")
+SIZES = {
+    "train": 20_000,
+    "val": 1_000,
+    "test": 2_000,
+    "test_pairs": 1_000,
+    "text": 40_000,
+    "text_val": 500,
+}
+
+
+def main() -> int:
+    """Parse the command line and write the splits."""
+    parser = argparse.ArgumentParser(description="Write the toybox: pictures and annotations.")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--splits", nargs="+", default=list(SIZES), choices=SIZES, help="default: all"
+    )
+    for split, size in SIZES.items():
+        parser.add_argument(f"--{split.replace('_', '-')}", type=int, default=size, metavar="N",
+                            help=f"records of {split}, default: %(default)s")  # fmt: skip
+    args = parser.parse_args()
+    setup_logging()
+    for split in args.splits:
+        write_split(args.out, split, getattr(args, split), args.seed)
+    return 0
+
+
+def write_split(out: Path, split: str, count: int, seed: int) -> None:
+    """Write ``<split>.json`` and, for splits with pictures, ``image/<split>/*.png``.
+
+    A split depends on the seed, its name and nothing else; a longer one begins as a shorter one.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    try:
+        folder = out if split.startswith("text") else out / "image" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        records = []
+        for number in tqdm(range(count), desc=split, unit=" records"):
+            rng = random.Random(f"{seed}/{split}/{number}")
+            records.append(make_record(rng, split, number, out))
+        path = out / f"{split}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(records, ensure_ascii=False, indent=0), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"--out: cannot write {out}: {error}") from error
+
+
+def make_record(rng: random.Random, split: str, number: int, out: Path) -> dict[str, Any]:
+    """One annotation, its picture, if the split has pictures, written below ``out``.
+
+    Training splits have conversations of several turns; the others one question, tagged with its
+    kind and language, which take turns.
+    """
+    held_out = None if split.startswith("text") else split == "test_pairs"
+    record: dict[str, Any] = {"id": f"{split}-{number}"}
+    scene = random_scene(rng, held_out=held_out)
+    if split in ("train", "text"):
+        questions = _lesson(scene, rng)
+    else:
+        kind = _TEST_KINDS[number % len(_TEST_KINDS)]
+        language = LANGUAGES[number // len(_TEST_KINDS) % len(LANGUAGES)]
+        while (question := ask(scene, rng, kind, language)) is None:
+            scene = random_scene(rng, held_out=held_out)
+        questions = [question]
+        record |= {"kind": kind, "language": language}
+    if split.startswith("text"):
+        return record | _turns(f"<Img>{in_words(scene)}</Img> ", questions)
+    name = f"{split}/{number:05d}.png"
+    draw(scene, rng).save(out / "image" / name)
+    return record | {"image": name} | _turns("<Img><ImageHere></Img> ", questions)
+
+
+def _lesson(scene: Scene, rng: random.Random) -> list[Question]:
+    """A conversation of several turns: a scan or a description, and questions of other kinds."""
+    kinds = rng.sample(_TEST_KINDS, len(_TEST_KINDS))[: rng.randint(4, 6)]
+    if rng.random() < 0.4:
+        kinds.insert(0, "scan")
+    made = (ask(scene, rng, kind, rng.choice(LANGUAGES)) for kind in kinds)
+    return [q for q in made if q is not None] or [_must(scene, rng)]
+
+
+def _must(scene: Scene, rng: random.Random) -> Question:
+    question = ask(scene, rng, "count", "en")
+    assert question is not None
+    return question
+
+
+def _turns(prefix: str, questions: list[Question]) -> dict[str, Any]:
+    instructions = [prefix + questions[0].question, *(q.question for q in questions[1:])]
+    outputs = [q.answer for q in questions]
+    if len(questions) == 1:
+        return {"instruction": instructions[0], "output": outputs[0]}
+    return {"instruction": instructions, "output": outputs}
+
+
+if __name__ == "__main__":
+    run_cli(main)
