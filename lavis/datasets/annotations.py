@@ -14,8 +14,8 @@ Two formats. ``minigpt4qwen``, the original's::
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ class Record:
         turns: alternating user and assistant.
         images: image files, one per placeholder; empty for text only.
         video: a video file, whose frames take the place of its one placeholder.
+        tags: the record's ``kind`` and ``language``, if it has them; evaluation groups by them.
     """
 
     sample_id: str
     turns: tuple[Turn, ...]
     images: tuple[Path, ...] = ()
     video: Path | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     def with_frames(self, count: int) -> tuple[Turn, ...]:
         """The turns of a video record with one placeholder per frame."""
@@ -187,7 +189,11 @@ def _record(sample_id: str, turns: list[Turn], raw: dict[str, Any], root: Path |
             f"instruction but {media} {what}; the numbers must be equal"
         )
     return Record(
-        sample_id, tuple(turns), tuple(root / n for n in names), root / video if video else None
+        sample_id,
+        tuple(turns),
+        images=tuple(root / n for n in names),
+        video=root / video if video else None,
+        tags={k: raw[k] for k in ("kind", "language") if isinstance(raw.get(k), str)},
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lavis.common.errors import DataError
-from lavis.common.types import BadSample, Encoded, Sample
+from lavis.common.types import IMAGE_PLACEHOLDER, BadSample, Encoded, Sample
 from lavis.datasets.annotations import Record
 from lavis.datasets.media import count_frames, frame_indices, open_frames, open_image
 from lavis.processors.conversation import ConversationEncoder, Turn
@@ -48,41 +48,56 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         epoch, index = key
         record = self.records[index]
         try:
-            images = self._images(record)
+            pixel_values = self.pixels(record, epoch, index)
             encoded = self.encode(record)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(augmentation_seed(self.seed, epoch, index))
-                pixels = [self.vis_processor(image) for image in images]
         except DataError as error:
             return BadSample(record.sample_id, str(error))
         return Sample(
             sample_id=record.sample_id,
             input_ids=torch.tensor(encoded.input_ids),
             labels=torch.tensor(encoded.labels),
-            pixel_values=torch.stack(pixels) if pixels else torch.empty(0),
+            pixel_values=pixel_values,
         )
 
     def encode(self, record: Record) -> Encoded:
         """Token ids and labels of a record.
 
         Raises:
-            DataError: if truncation would leave nothing to learn from, a video is damaged, or the
-                text processor changes the placeholders.
+            DataError: if truncation would leave nothing to learn from, or as :meth:`turns`.
+        """
+        return self.encoder.encode(self.turns(record))
+
+    def turns(self, record: Record) -> list[Turn]:
+        """A record's turns as the model reads them.
+
+        Raises:
+            DataError: its video is damaged, or the text processor changes the placeholders.
         """
         turns: Sequence[Turn] = record.turns
         images = len(record.images)
         if record.video is not None:
             images = len(frame_indices(count_frames(record.video), self.max_frames))
             turns = record.with_frames(images)
-        encoded = self.encoder.encode(
-            [Turn(r, self.text_processor(x)) if r == "user" else Turn(r, x) for r, x in turns]
-        )
-        if encoded.num_images != images:
+        turns = [Turn(r, self.text_processor(x)) if r == "user" else Turn(r, x) for r, x in turns]
+        left = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns if t.role == "user")
+        if left != images:
             raise DataError(
-                f"the text processor leaves {encoded.num_images} of {images} image placeholders; "
+                f"the text processor leaves {left} of {images} image placeholders; "
                 "use base_instruction"
             )
-        return encoded
+        return turns
+
+    def pixels(self, record: Record, epoch: int, index: int) -> Tensor:
+        """A record's images, augmented: (N, 3, H, W), or an empty tensor without any.
+
+        Raises:
+            DataError: an image or a video cannot be read.
+        """
+        images = self._images(record)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(augmentation_seed(self.seed, epoch, index))
+            pixels = [self.vis_processor(image) for image in images]
+        return torch.stack(pixels) if pixels else torch.empty(0)
 
     def _images(self, record: Record) -> list[Image.Image]:
         if record.video is not None:

@@ -69,10 +69,11 @@ class GenerationMixin:
             raise DataError("a prompt is empty")
         if not prompts:
             return []
-        ids = self._generate(
+        ids = self.generate_ids(
             [self.encoder.prompt_from_markup(prompt) for prompt in prompts],
             samples.get("image"),
-            generation_options(generation_config, overrides),
+            generation_config,
+            **overrides,
         )
         if chat:
             return ids
@@ -107,7 +108,7 @@ class GenerationMixin:
         history = [] if history is None else history
         encoder = ConversationEncoder(self.tokenizer, self.encoder.num_query_token, system=system)
         prompt = self._fit_window(encoder, query, history, options)
-        ids = self._generate([prompt], image_tensor, options)[0]
+        ids = self.generate_ids([prompt], image_tensor, options)[0]
         response = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         if append_history:
             history.append((query, response))
@@ -137,9 +138,25 @@ class GenerationMixin:
                 )
             del kept[droppable]
 
-    def _generate(
-        self, prompts: list[list[int]], images: Tensor | None, options: dict[str, Any]
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        prompts: Sequence[list[int]],
+        images: Tensor | None,
+        generation_config: GenerationConfig | dict[str, Any] | None = None,
+        **overrides: Any,
     ) -> list[list[int]]:
+        """Continue prompts of token ids; the answers are cut before the stop token.
+
+        Args:
+            prompts: image spans included.
+            images: (N, 3, H, W), in order of the spans.
+            generation_config: over :data:`GENERATION_DEFAULTS`.
+
+        Raises:
+            DataError, ConfigError: as :meth:`generate`.
+        """
+        options = generation_options(generation_config, overrides)
         longest = max(map(len, prompts))
         if longest + options["max_new_tokens"] > self.context:
             raise ConfigError(

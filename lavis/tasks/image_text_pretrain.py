@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ class ImageTextPretrainTask:
 
     config: Config
 
-    def check_paths(self) -> None:
+    def check_paths(self, splits: Sequence[str] | None = None) -> None:
         """Check that every file that the run needs exists, before anything is read.
+
+        Args:
+            splits: default: the training splits.
 
         Raises:
             ConfigError, WeightsError, DataError: naming the setting and the path.
@@ -38,7 +42,7 @@ class ImageTextPretrainTask:
         self.config.model.check_files(self.config.env.cache_root)
         run = self.config.run
         for builder in self._builders():
-            builder.check_paths(run.train_splits)
+            builder.check_paths(tuple(splits or run.train_splits))
         self._check_image_sizes()
         if run.resume_ckpt_path is not None and not is_file(Path(run.resume_ckpt_path)):
             raise WeightsError(f"run.resume_ckpt_path: no checkpoint {run.resume_ckpt_path}")
@@ -50,17 +54,27 @@ class ImageTextPretrainTask:
         Raises:
             DataError: a record cannot be used and ``run.on_bad_sample`` is ``error``.
         """
+        splits = self.config.run.train_splits
+        return ConcatDataset([d for split in splits for d in self.build_split(split, train=True)])
+
+    def build_split(self, split: str, *, train: bool) -> list[Any]:
+        """Read and check one split of every data set.
+
+        Args:
+            train: use the training processors rather than the evaluation ones.
+
+        Raises:
+            DataError: as :meth:`build_datasets`.
+        """
         run, model = self.config.run, self.config.model
         encoder = MODELS.get(model.arch).build_encoder(model, self.config.env.cache_root)
         parts = []
         for builder in self._builders():
-            for split in run.train_splits:
-                part = builder.build(
-                    split, encoder, train=True, seed=run.seed, on_bad=run.on_bad_sample
-                )
-                logger.info("datasets.%s, %s: %d samples", builder.name, split, len(part))
-                parts.append(part)
-        return ConcatDataset(parts)
+            parts.append(
+                builder.build(split, encoder, train=train, seed=run.seed, on_bad=run.on_bad_sample)
+            )
+            logger.info("datasets.%s, %s: %d samples", builder.name, split, len(parts[-1]))
+        return parts
 
     def build_model(self, device: torch.device) -> nn.Module:
         """Build the model and load its weights."""

@@ -1,0 +1,47 @@
+"""Score a model: ``python evaluate.py --cfg-path run.yaml --checkpoint CKPT --splits test``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lavis.common.cli import run_cli, setup_logging
+from lavis.common.config import add_config_arguments, load_config
+
+
+def main() -> int:
+    """Answer every question of some splits; write a JSON result and a picture, print a table."""
+    parser = argparse.ArgumentParser(description="Answer the questions of a split and score them.")
+    add_config_arguments(parser)
+    parser.add_argument("--checkpoint", help="trained projection; default: as the YAML builds it")
+    parser.add_argument("--splits", nargs="+", default=["test"], help="default: test")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records of each")
+    parser.add_argument(
+        "--baselines", action="store_true",
+        help="also score shuffled images (blind) and an untrained projection",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("output/evaluation"), help="folder")
+    args = parser.parse_args()
+    setup_logging()
+    config = load_config(args.cfg_path, args.options)
+
+    from lavis.common.registry import TASKS
+    from lavis.tasks.evaluate import evaluate
+
+    task = TASKS.get(config.run.task)(config)
+    task.check_paths(tuple(args.splits))
+    print(
+        evaluate(
+            task,
+            checkpoint=args.checkpoint,
+            splits=args.splits,
+            limit=args.limit,
+            baselines=args.baselines,
+            out=args.out,
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,79 @@
+"""A picture of answers: test images with question, answer and truth."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from lavis.tasks.scoring import Prediction
+
+logger = logging.getLogger(__name__)
+_CJK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC",
+    "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "PingFang SC", "Heiti SC",
+    "Microsoft YaHei", "SimHei", "Arial Unicode MS",
+)  # fmt: skip
+
+
+def draw_answers(
+    predictions: Sequence[Prediction], path: Path, *, columns: int = 5, rows: int = 4
+) -> None:
+    """Draw a grid of answers, right ones in green and wrong ones in red.
+
+    The kinds and languages take turns, so that the grid is like the split. Chinese is shown where
+    a font for it is installed; elsewhere the grid shows English and the log says so.
+    """
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    font = _cjk_font()
+    shown = [p for p in _take_turns(predictions) if p.image and (font or _is_latin(p))]
+    if font is None and len(shown) < len(predictions):
+        logger.info("%s shows English only: no font with Chinese characters is installed", path)
+    shown = shown[: columns * rows]
+    rows = max(1, -(-len(shown) // columns))
+    figure = Figure(figsize=(2.5 * columns, 2.55 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    family = [font, "DejaVu Sans"] if font else ["DejaVu Sans"]
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, prediction in zip(grid, shown, strict=False):
+        with Image.open(prediction.image) as image:
+            axes.imshow(image.convert("RGB"))
+        verdict = "" if prediction.right else f"\n(truth: {_wrapped(prediction.truth)})"
+        axes.set_title(
+            f"{_wrapped(prediction.question)}\n{_wrapped(prediction.answer)}{verdict}",
+            fontsize=8,
+            color="darkgreen" if prediction.right else "firebrick",
+            family=family,
+        )
+    figure.savefig(path, dpi=110)
+
+
+def _take_turns(predictions: Sequence[Prediction]) -> list[Prediction]:
+    groups: dict[tuple[str, str], list[Prediction]] = {}
+    for prediction in predictions:
+        groups.setdefault((prediction.kind, prediction.language), []).append(prediction)
+    longest = max(map(len, groups.values()), default=0)
+    return [g[i] for i in range(longest) for g in groups.values() if i < len(g)]
+
+
+def _wrapped(text: str, width: int = 34) -> str:
+    import textwrap
+
+    if not text.isascii():
+        width //= 2
+    return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width)) or "(nothing)"
+
+
+def _is_latin(prediction: Prediction) -> bool:
+    text = prediction.question + prediction.answer + prediction.truth
+    return all(ord(c) < 0x2E80 or c == "\ufffd" for c in text)
+
+
+def _cjk_font() -> str | None:
+    from matplotlib import font_manager
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return next((name for name in _CJK_FONTS if name in installed), None)
