@@ -15,6 +15,9 @@ IMAGE_PLACEHOLDER = "<ImageHere>"
 """Where an image stands in text; becomes ``num_query_token`` copies of a reserved token."""
 
 
+NO_WORDS = torch.empty(0, 0, 0, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One conversation as token ids.
@@ -39,12 +42,15 @@ class Sample:
         input_ids: (T,) int64.
         labels: (T,) int64.
         pixel_values: (N, 3, H, W) float, one per image span in order; N may be 0.
+        word_ids: (M, Q, W) int64, for spans that are described in words instead: token ids of
+            each position's phrase, filled up with -1. A sample has the one or the other.
     """
 
     sample_id: str
     input_ids: Tensor
     labels: Tensor
     pixel_values: Tensor
+    word_ids: Tensor = NO_WORDS
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class Batch:
         position_ids: (1, T) int64, restarting at 0 in every document.
         document_ids: (1, T) int64, the index of each token's document.
         pixel_values: (N, 3, H, W) float, in order of the image spans.
+        word_ids: (M, Q, W) int64, for spans described in words; -1 fills up.
+        described: (N + M,) bool, which spans those are.
         sample_ids: one per document.
         bad: samples that were asked for and could not be read.
     """
@@ -74,6 +82,8 @@ class Batch:
     position_ids: Tensor
     document_ids: Tensor
     pixel_values: Tensor
+    word_ids: Tensor
+    described: Tensor
     sample_ids: tuple[str, ...]
     bad: tuple[BadSample, ...] = ()
 

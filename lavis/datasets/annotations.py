@@ -4,7 +4,9 @@ Two formats. ``minigpt4qwen``, the original's::
 
     {"image": "a.jpg", "instruction": "<Img><ImageHere></Img> What is it?", "output": "A cat."}
 
-``image`` may be a list, ``video`` may stand in its place, both may be missing (text only);
+``image`` may be a list, ``video`` may stand in its place, both may be missing (text only), or
+``words`` may describe what the image would show: a list of phrases, one for each position of the
+image span, whose words' embeddings are added up;
 ``instruction`` and ``output`` may be lists of equal length, one item per turn. ``llava``::
 
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
@@ -37,6 +39,7 @@ class Record:
         turns: alternating user and assistant.
         images: image files, one per placeholder; empty for text only.
         video: a video file, whose frames take the place of its one placeholder.
+        words: phrases that take the place of an image, one per position of the span.
         tags: the record's ``kind`` and ``language``, if it has them; evaluation groups by them.
     """
 
@@ -44,6 +47,7 @@ class Record:
     turns: tuple[Turn, ...]
     images: tuple[Path, ...] = ()
     video: Path | None = None
+    words: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def with_frames(self, count: int) -> tuple[Turn, ...]:
@@ -175,13 +179,16 @@ def _record(sample_id: str, turns: list[Turn], raw: dict[str, Any], root: Path |
     for name in [*names, *([video] if video else [])]:
         if not isinstance(name, str):
             raise DataError(f"an image or video must be a file name, not {name!r:.60}")
-    if names and video:
-        raise DataError("has both `image` and `video`; give one of them")
+    words = raw.get("words") or []
+    if not isinstance(words, list) or not all(isinstance(w, str) and w.strip() for w in words):
+        raise DataError(f"`words` must be a list of phrases, not {words!r:.60}")
+    if sum(map(bool, (names, video, words))) > 1:
+        raise DataError("has more than one of `image`, `video` and `words`; give one of them")
     if (names or video) and root is None:
         raise DataError("has an image, but the data set has no build_info.images.storage")
     root = root or Path()
     placeholders = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns if t.role == "user")
-    media = 1 if video else len(names)
+    media = 1 if video or words else len(names)
     if placeholders != media:
         what = "video" if video else "image" if media == 1 else "images"
         raise DataError(
@@ -193,6 +200,7 @@ def _record(sample_id: str, turns: list[Turn], raw: dict[str, Any], root: Path |
         tuple(turns),
         images=tuple(root / n for n in names),
         video=root / video if video else None,
+        words=tuple(words),
         tags={k: raw[k] for k in ("kind", "language") if isinstance(raw.get(k), str)},
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lavis.common.types import IGNORE_INDEX, BadSample, Batch, Sample
+from lavis.common.types import IGNORE_INDEX, NO_WORDS, BadSample, Batch, Sample
 
 
 def collate(samples: Sequence[Sample | BadSample]) -> Batch:
@@ -25,9 +26,23 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
         position_ids=positions[None],
         document_ids=torch.repeat_interleave(torch.arange(len(good)), lengths)[None],
         pixel_values=_cat_images(good),
+        word_ids=stack_words([s.word_ids for s in good]),
+        described=torch.tensor(
+            [bool(len(s.word_ids)) for s in good for _ in (*s.pixel_values, *s.word_ids)],
+            dtype=torch.bool,
+        ),
         sample_ids=tuple(s.sample_id for s in good),
         bad=bad,
     )
+
+
+def stack_words(words: Sequence[Tensor]) -> Tensor:
+    """Join (M, Q, W) phrases of different widths, filled up with -1."""
+    kept = [w for w in words if len(w)]
+    if not kept:
+        return NO_WORDS
+    width = max(w.shape[2] for w in kept)
+    return torch.cat([F.pad(w, (0, width - w.shape[2]), value=-1) for w in kept])
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lavis.common.errors import DataError
-from lavis.common.types import IMAGE_PLACEHOLDER, BadSample, Encoded, Sample
+from lavis.common.types import IMAGE_PLACEHOLDER, NO_WORDS, BadSample, Encoded, Sample
 from lavis.datasets.annotations import Record
 from lavis.datasets.media import count_frames, frame_indices, open_frames, open_image
 from lavis.processors.conversation import ConversationEncoder, Turn
@@ -49,6 +49,7 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         record = self.records[index]
         try:
             pixel_values = self.pixels(record, epoch, index)
+            word_ids = self.word_ids(record)
             encoded = self.encode(record)
         except DataError as error:
             return BadSample(record.sample_id, str(error))
@@ -57,6 +58,7 @@ class InstructionDataset(Dataset[Sample | BadSample]):
             input_ids=torch.tensor(encoded.input_ids),
             labels=torch.tensor(encoded.labels),
             pixel_values=pixel_values,
+            word_ids=word_ids,
         )
 
     def encode(self, record: Record) -> Encoded:
@@ -65,7 +67,25 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         Raises:
             DataError: if truncation would leave nothing to learn from, or as :meth:`turns`.
         """
+        self.word_ids(record)
         return self.encoder.encode(self.turns(record))
+
+    def word_ids(self, record: Record) -> Tensor:
+        """Token ids of the phrases that stand for an image: (1, Q, W), or nothing without any.
+
+        Raises:
+            DataError: there are not as many phrases as an image has positions.
+        """
+        if not record.words:
+            return NO_WORDS
+        if len(record.words) != self.encoder.num_query_token:
+            raise DataError(
+                f"{len(record.words)} phrases in `words`, but an image takes "
+                f"{self.encoder.num_query_token} positions (model.num_query_token)"
+            )
+        rows = [self.encoder.tokenizer.encode(f" {phrase.strip()}") for phrase in record.words]
+        width = max(map(len, rows))
+        return torch.tensor([[[*row, *[-1] * (width - len(row))] for row in rows]])
 
     def turns(self, record: Record) -> list[Turn]:
         """A record's turns as the model reads them.
@@ -74,7 +94,7 @@ class InstructionDataset(Dataset[Sample | BadSample]):
             DataError: its video is damaged, or the text processor changes the placeholders.
         """
         turns: Sequence[Turn] = record.turns
-        images = len(record.images)
+        images = 1 if record.words else len(record.images)
         if record.video is not None:
             images = len(frame_indices(count_frames(record.video), self.max_frames))
             turns = record.with_frames(images)

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.registry import did_you_mean
+from lavis.common.types import NO_WORDS
 from lavis.processors.conversation import SYSTEM_PROMPT, ConversationEncoder, Turn
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class GenerationMixin:
     tokenizer: QwenTokenizer
     encoder: ConversationEncoder
     context: int
-    encode_image: Any
+    encode_spans: Any
     embed: Any
     device: Any
 
@@ -144,6 +145,8 @@ class GenerationMixin:
         prompts: Sequence[list[int]],
         images: Tensor | None,
         generation_config: GenerationConfig | dict[str, Any] | None = None,
+        *,
+        word_ids: Tensor = NO_WORDS,
         **overrides: Any,
     ) -> list[list[int]]:
         """Continue prompts of token ids; the answers are cut before the stop token.
@@ -151,6 +154,7 @@ class GenerationMixin:
         Args:
             prompts: image spans included.
             images: (N, 3, H, W), in order of the spans.
+            word_ids: (M, Q, W), for spans described in words, in place of images.
             generation_config: over :data:`GENERATION_DEFAULTS`.
 
         Raises:
@@ -164,7 +168,8 @@ class GenerationMixin:
                 f"pass this language model's context of {self.context}"
             )
         row = torch.tensor([i for p in prompts for i in p], device=self.device)[None]
-        features = None if images is None or not len(images) else self.encode_image(images)
+        described = torch.ones(len(word_ids), dtype=torch.bool)
+        features = self.encode_spans(images, word_ids.to(self.device), described)
         rows = self.embed(row, features)[0].split([len(p) for p in prompts])
         # Left padding: every prompt ends where its answer begins.
         embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])

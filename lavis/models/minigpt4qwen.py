@@ -118,7 +118,7 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         )
         dtype = _DTYPES[config.llm_precision]
         if scratch_llm:
-            llm = new_llm(spec, device=device, dtype=dtype)
+            llm = new_llm(spec, device=device, dtype=dtype, embedding_std=config.llm_embedding_std)
         else:
             target = torch.device("cpu") if config.llm_device_map == "auto" else device
             llm = load_llm(spec, folder, device=target, dtype=dtype)
@@ -157,7 +157,7 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         Raises:
             DataError: images and placeholders do not match.
         """
-        features = self.encode_image(batch.pixel_values) if len(batch.pixel_values) else None
+        features = self.encode_spans(batch.pixel_values, batch.word_ids, batch.described)
         hidden = self.llm_model.model(
             inputs_embeds=self.embed(batch.input_ids, features),
             position_ids=batch.position_ids,
@@ -199,6 +199,36 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, Q, C) soft tokens of the language model's width C."""
         return self.llm_proj(self.encode_query(pixel_values).to(self.llm_proj.weight.dtype))
+
+    def encode_spans(
+        self, pixel_values: Tensor | None, word_ids: Tensor, described: Tensor
+    ) -> Tensor | None:
+        """Soft tokens of all image spans in order, from pictures and from words.
+
+        Args:
+            pixel_values: (N, 3, H, W).
+            word_ids: (M, Q, W), filled up with -1.
+            described: (N + M,) bool, which spans are words.
+
+        Returns:
+            (N + M, Q, C), or ``None`` without spans.
+        """
+        given = pixel_values is not None and len(pixel_values) > 0
+        images = self.encode_image(pixel_values) if given else None  # type: ignore[arg-type]
+        if not len(word_ids):
+            return images
+        words = self.embed_words(word_ids)
+        if images is None:
+            return words
+        features = words.new_empty(len(described), *words.shape[1:])
+        features[described], features[~described] = words, images.to(words)
+        return features
+
+    def embed_words(self, word_ids: Tensor) -> Tensor:
+        """(M, Q, W) token ids -> (M, Q, C): a position is the sum of its words' embeddings."""
+        there = word_ids >= 0
+        embeds = self.llm_model.get_input_embeddings()(word_ids.where(there, 0))
+        return (embeds * there[..., None]).sum(2)
 
     def embed(self, input_ids: Tensor, image_embeds: Tensor | None) -> Tensor:
         """Token embeddings with image spans replaced by projected features.

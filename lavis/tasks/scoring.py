@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lavis.common.errors import DataError
 from lavis.common.types import IMAGE_PLACEHOLDER
+from lavis.datasets.collate import stack_words
 from lavis.datasets.instruction import InstructionDataset
 
 DESCRIPTION = "description"
@@ -85,7 +86,10 @@ def predict(
         pixels = [dataset.pixels(records[source[i]], epoch=0, index=source[i]) for i in chosen]
         images = torch.cat([p for p in pixels if len(p)]) if any(map(len, pixels)) else None
         ids = model.generate_ids(
-            [prompts[i] for i in chosen], images, max_new_tokens=max_new_tokens
+            [prompts[i] for i in chosen],
+            images,
+            max_new_tokens=max_new_tokens,
+            word_ids=stack_words([dataset.word_ids(records[source[i]]) for i in chosen]),
         )
         for i, answer in zip(chosen, ids, strict=True):
             record = records[i]

@@ -183,7 +183,7 @@ def test_json_lines(media: Path, name: str) -> None:
         ),
         (
             {"video": "v.mp4", "image": "a.png", "instruction": ASK, "output": "a"},
-            "has both `image` and `video`; give one of them",
+            "has more than one of `image`, `video` and `words`; give one of them",
         ),
         (
             {"image": 3, "instruction": ASK, "output": "a"},

@@ -62,3 +62,22 @@ def test_nothing_but_bad_samples() -> None:
 
 def test_text_only() -> None:
     assert len(collate([sample("one", [11, 13], [11, 13])]).pixel_values) == 0
+
+
+def described(name: str, *phrases: list[int]) -> Sample:
+    return Sample(
+        name, torch.tensor([11]), torch.tensor([11]), torch.empty(0), torch.tensor([phrases])
+    )
+
+
+def test_spans_of_pictures_and_of_words_keep_their_order() -> None:
+    batch = collate(
+        [
+            described("one", [5, 6], [7, -1]),
+            sample("two", [11], [11], 0.25, 0.5),
+            described("three", [8, 9, 10], [4, -1, -1]),
+        ]
+    )
+    assert batch.described.tolist() == [True, False, False, True]
+    assert batch.word_ids.tolist() == [[[5, 6, -1], [7, -1, -1]], [[8, 9, 10], [4, -1, -1]]]
+    assert len(batch.pixel_values) == 2

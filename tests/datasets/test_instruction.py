@@ -289,3 +289,34 @@ def test_own_processor_goes_before_the_models(root: Path, tokenizer: Any) -> Non
     sample = build(root, tokenizer, vis_processor=own)[0, 0]
     assert isinstance(sample, Sample)
     assert sample.pixel_values.shape == (1, 3, 28, 28)
+
+
+def test_words_in_place_of_an_image(root: Path, tokenizer: Any) -> None:
+    phrases = [f"big red {i}" for i in range(2)]
+    record = {"words": phrases, "instruction": ASK, "output": "b"}
+    (root / "words.json").write_text(json.dumps([record]))
+    dataset = build(root, tokenizer, "words.json")
+    sample = dataset[0, 0]
+    assert isinstance(sample, Sample)
+    assert sample.word_ids.shape[:2] == (1, 2)
+    ids = [i for i in sample.word_ids[0, 1].tolist() if i >= 0]
+    assert tokenizer.decode(ids) == " big red 1"
+    assert len(sample.pixel_values) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"words": ["one"]}, "1 phrases in `words`, but an image takes "),
+        ({"words": ["one", 2]}, "`words` must be a list of phrases"),
+        ({"words": ["one"], "image": "0.png"}, "has more than one of `image`, `video` and `words`"),
+        ({"words": ["one"], "instruction": "a"}, "0 <ImageHere> placeholders in the instruction"),
+    ],
+)
+def test_words_that_do_not_fit(
+    root: Path, tokenizer: Any, change: dict[str, Any], message: str
+) -> None:
+    (root / "words.json").write_text(json.dumps([{"instruction": ASK, "output": "b", **change}]))
+    with pytest.raises(DataError) as caught:
+        build(root, tokenizer, "words.json")
+    assert message in str(caught.value)
