@@ -25,9 +25,11 @@ class ViTConfig:
     num_heads: int = 16
     mlp_ratio: float = 4.3637
     patch_size: int = 14
+    initializer_range: float = 0.02  # of the matrices, from scratch
 
     def __post_init__(self) -> None:
         require_range(self, 1, "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size")
+        require_range(self, 0, "initializer_range")
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}"
@@ -46,6 +48,7 @@ class QFormerConfig:
     attention_probs_dropout_prob: float | None = None
     layer_norm_eps: float | None = None
     cross_attention_frequency: int | None = None
+    initializer_range: float | None = None
 
     def __post_init__(self) -> None:
         require_range(
@@ -53,6 +56,7 @@ class QFormerConfig:
             "intermediate_size", "cross_attention_frequency",
         )  # fmt: skip
         require_range(self, 0, "hidden_dropout_prob", "attention_probs_dropout_prob", below=1)
+        require_range(self, 0, "initializer_range")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class MiniGPT4QwenConfig(ModelConfig):
     DEFAULTS: ClassVar[dict[str, str]] = {
         "qwen7b_chat": "minigpt4qwen_qwen7b_chat.yaml",
         "qwen14b_chat": "minigpt4qwen_qwen14b_chat.yaml",
+        "toybox": "minigpt4qwen_toybox.yaml",
     }
 
     model_type: str = "qwen7b_chat"
@@ -106,6 +111,7 @@ class MiniGPT4QwenConfig(ModelConfig):
     # language model
     llm_model: str = "ckpt/Qwen7B-chat"
     llm_config: dict[str, Any] | None = None  # over its config.json
+    llm_embedding_std: float | None = None  # from scratch; default: initializer_range
     llm_precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"  # auto: as stored
     freeze_llm: bool = True
     llm_grad_ckpt: bool = False
@@ -129,6 +135,7 @@ class MiniGPT4QwenConfig(ModelConfig):
             )
         require_range(self, 1, "image_size", "num_query_token", "max_txt_len", "lora_r")
         require_range(self, 0, "drop_path_rate", "lora_dropout", below=1)
+        require_range(self, 0, "llm_embedding_std")
         if self.load_finetuned and not self.finetuned:
             raise ConfigError("load_finetuned is true but finetuned names no checkpoint")
         trained = "freeze_vit: false" if not self.freeze_vit else "unfreeze_pos_embed: true"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.eva import Eva
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavis.common.errors import WeightsError
 from lavis.models.config import MiniGPT4QwenConfig
@@ -23,7 +24,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.")
 def build_vit(config: MiniGPT4QwenConfig, device: torch.device, dtype: torch.dtype) -> Eva:
     """Build the encoder on ``device`` (``meta`` for weights that come from a file)."""
     sizes = config.vit_config
-    return Eva(
+    vit = Eva(
         img_size=config.image_size,
         patch_size=sizes.patch_size,
         embed_dim=sizes.embed_dim,
@@ -40,6 +41,21 @@ def build_vit(config: MiniGPT4QwenConfig, device: torch.device, dtype: torch.dty
         device=device,
         dtype=dtype,
     )
+    if config.is_from_scratch("vit"):
+        _init_weights(vit, sizes.initializer_range)
+    return vit
+
+
+@torch.no_grad()
+def _init_weights(vit: Eva, std: float) -> None:
+    """Random matrices, and positions as 2-D sines, which a small encoder need not find first
+    (as Beyer et al. 2022, "Better plain ViT baselines")."""
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=std)
+    grid = list(vit.patch_embed.grid_size)
+    sines = build_sincos2d_pos_embed(grid, dim=vit.embed_dim, interleave_sin_cos=True)
+    vit.pos_embed[0, -sines.shape[0] :] = sines.to(vit.pos_embed)
 
 
 def load_vit(vit: Eva, path: Path, *, device: torch.device, dtype: torch.dtype) -> None:

@@ -146,10 +146,23 @@ def load_llm(
     return llm
 
 
-def new_llm(spec: QwenSpec, *, device: torch.device, dtype: torch.dtype | None) -> Qwen2ForCausalLM:
-    """A language model with random weights."""
+def new_llm(
+    spec: QwenSpec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    embedding_std: float | None = None,
+) -> Qwen2ForCausalLM:
+    """A language model with random weights.
+
+    Args:
+        embedding_std: of the token embeddings; default: ``initializer_range``, as all matrices.
+    """
     with torch.device(device):
-        return Qwen2ForCausalLM(spec.config).to(dtype or torch.float32)
+        llm = Qwen2ForCausalLM(spec.config).to(dtype or torch.float32)
+    if embedding_std is not None:
+        torch.nn.init.normal_(llm.get_input_embeddings().weight, std=embedding_std)
+    return llm
 
 
 def add_lora(llm: Qwen2ForCausalLM, options: LoraOptions) -> None:
