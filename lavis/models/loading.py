@@ -34,7 +34,7 @@ def load_model(
 
     Args:
         name: ``minigpt4qwen``.
-        model_type: ``qwen7b_chat`` or ``qwen14b_chat``.
+        model_type: ``qwen7b_chat``, ``qwen14b_chat`` or ``toybox``.
         is_eval: evaluation mode.
         device: where the weights go.
         checkpoint: trained projection to load.

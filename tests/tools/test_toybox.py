@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from lavis.tools.toybox.__main__ import write_split
-from lavis.tools.toybox.questions import KINDS, LANGUAGES, ask
+from lavis.tools.toybox.questions import DRILLS, KINDS, LANGUAGES, ask
 from lavis.tools.toybox.scenes import (
     COLOURS,
+    COMPASS,
     HELD_OUT,
     SHAPES,
     Thing,
@@ -86,10 +87,10 @@ def test_held_out_pairs_never_mix_with_the_others() -> None:
 
 
 def test_words_name_every_cell() -> None:
-    words = in_words(SCENE).split()
-    assert len(words) == 36
-    assert words[:8] == ["northwest", "big", "red", "circle", "north", "empty", "empty", "empty"]
-    assert words[8:12] == ["northeast", "small", "blue", "square"]
+    phrases = in_words(SCENE)
+    assert len(phrases) == 9
+    assert phrases[:3] == ["northwest big red circle", "north empty", "northeast small blue square"]
+    assert phrases[3:] == [f"{p} empty" for p in COMPASS[3:]]
 
 
 def test_picture_shows_the_colours_in_their_places() -> None:
@@ -117,13 +118,22 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
 
 def test_splits_cover_every_kind_in_both_languages(tmp_path: Path) -> None:
     write_split(tmp_path, "test_pairs", 40, seed=0)
-    write_split(tmp_path, "text", 5, seed=0)
+    write_split(tmp_path, "text_first", 5, seed=0)
     records = json.loads((tmp_path / "test_pairs.json").read_text())
     asked = {(r["kind"], r["language"]) for r in records}
-    assert asked == {(k, lang) for k in KINDS if k != "scan" for lang in LANGUAGES}
+    assert asked == {(k, lang) for k in KINDS if k not in DRILLS for lang in LANGUAGES}
     assert all(r["instruction"].count("<ImageHere>") == 1 for r in records)
     with Image.open(tmp_path / "image" / records[0]["image"]) as image:
         assert image.size == (84, 84)
-    text = json.loads((tmp_path / "text.json").read_text())
-    assert all("image" not in r and "<ImageHere>" not in r["instruction"][0] for r in text)
-    assert all(r["instruction"][0].startswith("<Img> northwest ") for r in text)
+    text = json.loads((tmp_path / "text_first.json").read_text())
+    assert all("image" not in r and len(r["words"]) == 9 for r in text)
+
+
+def test_lists_keep_together_what_belongs_together() -> None:
+    rows = set()
+    for seed in range(200):
+        question = ask(SCENE, random.Random(seed), "list", "en")
+        assert question is not None
+        if question.question == "List colour, shape.":
+            rows.add(question.answer)
+    assert rows == {"Red circle, blue square.", "Blue square, red circle."}

@@ -12,17 +12,28 @@ from tqdm import tqdm
 
 from lavis.common.cli import run_cli, setup_logging
 from lavis.common.errors import DataError
-from lavis.tools.toybox.questions import KINDS, LANGUAGES, Question, ask
+from lavis.tools.toybox.questions import DRILLS, KINDS, LANGUAGES, Question, ask
 from lavis.tools.toybox.scenes import Scene, draw, in_words, random_scene
 
-_TEST_KINDS = tuple(kind for kind in KINDS if kind != "scan")
+_TEST_KINDS = tuple(kind for kind in KINDS if kind not in DRILLS)
+_SHORT_KINDS = tuple(kind for kind in _TEST_KINDS if kind != "description")
+_LESSONS: dict[str, dict[str, Any]] = {
+    "train": {"turns": 4, "scan": 0.5, "lists": 1, "description": 0.2},
+    "vision": {"turns": 0, "scan": 1.0, "lists": 0, "description": 0.0},
+    "text_first": {"turns": 6, "scan": 0.3, "lists": 1, "description": 0.2},
+    "text_second": {"turns": 6, "scan": 0.2, "lists": 1, "description": 0.2},
+}
+"""Conversations of the training splits. Long answers are few: most of a loss that counts tokens
+would be theirs."""
 SIZES = {
     "train": 20_000,
     "val": 1_000,
     "test": 2_000,
     "test_pairs": 1_000,
-    "text": 40_000,
-    "text_val": 500,
+    "vision": 30_000,
+    "text_first": 20_000,
+    "text_second": 36_000,
+    "text_val": 900,
 }
 
 
@@ -76,8 +87,8 @@ def make_record(rng: random.Random, split: str, number: int, out: Path) -> dict[
     held_out = None if split.startswith("text") else split == "test_pairs"
     record: dict[str, Any] = {"id": f"{split}-{number}"}
     scene = random_scene(rng, held_out=held_out)
-    if split in ("train", "text"):
-        questions = _lesson(scene, rng)
+    if split in _LESSONS:
+        questions = _lesson(scene, rng, **_LESSONS[split])
     else:
         kind = _TEST_KINDS[number % len(_TEST_KINDS)]
         language = LANGUAGES[number // len(_TEST_KINDS) % len(LANGUAGES)]
@@ -86,17 +97,21 @@ def make_record(rng: random.Random, split: str, number: int, out: Path) -> dict[
         questions = [question]
         record |= {"kind": kind, "language": language}
     if split.startswith("text"):
-        return record | _turns(f"<Img>{in_words(scene)}</Img> ", questions)
+        return record | {"words": in_words(scene)} | _turns(questions)
     name = f"{split}/{number:05d}.png"
     draw(scene, rng).save(out / "image" / name)
-    return record | {"image": name} | _turns("<Img><ImageHere></Img> ", questions)
+    return record | {"image": name} | _turns(questions)
 
 
-def _lesson(scene: Scene, rng: random.Random) -> list[Question]:
-    """A conversation of several turns: a scan or a description, and questions of other kinds."""
-    kinds = rng.sample(_TEST_KINDS, len(_TEST_KINDS))[: rng.randint(4, 6)]
-    if rng.random() < 0.4:
+def _lesson(
+    scene: Scene, rng: random.Random, turns: int, scan: float, lists: int, description: float
+) -> list[Question]:
+    """A conversation: perhaps a scan, lists, questions of different kinds, a description."""
+    kinds = ["list"] * lists + rng.sample(_SHORT_KINDS, turns)
+    if rng.random() < scan:
         kinds.insert(0, "scan")
+    if rng.random() < description:
+        kinds.append("description")
     made = (ask(scene, rng, kind, rng.choice(LANGUAGES)) for kind in kinds)
     return [q for q in made if q is not None] or [_must(scene, rng)]
 
@@ -107,8 +122,9 @@ def _must(scene: Scene, rng: random.Random) -> Question:
     return question
 
 
-def _turns(prefix: str, questions: list[Question]) -> dict[str, Any]:
-    instructions = [prefix + questions[0].question, *(q.question for q in questions[1:])]
+def _turns(questions: list[Question]) -> dict[str, Any]:
+    first = f"<Img><ImageHere></Img> {questions[0].question}"
+    instructions = [first, *(q.question for q in questions[1:])]
     outputs = [q.answer for q in questions]
     if len(questions) == 1:
         return {"instruction": instructions[0], "output": outputs[0]}

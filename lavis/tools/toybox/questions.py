@@ -295,7 +295,33 @@ def _ask_description(
 
 
 def _ask_scan(scene: Scene, rng: random.Random, language: Language) -> tuple[str, str] | None:
-    return _pick(rng, language, ("Scan the grid.",), ("逐格扫描。",)), in_words(scene).strip()
+    return _pick(rng, language, ("Scan the grid.",), ("逐格扫描。",)), " ".join(in_words(scene))
+
+
+_ATTRIBUTES = {
+    "place": "位置",
+    "size": "大小",
+    "colour": "颜色",
+    "shape": "形状",
+}
+
+
+def _ask_list(scene: Scene, rng: random.Random, language: Language) -> tuple[str, str] | None:
+    """Some attributes of every object, in any order: every word but the first of an object can
+    only be known by finding what belongs together, whichever of them is named first."""
+    chosen = rng.sample(list(_ATTRIBUTES), rng.randint(2, len(_ATTRIBUTES)))
+    things = rng.sample(scene, len(scene))
+    words = {
+        "place": lambda t: _place(t.place, language),
+        "size": lambda t: t.size if language == "en" else _ZH_SIZE[t.size],
+        "colour": lambda t: _colour(t.colour, language),
+        "shape": lambda t: _shape(t.shape, language),
+    }
+    if language == "en":
+        rows = [" ".join(words[a](t) for a in chosen) for t in things]
+        return f"List {', '.join(chosen)}.", _sentence(", ".join(rows), language)
+    rows = ["".join(words[a](t) for a in chosen) for t in things]
+    return f"列出{'、'.join(_ATTRIBUTES[a] for a in chosen)}。", "，".join(rows) + "。"
 
 
 KINDS: dict[str, Maker] = {
@@ -309,7 +335,10 @@ KINDS: dict[str, Maker] = {
     "relation": _ask_relation,
     "description": _ask_description,
     "scan": _ask_scan,
+    "list": _ask_list,
 }
-"""Kinds of question. ``scan`` is asked in training alone."""
+"""Kinds of question."""
+DRILLS = ("scan", "list")
+"""Kinds that are asked in training alone."""
 
 assert set(SIZES) == set(_ZH_SIZE)

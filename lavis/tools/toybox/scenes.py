@@ -86,18 +86,10 @@ def random_scene(rng: random.Random, *, held_out: bool | None) -> Scene:
     )
 
 
-def in_words(scene: Scene) -> str:
-    """The scene cell by cell: four words each, place, size, colour and shape."""
-    by_place = {thing.place: thing for thing in scene}
-    words = []
-    for place, name in enumerate(COMPASS):
-        thing = by_place.get(place)
-        words.append(
-            f"{name} {thing.size} {thing.colour} {thing.shape}"
-            if thing
-            else f"{name} empty empty empty"
-        )
-    return " " + " ".join(words)
+def in_words(scene: Scene) -> list[str]:
+    """The scene cell by cell: place, size, colour and shape, or that it is empty."""
+    there = {t.place: f"{t.size} {t.colour} {t.shape}" for t in scene}
+    return [f"{name} {there.get(place, 'empty')}" for place, name in enumerate(COMPASS)]
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
