@@ -4,11 +4,16 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 TEST_WORKERS ?= 2
 
-.PHONY: help demo test lint types clean
+TOYBOX = cache/toybox
+ASSETS = examples/toybox
+
+.PHONY: help demo toybox test lint types clean
+.SECONDARY:
 
 help:
-	@echo "make demo    train the example's projection on a CPU and ask it a question"
+	@echo "make demo    train the toybox's projection on a CPU, score it, show its answers"
 	@echo "make test    lint, types and tests"
+	@echo "make toybox  make the toybox's weights ($(ASSETS)) again, from nothing: 2 to 3 hours"
 	@echo "make clean   remove .venv and caches"
 
 $(VENV)/.installed: pyproject.toml requirements.txt
@@ -16,12 +21,68 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+# train.py's last line is the path of its last checkpoint; it is kept under the run's name.
+train = mkdir -p $(TOYBOX) && $(BIN)/python train.py --cfg-path lavis/projects/toybox/$(1).yaml \
+    > $(TOYBOX)/$(1).out && tail -n 1 $(TOYBOX)/$(1).out > $(TOYBOX)/$(1).checkpoint
+trained = "$$(cat $(TOYBOX)/$(1).checkpoint)"
+
 demo: $(VENV)/.installed
-	$(BIN)/python train.py --cfg-path examples/demo/train.yaml --options run.output_dir=output/demo
-	$(BIN)/python test_model_chat.py --cfg-path examples/demo/train.yaml --device cpu \
-	    --image examples/demo/image/red_square.png --max-new-tokens 24 \
-	    --checkpoint $$(ls -td output/demo/*/ | head -n 1)checkpoint_latest.pth
-	@echo "the loss curve: $$(ls -td output/demo/*/ | head -n 1)loss.png"
+	$(BIN)/python -m lavis.tools.toybox --out $(TOYBOX)/demo --splits train test test_pairs \
+	    --train 4000 --test 720 --test-pairs 720
+	$(call train,train)
+	$(BIN)/python evaluate.py --cfg-path lavis/projects/toybox/train.yaml --baselines \
+	    --splits test test_pairs --checkpoint $(call trained,train) --out output/demo
+	@cp "$$(dirname $(call trained,train))/loss.png" output/demo/
+	@echo "pictures: output/demo/loss.png, output/demo/test.png, output/demo/test_pairs.png"
+	@echo "chat with it: $(BIN)/python cli_demo.py --cfg-path lavis/projects/toybox/train.yaml" \
+	    "--checkpoint $$(cat $(TOYBOX)/train.checkpoint) --image $(ASSETS)/image/scene.png"
+
+# The toybox from nothing. Every stage leaves a file, so a second `make toybox` goes on where the
+# first one stopped. The two language models learn side by side, a thread each.
+toybox: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(MAKE) -j 2 $(TOYBOX)/first/llm/config.json $(ASSETS)/llm/config.json
+	$(MAKE) $(ASSETS)/scores.json
+
+$(TOYBOX)/.data:
+	$(BIN)/python -m lavis.tools.toybox --out $(TOYBOX)
+	@touch $@
+
+$(TOYBOX)/vocabulary/qwen.tiktoken: $(TOYBOX)/.data
+	$(BIN)/python -m lavis.tools.prune_vocab --out $@ --vocab "$$($(BIN)/python -c \
+	    'import importlib.util as u; print(*u.find_spec("dashscope").submodule_search_locations)' \
+	    )/resources/qwen.tiktoken" --corpus $(TOYBOX)/text_first.json $(TOYBOX)/text_val.json
+
+$(TOYBOX)/llm_%.checkpoint: $(TOYBOX)/vocabulary/qwen.tiktoken
+	$(call train,llm_$*)
+
+$(TOYBOX)/%/llm/config.json: $(TOYBOX)/llm_%.checkpoint
+	$(BIN)/python -m lavis.tools.export --checkpoint $(call trained,llm_$*) --out $(TOYBOX)/$*
+
+$(TOYBOX)/llm_chat.checkpoint: $(TOYBOX)/second/llm/config.json
+	$(call train,llm_chat)
+
+$(TOYBOX)/llm_last.checkpoint: $(TOYBOX)/chat/llm/config.json
+	$(call train,llm_last)
+
+$(ASSETS)/llm/config.json: $(TOYBOX)/llm_last.checkpoint
+	$(BIN)/python -m lavis.tools.export --checkpoint $(call trained,llm_last) --out $(ASSETS)
+
+$(TOYBOX)/vision.checkpoint: $(TOYBOX)/first/llm/config.json
+	$(call train,vision)
+
+$(ASSETS)/blip2.pth: $(TOYBOX)/vision.checkpoint
+	$(BIN)/python -m lavis.tools.export --checkpoint $(call trained,vision) --out $(ASSETS)
+
+$(ASSETS)/scores.json: $(ASSETS)/blip2.pth $(ASSETS)/llm/config.json
+	$(BIN)/python -m lavis.tools.toybox --out $(TOYBOX)/demo --splits train --train 4000
+	$(call train,train)
+	cp $(call trained,train) $(ASSETS)/checkpoint.pth
+	$(BIN)/python evaluate.py --cfg-path lavis/projects/toybox/train.yaml --baselines \
+	    --splits test test_pairs --checkpoint $(ASSETS)/checkpoint.pth --out output/toybox/scores \
+	    --options datasets.toybox.build_info.annotations.test.storage=$(TOYBOX)/test.json \
+	    datasets.toybox.build_info.annotations.test_pairs.storage=$(TOYBOX)/test_pairs.json \
+	    datasets.toybox.build_info.images.storage=$(TOYBOX)/image
+	cp output/toybox/scores/scores.json $@
 
 test: lint types
 	$(BIN)/python -m pytest -n $(TEST_WORKERS)

@@ -1,32 +1,43 @@
-"""Ask a model about one image: ``python test_model_chat.py --checkpoint CKPT --image a.jpg``."""
+"""Ask a model about one image: ``python test_model_chat.py --checkpoint PTH --image a.jpg``."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from lavis.common.cli import run_cli, setup_logging
-from lavis.common.config import add_config_arguments
+from lavis.common.cli import (
+    TOYBOX,
+    add_model_arguments,
+    resolve_model_arguments,
+    run_cli,
+    setup_logging,
+)
 from lavis.common.errors import DataError, WeightsError
 from lavis.common.paths import is_file
 
 FIRST = "<Img><ImageHere></Img> Describe this image in detail."
 SECOND = "Is there a refrigerator in the picture? Answer yes or no."
+TOYBOX_SECOND = "图里有几个物体？"
 
 
 def main() -> int:
     """Load the model, ask two questions in one conversation, print the answers."""
     parser = argparse.ArgumentParser(description="Ask two questions about an image.")
-    add_config_arguments(parser, required=False)
-    parser.add_argument("--model-type", default="qwen7b_chat", help="default: %(default)s")
-    parser.add_argument("--checkpoint", required=True, help="the trained projection (.pth)")
-    parser.add_argument("--image", required=True, help="image file")
+    add_model_arguments(parser)
+    parser.add_argument("--image", help="image file; the toybox has one of its own")
     parser.add_argument("--question", default=FIRST, help="default: %(default)s")
-    parser.add_argument("--second-question", default=SECOND, help="default: %(default)s")
+    parser.add_argument("--second-question", help=f"default: {SECOND}; empty: only one question")
     parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu or auto (default)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
     args = parser.parse_args()
     setup_logging()
+    toybox = resolve_model_arguments(args)
+    if args.image is None:
+        if not toybox:
+            raise DataError("--image is missing: name an image file")
+        args.image = str(TOYBOX / "image" / "scene.png")
+    if args.second_question is None:
+        args.second_question = TOYBOX_SECOND if toybox else SECOND
 
     from lavis.common.device import pick_device
     from lavis.datasets.media import open_image

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from lavis.common.errors import LavisError
+from lavis.common.config import add_config_arguments
+from lavis.common.errors import ConfigError, LavisError
+
+REPOSITORY = Path(__file__).parents[2]
+TOYBOX = REPOSITORY / "examples" / "toybox"
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -31,3 +37,39 @@ def setup_logging(level: int = logging.INFO) -> None:
         level=level, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
     logging.captureWarnings(True)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which model a command talks to; without any, the toybox."""
+    add_config_arguments(parser, required=False)
+    parser.add_argument("--model-type", help="qwen7b_chat (default), qwen14b_chat or toybox")
+    parser.add_argument(
+        "--checkpoint", "--checkpoint-path", "-c", metavar="PTH",
+        help="trained projection; without it and --cfg-path, the toybox of this repository answers",
+    )  # fmt: skip
+
+
+def resolve_model_arguments(args: argparse.Namespace) -> bool:
+    """Fill in what :func:`add_model_arguments` left open.
+
+    Returns:
+        Whether the toybox was chosen because nothing else was named.
+
+    Raises:
+        ConfigError: a configuration or a model type without a checkpoint.
+    """
+    if args.checkpoint is None and (args.cfg_path or args.model_type):
+        named = "--cfg-path" if args.cfg_path else "--model-type"
+        raise ConfigError(f"{named} needs --checkpoint: the projection that was trained for it")
+    toybox = args.checkpoint is None
+    if toybox:
+        args.model_type = "toybox"
+        args.checkpoint = str(TOYBOX / "checkpoint.pth")
+        args.options = [f"env.cache_root={REPOSITORY}", *args.options]
+        print(
+            f"Answering with the toybox ({TOYBOX.relative_to(REPOSITORY)}), a tiny model of "
+            "coloured shapes; --checkpoint PTH [--cfg-path YAML] loads real weights.",
+            file=sys.stderr,
+        )
+    args.model_type = args.model_type or "qwen7b_chat"
+    return toybox

@@ -131,18 +131,17 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
     """A text table: a row per kind and language, a column per named score."""
-    names = list(scores)
     rows = sorted(
         {(k, lang) for s in scores.values() for k, by in s["kinds"].items() for lang in by}
     )
-    lines = [f"{'kind':<14}{'':<4}" + "".join(f"{n:>14}" for n in names)]
+    widths = {name: max(len(name), 10) + 2 for name in scores}
+    lines = [f"{'':<18}" + "".join(f"{name:>{width}}" for name, width in widths.items())]
     for kind, language in rows:
-        cells = (scores[n]["kinds"].get(kind, {}).get(language) for n in names)
-        lines.append(f"{kind:<14}{language:<4}" + "".join(f"{_cell(c):>14}" for c in cells))
-    lines.append(
-        f"{'all questions':<18}" + "".join(f"{scores[n]['overall']:>13.1f}%" for n in names)
-    )
-    return "\n".join(lines)
+        cells = (_cell(s["kinds"].get(kind, {}).get(language)) for s in scores.values())
+        row = "".join(f"{c:>{w}}" for c, w in zip(cells, widths.values(), strict=True))
+        lines.append(f"{kind:<14}{language:<4}{row}")
+    overall = "".join(f"{scores[n]['overall']:>{w - 1}.1f}%" for n, w in widths.items())
+    return "\n".join([*lines, f"{'all questions':<18}{overall}"])
 
 
 def _cell(entry: dict[str, Any] | None) -> str:

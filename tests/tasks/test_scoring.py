@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lavis.common.types import NO_WORDS
 from lavis.processors.conversation import Turn
 from lavis.tasks.scoring import Prediction, normalize, predict, score, table
 
@@ -67,6 +68,9 @@ class _Dataset:
     def pixels(self, record: _Record, epoch: int, index: int) -> torch.Tensor:
         assert record is self.records[index]
         return torch.full((1, 3, 2, 2), float(record.sample_id))
+
+    def word_ids(self, record: _Record) -> torch.Tensor:
+        return NO_WORDS
 
 
 class _Seer:

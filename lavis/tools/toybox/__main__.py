@@ -18,13 +18,21 @@ from lavis.tools.toybox.scenes import Scene, draw, in_words, random_scene
 _TEST_KINDS = tuple(kind for kind in KINDS if kind not in DRILLS)
 _SHORT_KINDS = tuple(kind for kind in _TEST_KINDS if kind != "description")
 _LESSONS: dict[str, dict[str, Any]] = {
-    "train": {"turns": 4, "scan": 0.5, "lists": 1, "description": 0.2},
+    "train": {"turns": 4, "scan": 0.4, "lists": 0.4, "description": 0.3, "shuffled": True},
     "vision": {"turns": 0, "scan": 1.0, "lists": 0, "description": 0.0},
     "text_first": {"turns": 6, "scan": 0.3, "lists": 1, "description": 0.2},
     "text_second": {"turns": 6, "scan": 0.2, "lists": 1, "description": 0.2},
+    "text_chat": {
+        "turns": 5, "scan": 0.1, "lists": 0.4, "description": 0.4, "shuffled": True,
+        "more": ("relation", "count", "yesno"),
+    },
+    "text_last": {
+        "turns": 4, "scan": 0.05, "lists": 0.2, "description": 0.3, "shuffled": True,
+        "more": ("relation", "relation", "relation", "count", "count", "yesno", "colour"),
+    },
 }
-"""Conversations of the training splits. Long answers are few: most of a loss that counts tokens
-would be theirs."""
+"""Conversations of the training splits: numbers of questions, chances of the long answers. Those
+are few: most of a loss that counts tokens would be theirs."""
 SIZES = {
     "train": 20_000,
     "val": 1_000,
@@ -33,6 +41,8 @@ SIZES = {
     "vision": 30_000,
     "text_first": 20_000,
     "text_second": 36_000,
+    "text_chat": 24_000,
+    "text_last": 40_000,
     "text_val": 900,
 }
 
@@ -104,14 +114,30 @@ def make_record(rng: random.Random, split: str, number: int, out: Path) -> dict[
 
 
 def _lesson(
-    scene: Scene, rng: random.Random, turns: int, scan: float, lists: int, description: float
+    scene: Scene,
+    rng: random.Random,
+    *,
+    turns: int,
+    scan: float,
+    lists: float,
+    description: float,
+    shuffled: bool = False,
+    more: tuple[str, ...] = (),
 ) -> list[Question]:
-    """A conversation: perhaps a scan, lists, questions of different kinds, a description."""
-    kinds = ["list"] * lists + rng.sample(_SHORT_KINDS, turns)
+    """A conversation: a scan, a list, questions of different kinds, a description; each perhaps.
+
+    In this order drills prepare for questions; ``shuffled``, any of them may come first. ``more``
+    are kinds that are asked besides, because they are learned last.
+    """
+    kinds = [*rng.sample(_SHORT_KINDS, turns), *more]
+    if lists == 1 or rng.random() < lists:
+        kinds.insert(0, "list")
     if rng.random() < scan:
         kinds.insert(0, "scan")
     if rng.random() < description:
         kinds.append("description")
+    if shuffled:
+        rng.shuffle(kinds)
     made = (ask(scene, rng, kind, rng.choice(LANGUAGES)) for kind in kinds)
     return [q for q in made if q is not None] or [_must(scene, rng)]
 
