@@ -34,7 +34,7 @@ def draw_answers(
     shown = shown[: columns * rows]
     rows = max(1, -(-len(shown) // columns))
     figure = Figure(figsize=(2.5 * columns, 2.55 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     family = [font, "DejaVu Sans"] if font else ["DejaVu Sans"]
     for axes in grid:
         axes.set_axis_off()

@@ -68,6 +68,9 @@ def test_writes_answers_scores_and_a_picture(tmp_path: Path) -> None:
     assert set(scores["test"]["kinds"]) == {"colour", "shape"}
     with Image.open(out / "test.png") as picture:
         assert picture.width > 500
+        colours = picture.convert("RGB").getcolors(maxcolors=1 << 24)
+        assert colours is not None
+        assert {(0, 0, 0), (80, 0, 0), (160, 0, 0)} <= {colour for _, colour in colours}
 
 
 def test_an_unknown_split_is_named_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -23,11 +23,19 @@ _LESSONS: dict[str, dict[str, Any]] = {
     "text_first": {"turns": 6, "scan": 0.3, "lists": 1, "description": 0.2},
     "text_second": {"turns": 6, "scan": 0.2, "lists": 1, "description": 0.2},
     "text_chat": {
-        "turns": 5, "scan": 0.1, "lists": 0.4, "description": 0.4, "shuffled": True,
+        "turns": 5,
+        "scan": 0.1,
+        "lists": 0.4,
+        "description": 0.4,
+        "shuffled": True,
         "more": ("relation", "count", "yesno"),
     },
     "text_last": {
-        "turns": 4, "scan": 0.05, "lists": 0.2, "description": 0.3, "shuffled": True,
+        "turns": 4,
+        "scan": 0.05,
+        "lists": 0.2,
+        "description": 0.3,
+        "shuffled": True,
         "more": ("relation", "relation", "relation", "count", "count", "yesno", "colour"),
     },
 }
