@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lavis.common.cli import run_cli, setup_logging
+from lavis.common.cli import print_once, run_cli, setup_logging
 from lavis.common.config import add_config_arguments, load_config
 
 
@@ -26,20 +26,23 @@ def main() -> int:
     config = load_config(args.cfg_path, args.options)
 
     from lavis.common.registry import TASKS
+    from lavis.runners.launch import distributed
     from lavis.tasks.evaluate import evaluate
 
     task = TASKS.get(config.run.task)(config)
     task.check_paths(tuple(args.splits))
-    print(
-        evaluate(
-            task,
-            checkpoint=args.checkpoint,
-            splits=args.splits,
-            limit=args.limit,
-            baselines=args.baselines,
-            out=args.out,
+    with distributed(config.run) as device:
+        print_once(
+            evaluate(
+                task,
+                checkpoint=args.checkpoint,
+                splits=args.splits,
+                limit=args.limit,
+                baselines=args.baselines,
+                out=args.out,
+                device=device,
+            )
         )
-    )
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except LavisError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = "" if is_main_process() else f" (process {os.environ['RANK']})"
+        print(f"error{where}: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -31,8 +33,25 @@ def run_cli(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
+def is_main_process() -> bool:
+    """Whether this process speaks to the user, as the launcher's environment has it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_once(result: object) -> None:
+    """Print a command's result, in one of its processes."""
+    if is_main_process():
+        print(result, flush=True)
+
+
 def setup_logging(level: int = logging.INFO) -> None:
-    """Log to standard error, leaving standard output to results."""
+    """Log to standard error, leaving standard output to results.
+
+    Of several processes, only the main one reports progress; the others warn.
+    """
+    if not is_main_process():
+        level = max(level, logging.WARNING)
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     logging.basicConfig(
         level=level, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )

@@ -95,6 +95,7 @@ def build_config(user: DictConfig, source: str, options: Sequence[str] = ()) -> 
     for section in ("model", "run"):
         tree.setdefault(section, {})
     _move_autocast_dtype(tree)
+    _apply_deepspeed_config(tree["run"], layers.where)
     config = parse(Config, tree, "", layers.where)
     config.tree.update(tree)
     object.__setattr__(config, "source", source)
@@ -194,6 +195,42 @@ def _move_autocast_dtype(tree: dict[str, Any]) -> None:
     if isinstance(tree["model"], dict) and _AUTOCAST in tree["model"]:
         value = tree["model"].pop(_AUTOCAST)
         tree["run"].setdefault(_AUTOCAST, value)
+
+
+def _apply_deepspeed_config(run: Any, where: Any) -> None:
+    """Take over what a DeepSpeed section says about the step, as the original's recipes do.
+
+    Raises:
+        ConfigError: it says something else than ``run``.
+    """
+    section = run.get("deepspeed_config") if isinstance(run, dict) else None
+    if not isinstance(section, dict):
+        return
+    if "scheduler" in section:
+        raise ConfigError(
+            f"{where('run.deepspeed_config.scheduler')}: run.deepspeed_config.scheduler: the "
+            "learning rate follows run.lr_sched; remove the section"
+        )
+    params = (section.get("optimizer") or {}).get("params") or {}
+    betas = list(params.get("betas") or (None, None))
+    said = {
+        "accum_grad_iters": section.get("gradient_accumulation_steps"),
+        "batch_size_train": section.get("train_micro_batch_size_per_gpu"),
+        "grad_norm_clip": section.get("gradient_clipping"),
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "eps": params.get("eps"),
+        "weight_decay": params.get("weight_decay"),
+    }
+    for key, value in said.items():
+        if value in (None, "auto"):
+            continue
+        if run.get(key, value) != value:
+            raise ConfigError(
+                f"{where('run.deepspeed_config')}: run.deepspeed_config says {value} where "
+                f"run.{key} says {run[key]}; leave one of them out"
+            )
+        run[key] = value
 
 
 def _has(tree: Any, keys: Sequence[str]) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import resource
+import time
+
 import torch
 
 from lavis.common.errors import ConfigError
@@ -30,3 +34,30 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cuda", "cpu"):
         raise ConfigError(f"run.device: {name!r} is none of cuda, cuda:N, cpu, auto")
     return device
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large square matrix product, measured in moments."""
+    size = 4096 if device.type == "cuda" else 768
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(4):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that PyTorch has held on a GPU, or that this process has had in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

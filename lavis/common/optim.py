@@ -5,6 +5,7 @@ A schedule is a pure function of the step number, so that resuming needs nothing
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lavis.common.schema import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class Schedule:
                 f"run.warmup_steps: {warmup_steps} steps of warm-up do not fit into a run of "
                 f"{max_steps} steps"
             )
+        if not cls.warms_up_across_epochs and warmup_steps > steps_per_epoch:
+            logger.warning(
+                "run.warmup_steps: %d, but an epoch has %d steps and %s warms up in the first one "
+                "only: the rate jumps at its end. Use linear_warmup_cosine_lr_step-wise, or fewer",
+                warmup_steps, steps_per_epoch, run.lr_sched,
+            )  # fmt: skip
         return cls(
             init_lr=run.init_lr,
             min_lr=run.min_lr,

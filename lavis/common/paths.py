@@ -17,6 +17,11 @@ def cache_path(path: str, cache_root: str) -> Path:
     return (Path(cache_root).expanduser() / Path(path).expanduser()).absolute()
 
 
+def user_cache() -> Path:
+    """Where things are kept that can be computed again: ``$XDG_CACHE_HOME/lavis``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lavis"
+
+
 def is_file(path: Path) -> bool:
     """Whether a file is there. A name that is too long for the file system names none."""
     return _answers(path.is_file)

@@ -119,11 +119,11 @@ class RunConfig:
 
     task: str = "image_text_pretrain"
     runner: str = "runner_base"
-    evaluate: bool = only(False, "evaluation-only runs are not supported yet; remove the key")
+    evaluate: bool = False  # no training: score the splits below and end
     # splits
     train_splits: tuple[str, ...] = ("train",)
-    valid_splits: tuple[str, ...] = only((), "validation during training is not supported yet")
-    test_splits: tuple[str, ...] = only((), "evaluation after training is not supported yet")
+    valid_splits: tuple[str, ...] = ()  # their loss is computed every eval_freq epochs
+    test_splits: tuple[str, ...] = ()  # their questions are answered and scored after training
     eval_freq: int = 1
     # optimizer and schedule; a step is one optimizer step
     lr_sched: str = "linear_warmup_cosine_lr"
@@ -135,7 +135,9 @@ class RunConfig:
     lr_decay_rate: float = 1.0
     lr_layer_decay: float = 1.0
     weight_decay: float = 0.05
+    beta1: float = 0.9
     beta2: float = 0.999
+    eps: float = 1e-8
     grad_norm_clip: float | None = None
     max_epoch: int = 1
     # batches
@@ -143,28 +145,34 @@ class RunConfig:
     batch_size_eval: int = 1
     accum_grad_iters: int = 1
     num_workers: int = 0
-    train_dataset_ratios: dict[str, float] | None = only(
-        None, "mixing by ratio is not supported yet; data sets are concatenated"
+    max_tokens_per_batch: int | None = None  # pack micro-batches to this; not batch_size_train
+    train_dataset_ratios: dict[str, float] | None = None  # share of each data set in an epoch
+    use_dist_eval_sampler: bool = only(
+        True, "evaluation is always spread over the processes, each sample once; remove the key"
     )
-    use_dist_eval_sampler: bool = True
     on_bad_sample: Literal["error", "skip"] = "error"
+    on_nonfinite: Literal["error", "skip"] = "error"  # a loss or a gradient that is not finite
     # precision
     amp: bool = False
     autocast_dtype: Literal["bf16", "bfloat16", "fp16", "float16"] = "fp16"
     loss_scale: bool = True
     # placement
     device: str = "cuda"
-    distributed: bool = True  # whether torch.distributed.run's environment is looked at
+    distributed: bool = True  # kept for the original's files: the launcher decides
     world_size: int = 1  # kept for the original's files: the launcher decides
     dist_url: str = only("env://", "torch.distributed.run sets the rendezvous; remove the key")
-    fsdp: bool = only(False, "sharded training is not supported yet; remove the key")
-    deepspeed_config: dict[str, Any] | None = only(
-        None, "DeepSpeed is not supported yet; use `runner: runner_base` without this section"
-    )
+    strategy: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
+    fsdp: bool = False  # the original's name for strategy: fsdp2
+    fsdp_cpu_offload: bool = False
+    deepspeed_config: dict[str, Any] | None = None  # a DeepSpeed JSON; see docs/distributed.md
     # output and resume
     seed: int = 42
     output_dir: str = "output"
     log_freq: int = 50
+    wandb_project: str | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+    save_every_steps: int | None = None  # besides the end of each epoch
+    keep_last: int = 2  # of the checkpoints inside epochs
     resume_ckpt_path: str | None = None
     resume_ckpt_load_dir: str | None = only(None, "use run.resume_ckpt_path with a .pth file")
     resume_ckpt_tag: str | None = only(None, "use run.resume_ckpt_path with a .pth file")
@@ -185,14 +193,16 @@ class RunConfig:
             raise ConfigError("train_splits is empty: name at least one split, such as train")
         require_range(
             self, 1, "max_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters",
-            "log_freq",
+            "log_freq", "max_tokens_per_batch", "eval_freq", "save_every_steps", "keep_last",
         )  # fmt: skip
         require_range(
             self, 0, "init_lr", "min_lr", "warmup_steps", "lr_decay_rate", "lr_layer_decay",
             "weight_decay", "grad_norm_clip", "num_workers",
         )  # fmt: skip
         require_range(self, 0, "seed", below=2**32)
-        require_range(self, 0, "beta2", "warmup_ratio", below=1)
+        require_range(self, 0, "beta1", "beta2", "warmup_ratio", below=1)
+        if self.evaluate and not (self.test_splits or self.valid_splits):
+            raise ConfigError("evaluate: true needs test_splits (or valid_splits) to score")
 
 
 @dataclass(frozen=True)
@@ -217,6 +227,24 @@ class Config:
     imports: tuple[str, ...] = ()
     source: str = field(default="", init=False, compare=False)
     tree: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def dataset_ratios(self) -> tuple[float, ...] | None:
+        """Each data set's share of an epoch, in the order of ``datasets``."""
+        ratios = self.run.train_dataset_ratios
+        return None if ratios is None else tuple(ratios[name] for name in self.datasets)
+
+    def __post_init__(self) -> None:
+        ratios = self.run.train_dataset_ratios
+        if ratios is None:
+            return
+        if set(ratios) != set(self.datasets):
+            raise ConfigError(
+                f"run.train_dataset_ratios names {', '.join(ratios)}; it must name every data set: "
+                f"{', '.join(self.datasets)}"
+            )
+        if min(ratios.values()) < 0 or not sum(ratios.values()) > 0:
+            raise ConfigError("run.train_dataset_ratios must not be negative, and not all zero")
 
 
 def _selected(registry: Any, name: str, path: str, where: Where) -> type:

@@ -15,6 +15,12 @@ IMAGE_PLACEHOLDER = "<ImageHere>"
 """Where an image stands in text; becomes ``num_query_token`` copies of a reserved token."""
 
 
+AUTOCAST = {
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp16": torch.float16, "float16": torch.float16,
+}  # fmt: skip
+"""What ``run.autocast_dtype`` may say."""
+
 NO_WORDS = torch.empty(0, 0, 0, dtype=torch.int64)
 
 
@@ -114,3 +120,22 @@ class Batch:
             if isinstance(value, Tensor)
         }
         return replace(self, **pinned)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What makes one model better than another.
+
+    Attributes:
+        name: key among the numbers that a validation returns.
+        higher_is_better: its sign.
+    """
+
+    name: str
+    higher_is_better: bool
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether a value beats the best so far. Not a number beats nothing."""
+        if best is None:
+            return value == value
+        return value > best if self.higher_is_better else value < best

@@ -6,8 +6,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import PROCESSORS, did_you_mean
@@ -15,6 +13,7 @@ from lavis.common.schema import DatasetConfig, PreprocessConfig, ProcessorConfig
 from lavis.common.types import BadSample
 from lavis.datasets.annotations import Record, read_annotations
 from lavis.datasets.instruction import InstructionDataset
+from lavis.datasets.lengths import count_tokens
 from lavis.processors.config import BaseInstructionConfig
 from lavis.processors.conversation import ConversationEncoder
 
@@ -90,12 +89,21 @@ class InstructionBuilder:
         )
         good: list[Record] = []
         bad: list[BadSample] = []
+        lengths: list[int] = []
         for path in self._annotation_files(split):
-            records = read_annotations(path, media_root, self.config.format)
-            for record in tqdm(records, desc=f"checking {path.name}", unit=" records"):
-                _sort(record, dataset, good, bad)
+            records = list(read_annotations(path, media_root, self.config.format))
+            readable = [r for r in records if isinstance(r, Record)]
+            counts = iter(count_tokens(readable, dataset, path))
+            for record in records:
+                if isinstance(record, BadSample):
+                    bad.append(record)
+                elif isinstance(count := next(counts), str):
+                    bad.append(BadSample(record.sample_id, count))
+                else:
+                    good.append(record)
+                    lengths.append(count)
         report_bad(self.name, split, good, bad, on_bad)
-        dataset.records = good
+        dataset.records, dataset.lengths = good, tuple(lengths)
         return dataset
 
     @property
@@ -119,23 +127,6 @@ class InstructionBuilder:
     def _text(self, train: bool) -> ProcessorConfig:
         own = self.config.text_processor
         return (own.train if train else own.eval) or BaseInstructionConfig("base_instruction")
-
-
-def _sort(
-    record: Record | BadSample,
-    dataset: InstructionDataset,
-    good: list[Record],
-    bad: list[BadSample],
-) -> None:
-    if isinstance(record, BadSample):
-        bad.append(record)
-        return
-    try:
-        dataset.encode(record)
-    except DataError as error:
-        bad.append(BadSample(record.sample_id, str(error)))
-    else:
-        good.append(record)
 
 
 def report_bad(

@@ -10,10 +10,21 @@ from torch import Tensor
 
 from lavis.common.types import IGNORE_INDEX, NO_WORDS, BadSample, Batch, Sample
 
+_FILLER = Sample(
+    sample_id="",
+    input_ids=torch.zeros(2, dtype=torch.int64),
+    labels=torch.full((2,), IGNORE_INDEX),
+    pixel_values=torch.empty(0),
+)
+
 
 def collate(samples: Sequence[Sample | BadSample]) -> Batch:
-    """Pack samples into one row. Bad samples are carried along by name."""
-    good = [s for s in samples if isinstance(s, Sample)]
+    """Pack samples into one row. Bad samples are carried along by name.
+
+    Without a good one the row is two tokens that supervise nothing: a process that has no samples
+    left still computes with the others.
+    """
+    good = [s for s in samples if isinstance(s, Sample)] or [_FILLER]
     bad = tuple(s for s in samples if isinstance(s, BadSample))
     lengths = torch.tensor([len(s.input_ids) for s in good], dtype=torch.int64)
     starts = torch.cumsum(lengths, 0) - lengths
@@ -31,7 +42,7 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
             [bool(len(s.word_ids)) for s in good for _ in (*s.pixel_values, *s.word_ids)],
             dtype=torch.bool,
         ),
-        sample_ids=tuple(s.sample_id for s in good),
+        sample_ids=tuple(s.sample_id for s in good if s is not _FILLER),
         bad=bad,
     )
 

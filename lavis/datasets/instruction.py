@@ -34,6 +34,8 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         seed: int = 0,
     ) -> None:
         self.records = list(records)
+        self.lengths: tuple[int, ...] = ()
+        """Tokens of each record, as the builder has counted them."""
         self.encoder = encoder
         self.vis_processor = vis_processor
         self.text_processor = text_processor
@@ -115,7 +117,8 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         """
         images = self._images(record)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(augmentation_seed(self.seed, epoch, index))
+            # Only the CPU's generator: seeding all devices costs a hundred times as much.
+            torch.default_generator.manual_seed(augmentation_seed(self.seed, epoch, index))
             pixels = [self.vis_processor(image) for image in images]
         return torch.stack(pixels) if pixels else torch.empty(0)
 

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from lavis.common.errors import WeightsError
 from lavis.common.registry import did_you_mean
-from lavis.models.keys import FULL_MODEL
+from lavis.models.keys import KeyMap, Rule
 from lavis.models.weights import WeightFile, open_pth
 
+_SAME_NAMES = KeyMap((Rule("*", ("*",)),))
 
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+
+def _key_map(model: nn.Module) -> KeyMap:
+    """How a model's names relate to those in its files: its ``key_map``, if it has one."""
+    return getattr(model, "key_map", _SAME_NAMES)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu()
+
+
+def trainable_state(
+    model: nn.Module, whole: Callable[[Tensor], Tensor] = _on_cpu
+) -> dict[str, Tensor]:
     """What is trained, on the CPU, under the original's names.
 
     A part of a joined tensor (``c_attn``) is never trained without the others.
+
+    Args:
+        whole: makes a whole tensor on the CPU of a parameter, which may be sharded.
     """
-    return FULL_MODEL.to_original(
-        {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+    return _key_map(model).to_original(
+        {n: whole(p) for n, p in model.named_parameters() if p.requires_grad}
     )
 
 
@@ -41,10 +58,11 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
     Raises:
         WeightsError: as :func:`load_model_state`.
     """
+    names = _key_map(model)
     used: set[str] = set()
     new: list[tuple[nn.Parameter, Tensor]] = []
     for name, parameter in model.named_parameters():
-        source = FULL_MODEL.source(name)
+        source = names.source(name)
         if source.key not in file:
             if parameter.requires_grad:
                 raise WeightsError(
@@ -62,7 +80,7 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
         new.append((parameter, source.cut(tensor)))
     left_over = [key for key in file if key not in used]
     if left_over:
-        known = [FULL_MODEL.source(n).key for n, _ in model.named_parameters()]
+        known = [names.source(n).key for n, _ in model.named_parameters()]
         raise WeightsError(
             f"{file.label} holds {len(left_over)} tensors that are not part of this model: "
             f"{', '.join(left_over[:8])}{did_you_mean(left_over[0], known)}"

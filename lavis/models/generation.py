@@ -40,6 +40,7 @@ class GenerationMixin:
     encode_spans: Any
     embed: Any
     device: Any
+    uniform_graph: bool
 
     @torch.no_grad()
     def generate(
@@ -182,6 +183,7 @@ class GenerationMixin:
         generated = self.llm_model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
+            synced_gpus=self.uniform_graph,  # all processes generate as long as one of them does
             generation_config=GenerationConfig(
                 **{**settings, "eos_token_id": list(stops), "pad_token_id": self.tokenizer.eod_id}
             ),

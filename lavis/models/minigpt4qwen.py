@@ -24,7 +24,7 @@ from lavis.models.config import MiniGPT4QwenConfig
 from lavis.models.eva import build_vit, load_vit
 from lavis.models.frozen_linear import widen_frozen_linears
 from lavis.models.generation import GenerationMixin
-from lavis.models.keys import QFORMER
+from lavis.models.keys import FULL_MODEL, QFORMER
 from lavis.models.qformer import build_qformer, qformer_config
 from lavis.models.qwen import QwenSpec, add_lora, load_llm, new_llm, read_spec
 from lavis.models.weights import load_weights, open_pth, own_trainable
@@ -54,6 +54,7 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
     """A frozen vision side and a frozen language model, joined by a linear projection."""
 
     Config = MiniGPT4QwenConfig
+    key_map = FULL_MODEL
 
     def __init__(
         self,
@@ -87,6 +88,9 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
             )
         self.llm_proj = nn.Linear(qformer.hidden_size, spec.config.hidden_size, device=device)
         self.llm_model = llm
+        self.uniform_graph = False
+        """Whether every batch calls the same parts, images or not: what processes that wait for
+        each other inside a layer need. Strategies set it."""
 
     @classmethod
     def from_config(
@@ -215,6 +219,10 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         """
         given = pixel_values is not None and len(pixel_values) > 0
         images = self.encode_image(pixel_values) if given else None  # type: ignore[arg-type]
+        if images is None and self.uniform_graph:
+            # Encoded with the others, used by nothing, with gradient zero.
+            size = self.config.image_size
+            images = self.encode_image(torch.zeros(1, 3, size, size, device=self.device))[:0]
         if not len(word_ids):
             return images
         words = self.embed_words(word_ids)
@@ -269,6 +277,36 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
             # submodules, which would switch dropout on, stay as they are.
             layer.training = layer.training or (mode and self.config.llm_grad_ckpt)
         return self
+
+    def shardable_blocks(self) -> Iterator[nn.Module]:
+        """Parts of like size that are used one after the other, once in a forward pass."""
+        yield from self.visual_encoder.blocks
+        yield from self.Qformer.encoder.layer
+        yield from self.llm_model.model.layers
+        yield self.llm_model.lm_head
+
+    def training_flops(self, tokens: int, images: int) -> float:
+        """Useful floating-point operations of a training step, attention scores left out.
+
+        A parameter costs two in the forward pass, two for the gradient of its input and, if it
+        learns, two for its own. Nothing frozen before the first trained part has a backward pass.
+        """
+
+        def cost(module: nn.Module, *, backward: bool) -> float:
+            each = sum(
+                p.numel() * (2 + 2 * backward + 2 * p.requires_grad) for p in module.parameters()
+            )
+            return float(each)
+
+        vision = self._vision_learns
+        patches = (self.config.image_size // self.config.vit_config.patch_size) ** 2 + 1
+        queries = self.config.num_query_token
+        per_image = patches * cost(self.visual_encoder, backward=vision)
+        per_image += queries * cost(self.Qformer, backward=vision)
+        per_image += queries * cost(self.llm_proj, backward=vision)
+        layers = cost(self.llm_model.model.layers, backward=True)
+        head = cost(self.llm_model.lm_head, backward=True)
+        return tokens * (layers + head) + images * per_image
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that are trained, by name."""

@@ -29,6 +29,7 @@ class QwenTokenizer:
     """Byte-pair encoding of NFC-normalized text with 208 special tokens after the merges.
 
     Attributes:
+        path: the vocabulary file.
         vocab_size: ids in use.
         eod_id: ``<|endoftext|>``; also pads.
         im_start_id: ``<|im_start|>``, opens a ChatML turn.
@@ -44,6 +45,7 @@ class QwenTokenizer:
             WeightsError: if the file is missing or not a list of tokens and ranks.
         """
         ranks = read_ranks(vocab_file)
+        self.path = vocab_file
         self.special_tokens = {name: len(ranks) + i for i, name in enumerate(_SPECIAL)}
         self._encoding = tiktoken.Encoding(
             vocab_file.name,

@@ -3,3 +3,4 @@
 from lavis.common.registry import RUNNERS
 
 RUNNERS.register("runner_base", "lavis.runners.runner_base:RunnerBase")
+RUNNERS.register("deepspeed_runner", "lavis.runners.runner_base:RunnerBase")  # the original's name

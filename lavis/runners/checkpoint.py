@@ -1,13 +1,14 @@
 """Checkpoints: what is trained, the optimizer, and how far the run is.
 
 The file holds the original's entries (``model``, ``optimizer``, ``config``, ``scaler``, ``epoch``)
-and ``progress`` and ``versions`` of ours.
+and ``progress``, ``metrics`` and ``versions`` of ours.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ import torch
 import lavis
 from lavis.common.errors import WeightsError
 from lavis.common.paths import is_file
+from lavis.datasets.plan import BatchPlan
 from lavis.models.weights import is_state_dict, load_pickle
 
 _PACKAGES = ("torch", "transformers", "timm", "tiktoken", "safetensors")
@@ -31,15 +33,43 @@ class Progress:
     Attributes:
         step: optimizer steps done over the whole run.
         steps_per_epoch: of the run that wrote it; must agree to resume inside an epoch.
+        samples_per_step: over all processes.
+        world_size: processes that the run began with, from which ``samples_per_step`` follows.
     """
 
     step: int
     steps_per_epoch: int
+    samples_per_step: int = 0
+    world_size: int = 1
 
     @property
     def epochs_done(self) -> int:
         """Completed epochs."""
         return self.step // self.steps_per_epoch
+
+    @classmethod
+    def of(cls, content: dict[str, Any], label: object, plan: BatchPlan) -> Progress:
+        """What a checkpoint's content says, in steps of the plan that goes on from it.
+
+        The original's files do not hold it; they are written at the end of an epoch.
+
+        Raises:
+            WeightsError: the entry is damaged, or it stopped inside an epoch of another plan.
+        """
+        steps = plan.steps_per_epoch
+        if "progress" not in content:
+            return cls((content["epoch"] + 1) * steps, steps)
+        progress = _progress(label, content["progress"])
+        same_step = progress.samples_per_step in (0, plan.samples_per_step)
+        if progress.steps_per_epoch == steps and same_step:
+            return progress
+        if progress.step % progress.steps_per_epoch:
+            raise WeightsError(
+                f"{label} stopped inside an epoch of {progress.steps_per_epoch} steps, but this "
+                f"configuration has {steps} steps per epoch: data, batch_size_train or "
+                "accum_grad_iters differ. Resume from the checkpoint of a complete epoch"
+            )
+        return cls(progress.epochs_done * steps, steps)
 
 
 def save_checkpoint(
@@ -50,6 +80,7 @@ def save_checkpoint(
     scaler: dict[str, Any] | None,
     config: dict[str, Any],
     progress: Progress,
+    metrics: dict[str, float] | None = None,
 ) -> None:
     """Write a checkpoint so that ``path`` is either the old file or the whole new one.
 
@@ -63,6 +94,7 @@ def save_checkpoint(
         "scaler": scaler,
         "epoch": progress.epochs_done - 1,  # the last complete one, as in the original
         "progress": asdict(progress),
+        "metrics": metrics or {},
         "versions": software_versions(),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -92,35 +124,35 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     _sync_folder(target.parent)
 
 
-def read_checkpoint(path: Path, steps_per_epoch: int) -> tuple[dict[str, Any], Progress]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of this project or of the original.
 
-    Args:
-        steps_per_epoch: of the run that resumes; the original's files do not hold it.
-
     Raises:
-        WeightsError: the file is missing, damaged, no checkpoint, or of another batch plan.
+        WeightsError: the file is missing, damaged or no checkpoint.
     """
     if not is_file(path):
         raise WeightsError(f"run.resume_ckpt_path: no checkpoint {path}")
+    _check_sums(path)
     content = load_pickle(path)
     if not _is_checkpoint(content):
         raise WeightsError(
             f"{path} cannot be resumed: its `model`, `optimizer` and `epoch` are missing or "
             "damaged. To start from its weights alone, set model.load_finetuned and model.finetuned"
         )
-    if "progress" not in content:
-        return content, Progress((content["epoch"] + 1) * steps_per_epoch, steps_per_epoch)
-    progress = _progress(path, content["progress"])
-    if progress.steps_per_epoch != steps_per_epoch:
-        if progress.step % progress.steps_per_epoch:
-            raise WeightsError(
-                f"{path} stopped inside an epoch of {progress.steps_per_epoch} steps, but this "
-                f"configuration has {steps_per_epoch} steps per epoch: data, batch_size_train or "
-                "accum_grad_iters differ. Resume from the checkpoint of a complete epoch"
-            )
-        progress = Progress(progress.epochs_done * steps_per_epoch, steps_per_epoch)
-    return content, progress
+    return content
+
+
+def _check_sums(path: Path) -> None:
+    """Compare every part of the file with its CRC-32, which ``torch.load`` does not do."""
+    if not zipfile.is_zipfile(path):
+        return  # cut short, or PyTorch's old format: reading it will tell
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise WeightsError(f"{path} is damaged: {error}") from error
+    if damaged is not None:
+        raise WeightsError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
 
 
 def _is_checkpoint(content: object) -> TypeGuard[dict[str, Any]]:
@@ -132,13 +164,13 @@ def _is_checkpoint(content: object) -> TypeGuard[dict[str, Any]]:
     )
 
 
-def _progress(path: Path, entry: Any) -> Progress:
+def _progress(label: object, entry: Any) -> Progress:
     try:
         progress = Progress(**entry)
     except TypeError as error:
-        raise WeightsError(f"{path}: its `progress` is damaged: {entry!r:.200}") from error
+        raise WeightsError(f"{label}: its `progress` is damaged: {entry!r:.200}") from error
     if progress.step < 0 or progress.steps_per_epoch < 1:
-        raise WeightsError(f"{path}: its `progress` is damaged: {entry!r:.200}")
+        raise WeightsError(f"{label}: its `progress` is damaged: {entry!r:.200}")
     return progress
 
 

@@ -1,34 +1,35 @@
-"""The training loop of one process."""
+"""The training loop: the same for every strategy and any number of processes."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
 import math
 import shlex
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from lavis.common import dist
 from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.optim import build_schedule, parameter_groups
 from lavis.common.schema import Config
-from lavis.common.types import Batch
+from lavis.common.types import BadSample, Batch
 from lavis.datasets.collate import collate
 from lavis.datasets.instruction import augmentation_seed
 from lavis.datasets.plan import BatchPlan, PlanSampler
 from lavis.models.checkpoint import assign_model_state, trainable_state
 from lavis.models.weights import WeightFile
-from lavis.runners.checkpoint import Progress, copy_checkpoint, read_checkpoint, save_checkpoint
-from lavis.runners.watch import Watch
+from lavis.runners.checkpoint import Progress
+from lavis.runners.keeper import Keeper, open_checkpoint
+from lavis.runners.signals import StopRequest, ignore_interrupt
+from lavis.runners.strategy import build_strategy
+from lavis.runners.watch import StepReport, build_watch
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +38,20 @@ class RunnerBase:
     """Trains a model.
 
     The gradient of an optimizer step is that of the mean cross-entropy over all its supervised
-    tokens, however the step is cut into micro-batches.
+    tokens, however the step is cut into micro-batches and spread over processes.
     """
 
     def __init__(
         self, config: Config, task: Any, model: nn.Module, dataset: Dataset[Any], job_id: str
     ) -> None:
-        """Prepare a run.
+        """Prepare a run. Every process calls this.
 
         Args:
             config: the whole configuration.
-            task: defines a step.
+            task: defines a step and what makes a model better.
             model: on its device, weights loaded.
             dataset: training samples by ``(epoch, index)``.
-            job_id: name of the run's folder under ``run.output_dir``.
+            job_id: name of the run's folder under ``run.output_dir``, the same in all processes.
 
         Raises:
             ConfigError: nothing is trainable, or the schedule does not fit.
@@ -59,38 +60,41 @@ class RunnerBase:
         self.config, self.run = config, config.run
         self.task, self.model, self.dataset = task, model, dataset
         self.device = torch.device(next(model.parameters()).device)
-        self.plan = BatchPlan(
-            len(dataset),  # type: ignore[arg-type]
-            self.run.batch_size_train,
-            self.run.accum_grad_iters,
-            self.run.seed,
-        )
-        self.schedule = build_schedule(self.run, self.plan.steps_per_epoch)
+        self.strategy = build_strategy(self.run, self.device)
         groups = parameter_groups(
             model.named_parameters(),
             self.run.weight_decay,
             self.run.lr_layer_decay,
             config.model.vit_config.depth if hasattr(config.model, "vit_config") else 0,
         )
-        self.trained = [p for group in groups for p in group["params"]]
-        if not self.trained:
+        if not any(group["params"] for group in groups):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
-        self.optimizer = torch.optim.AdamW(groups, lr=self.run.init_lr, betas=(0.9, self.run.beta2))
-        fp16 = self.run.amp and self.run.autocast_dtype in ("fp16", "float16")
-        self.autocast_dtype = torch.float16 if fp16 else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.run.amp and fp16 and self.run.loss_scale
-        )
+        source = self.run.resume_ckpt_path
+        content = None if source is None else open_checkpoint(Path(source))
+        self.plan = build_plan(config, dataset, content)
+        self.schedule = build_schedule(self.run, self.plan.steps_per_epoch)
         self.step = 0  # optimizer steps done
-        self._stop: signal.Signals | None = None
-        if self.run.resume_ckpt_path is not None:
-            self._resume(Path(self.run.resume_ckpt_path))
-        self.folder = Path(self.run.output_dir) / job_id
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"run.output_dir: {self.folder} cannot be made: {error}") from error
-        OmegaConf.save(OmegaConf.create(config.tree), self.folder / "config.yaml")
+        if content is not None:
+            self.step = Progress.of(content, source, self.plan).step
+            assign_model_state(model, WeightFile.of(str(source), content["model"]))
+        self.strategy.setup(model, groups)
+        if content is not None:
+            self._load_optimizer(content, source)
+        self.folder = make_folder(Path(self.run.output_dir) / job_id, config)
+        self.keeper = Keeper(self.folder, self.run.keep_last, task.metric)
+        self.stop = StopRequest()
+        self._stopping = False  # whether every process is about to stop
+        self._agreed = False  # whether every process is about to raise the same error
+
+    @property
+    def optimizer(self) -> Any:
+        """The strategy's optimizer."""
+        return self.strategy.optimizer
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal has stopped the run. The same in all processes."""
+        return self._stopping
 
     def train(self) -> Path:
         """Train all epochs.
@@ -100,187 +104,297 @@ class RunnerBase:
             step, and :attr:`interrupted` is true.
 
         Raises:
-            LavisError: a bad sample or a loss that is not finite; the state before it is saved.
+            LavisError: a bad sample, a number that is not finite, a full disk; the state before
+                it is saved where that is possible.
         """
         total = self.run.max_epoch * self.plan.steps_per_epoch
-        watch = Watch(self.folder, total, self.step, self.run.log_freq)
+        watch = build_watch(self.folder, total, self.step, self.config, self.model, self.device)
         first = self.step
         if first >= total:
             logger.warning(
                 "nothing left to train: %d of %d steps are done; raise run.max_epoch", first, total
             )
         try:
-            with self._catch_signals():
+            with self.stop.caught():
                 for epoch in range(self.step // self.plan.steps_per_epoch, self.run.max_epoch):
                     self._train_epoch(epoch, watch)
                     if self.step == (epoch + 1) * self.plan.steps_per_epoch:
-                        self._save_epoch(epoch, watch)
+                        self._end_epoch(epoch, watch)
+                    self._agree_to_stop(dist.add_up([self.stop.requested])[0])
                     if self.interrupted:
-                        return self._save_latest()
+                        return self._save("latest")
         except BaseException as error:
-            if self.step > first:
-                watch.flush()
-                logger.error("stopped by %s; %s", type(error).__name__, self._how_to_resume())
-                self._save_latest()
+            if self.step > first and (self._agreed or dist.world_size() == 1):
+                self._save("latest")
+                with contextlib.suppress(OSError):
+                    watch.flush()
+                if dist.is_main():
+                    logger.error("stopped by %s; %s", type(error).__name__, self._how_to_resume())
+            if isinstance(error, OSError):
+                raise LavisError(
+                    f"{self.folder} cannot be written: {error}. {self.keeper.last_good()}"
+                ) from error
             raise
         finally:
             watch.close()
-        return self.folder / "checkpoint_latest.pth" if self.step > first else self._save_latest()
+        path = self.folder / "checkpoint_latest.pth" if self.step > first else self._save("latest")
+        if self.run.test_splits:
+            logger.info("%s", self.task.test(self.model, self.folder.name))
+        return path
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether a signal asked the run to stop."""
-        return self._stop is not None
-
-    def _train_epoch(self, epoch: int, watch: Watch) -> None:
+    def _train_epoch(self, epoch: int, watch: Any) -> None:
         self.model.train()
         in_epoch = self.step - epoch * self.plan.steps_per_epoch
-        batches = iter(self._loader(epoch, in_epoch))
-        for _ in range(in_epoch, self.plan.steps_per_epoch):
-            micro_batches = list(itertools.islice(batches, self.run.accum_grad_iters))
-            self._refuse_bad(micro_batches)
-            self._train_step(epoch, [b for b in micro_batches if b.num_supervised], watch)
+        plan = self.plan.micro_batches(epoch, dist.rank(), in_epoch)
+        batches = iter(self._loader(PlanSampler(plan)))
+        for micro_batches in plan:
+            self._train_step(epoch, [next(batches) for _ in micro_batches], watch)
             if self.interrupted:
-                logger.warning(
-                    "%s: stopping after step %d; %s",
-                    self._stop.name if self._stop else "", self.step, self._how_to_resume(),
-                )  # fmt: skip
+                if dist.is_main():
+                    logger.warning(
+                        "%s: stopping after step %d; %s",
+                        self.stop.name, self.step, self._how_to_resume(),
+                    )  # fmt: skip
                 return
+            every = self.run.save_every_steps
+            if every and self.step % every == 0 and self.step % self.plan.steps_per_epoch:
+                self._save(f"step_{self.step}")
 
-    def _train_step(self, epoch: int, micro_batches: list[Batch], watch: Watch) -> None:
+    def _train_step(self, epoch: int, micro_batches: list[Batch], watch: Any) -> None:
+        supervised = self._start_step(micro_batches)
         lr = self.schedule.lr(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        supervised = sum(b.num_supervised for b in micro_batches)
-        loss_sum = 0.0
+        loss_sum, grad_norm = 0.0, 0.0
+        nonfinite: list[str] = []
         for i, batch in enumerate(micro_batches):
             # Dropout, where there is any, depends on the step alone: resuming changes nothing.
-            torch.manual_seed(augmentation_seed(self.run.seed, self.step, i))
-            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.run.amp):
-                output = self.task.train_step(self.model, batch.to(self.device))
-            self.scaler.scale(output.loss_sum / supervised).backward()
-            loss_sum += output.loss_sum.item()
-            if not math.isfinite(loss_sum):
-                self._refuse_step("loss", batch.sample_ids)
-        grad_norm = 0.0
-        if micro_batches:
-            self.scaler.unscale_(self.optimizer)
-            grad_norm = float(
-                nn.utils.clip_grad_norm_(self.trained, self.run.grad_norm_clip or math.inf)
-            )
-            if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
+            torch.manual_seed(augmentation_seed(self.run.seed, self.step, self._number(i)))
+            with self.strategy.micro_batch(last=i == len(micro_batches) - 1):
+                output = self.task.train_step(self.strategy.module, batch.to(self.device))
+                self.strategy.backward(output.loss_sum / max(supervised, 1))
+            loss = output.loss_sum.item()
+            loss_sum += loss
+            if not math.isfinite(loss):
+                nonfinite += batch.sample_ids
+        real = [b for b in micro_batches if b.sample_ids]
+        loss_sum, bad, tokens, fillers, images, samples, stop = dist.add_up(
+            [
+                loss_sum,
+                not math.isfinite(loss_sum),
+                sum(b.num_tokens for b in real),
+                sum(b.num_tokens for b in micro_batches if not b.sample_ids),
+                sum(len(b.pixel_values) for b in real),
+                sum(len(b.sample_ids) for b in real),
+                self.stop.requested,
+            ]
+        )
+        self._agree_to_stop(stop)
+        if bad:
+            skipped = self._refuse_step("loss", nonfinite)
+        elif not supervised:
+            self.strategy.zero_grad()
+            skipped = True
+        else:
+            grad_norm = self.strategy.clip()
+            skipped = not math.isfinite(grad_norm) and not self.strategy.rescales
+            if skipped:
                 self._refuse_step("gradient", [s for b in micro_batches for s in b.sample_ids])
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
+            else:
+                self.strategy.step()
         watch.step(
-            step=self.step,
-            epoch=epoch,
-            loss_sum=loss_sum,
-            supervised=supervised,
-            tokens=sum(b.num_tokens for b in micro_batches),
-            samples=sum(len(b.sample_ids) for b in micro_batches),
-            lr=lr,
-            grad_norm=grad_norm,
+            StepReport(
+                step=self.step,
+                epoch=epoch,
+                loss_sum=0.0 if skipped else loss_sum,
+                supervised=0 if skipped else supervised,
+                tokens=int(tokens),
+                fillers=int(fillers),
+                images=int(images),
+                samples=int(samples),
+                lr=lr,
+                grad_norm=grad_norm,
+            )
         )
         self.step += 1
 
-    def _refuse_step(self, what: str, sample_ids: Sequence[str]) -> NoReturn:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _start_step(self, micro_batches: Sequence[Batch]) -> int:
+        """Agree with the other processes on what is common to a step.
+
+        Returns:
+            Supervised tokens of the step, over all processes.
+        """
+        bad = [b for batch in micro_batches for b in batch.bad]
+        counts = [sum(b.num_supervised for b in micro_batches), len(bad)]
+        supervised, problems = dist.add_up(counts)
+        if problems:
+            self._refuse_bad(bad)
+        return int(supervised)
+
+    def _agree_to_stop(self, requests: float) -> None:
+        """Stop if any process was asked to: a signal reaches them at different moments."""
+        if requests:
+            self.stop.requested_elsewhere()
+            self._stopping = True
+
+    def _refuse_bad(self, bad: Sequence[BadSample]) -> None:
+        everyone = [b for told in dist.gather(list(bad)) for b in told]
+        if self.run.on_bad_sample == "error":
+            self._agreed = True
+            raise DataError(
+                f"{everyone[0].sample_id}: {everyone[0].reason} "
+                "(run.on_bad_sample: skip leaves it out)"
+            )
+        if dist.is_main():
+            for sample in everyone:
+                logger.warning("skipped %s: %s", sample.sample_id, sample.reason)
+
+    def _refuse_step(self, what: str, sample_ids: Iterable[str]) -> bool:
+        """Leave the weights as they are; then stop the run or go on, as ``run.on_nonfinite`` says.
+
+        The same on every process: what is not finite has been summed over all.
+        """
+        self.strategy.zero_grad()
+        names = ", ".join(s for told in dist.gather(list(sample_ids)) for s in told)
+        message = f"the {what} of step {self.step} is not finite; samples: {names}"
+        if self.run.on_nonfinite == "skip":
+            if dist.is_main():
+                logger.warning("%s. The step is skipped (run.on_nonfinite)", message)
+            return True
+        self._agreed = True
         raise LavisError(
-            f"the {what} of step {self.step} is not finite; samples: {', '.join(sample_ids)}. "
-            "Lower run.init_lr, or use bf16"
+            f"{message}. {self.keeper.last_good()} Lower run.init_lr, or use bf16; "
+            "run.on_nonfinite: skip leaves such steps out"
         )
 
-    def _loader(self, epoch: int, first_step: int) -> DataLoader[Any]:
+    def _number(self, micro_batch: int) -> int:
+        """A number of a micro-batch within its step that no other process gives away."""
+        return micro_batch * dist.world_size() + dist.rank()
+
+    def _end_epoch(self, epoch: int, watch: Any) -> None:
+        watch.flush()
+        metrics: dict[str, float] = {}
+        last = epoch + 1 == self.run.max_epoch
+        if self.run.valid_splits and ((epoch + 1) % self.run.eval_freq == 0 or last):
+            metrics = self.task.validate(self.strategy.module, self.device)
+        path = self._save(str(epoch), metrics)
+        watch.write({"epoch": epoch, "checkpoint": path.name, **metrics})
+
+    def _save(self, name: str, metrics: dict[str, float] | None = None) -> Path:
+        """Write ``checkpoint_<name>.pth``; every process takes part, the main one writes."""
+        content = {
+            "model": trainable_state(self.model, self.strategy.full),
+            "optimizer": self.strategy.optimizer_state(),
+            "scaler": self.strategy.scaler.state_dict() if self.strategy.rescales else None,
+            "config": self.config.tree,
+        }
+        plan = self.plan
+        each = self.run.batch_size_train * self.run.accum_grad_iters
+        progress = Progress(
+            self.step, plan.steps_per_epoch, plan.samples_per_step, plan.samples_per_step // each
+        )
+        error = None
+        if dist.is_main():
+            try:
+                self.keeper.save(name, content, progress, metrics or {})
+            except OSError as caught:
+                error = str(caught)
+        if error := dist.from_main(error):
+            raise LavisError(
+                f"{self.folder}/checkpoint_{name}.pth cannot be written: {error}. "
+                f"{self.keeper.last_good()}"
+            )
+        return self.folder / f"checkpoint_{name}.pth"
+
+    def _load_optimizer(self, content: dict[str, Any], source: str | None) -> None:
+        if content["optimizer"]:
+            try:
+                self.strategy.load_optimizer_state(content["optimizer"])
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise LavisError(
+                    f"{source}: its optimizer belongs to other trainable parameters ({error}); "
+                    "the freeze_* settings differ"
+                ) from error
+        else:
+            logger.warning("%s holds no optimizer state: AdamW starts afresh", source)
+        if self.strategy.rescales and content.get("scaler"):
+            self.strategy.scaler.load_state_dict(content["scaler"])
+        logger.info("resumed from %s at step %d", source, self.step)
+
+    def _loader(self, sampler: PlanSampler) -> DataLoader[Any]:
         return DataLoader(
             self.dataset,
-            batch_sampler=PlanSampler(self.plan.micro_batches(epoch, first_step)),
+            batch_sampler=sampler,
             collate_fn=collate,
             num_workers=self.run.num_workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=ignore_interrupt,
         )
-
-    def _refuse_bad(self, batches: list[Batch]) -> None:
-        for bad in (b for batch in batches for b in batch.bad):
-            if self.run.on_bad_sample == "error":
-                raise DataError(
-                    f"{bad.sample_id}: {bad.reason} (run.on_bad_sample: skip leaves it out)"
-                )
-            logger.warning("skipped %s: %s", bad.sample_id, bad.reason)
-
-    def _save_epoch(self, epoch: int, watch: Watch) -> None:
-        watch.flush()
-        path = self.folder / f"checkpoint_{epoch}.pth"
-        self._save(path)
-        copy_checkpoint(path, self.folder / "checkpoint_latest.pth")
-        watch.write({"epoch": epoch, "checkpoint": path.name})
-
-    def _save_latest(self) -> Path:
-        path = self.folder / "checkpoint_latest.pth"
-        self._save(path)
-        return path
-
-    def _save(self, path: Path) -> None:
-        save_checkpoint(
-            path,
-            model=trainable_state(self.model),
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict() if self.scaler.is_enabled() else None,
-            config=self.config.tree,
-            progress=Progress(self.step, self.plan.steps_per_epoch),
-        )
-
-    def _resume(self, path: Path) -> None:
-        content, progress = read_checkpoint(path, self.plan.steps_per_epoch)
-        assign_model_state(self.model, WeightFile.of(str(path), content["model"]))
-        if content["optimizer"]:
-            groups = self.optimizer.param_groups
-            options = [{k: v for k, v in g.items() if k != "params"} for g in groups]
-            try:
-                self.optimizer.load_state_dict(content["optimizer"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise LavisError(
-                    f"{path}: its optimizer belongs to other trainable parameters ({error}); "
-                    "the freeze_* settings differ"
-                ) from error
-            for group, own in zip(self.optimizer.param_groups, options, strict=True):
-                group.update(own)  # the configuration decides, and the original has no lr_scale
-        else:
-            logger.warning("%s holds no optimizer state: AdamW starts afresh", path)
-        if self.scaler.is_enabled() and content.get("scaler"):
-            self.scaler.load_state_dict(content["scaler"])
-        self.step = progress.step
-        logger.info("resumed from %s at step %d", path, self.step)
 
     def _how_to_resume(self) -> str:
         # The folder's own configuration holds what --options said, too.
         config, path = self.folder / "config.yaml", self.folder / "checkpoint_latest.pth"
         command = ["python", "train.py", "--cfg-path", str(config)]
+        if dist.world_size() > 1:
+            launcher = f"-m torch.distributed.run --nproc_per_node={dist.world_size()}".split()
+            command[1:1] = launcher
         return "resume with: " + shlex.join([*command, "--options", f"run.resume_ckpt_path={path}"])
 
-    @contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the run after the current step; a second one ends it now."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals are the main thread's
-            return
 
-        def request_stop(number: int, frame: object) -> None:
-            if self._stop is not None:
-                raise KeyboardInterrupt
-            self._stop = signal.Signals(number)
+def build_plan(config: Config, dataset: Any, content: dict[str, Any] | None) -> BatchPlan:
+    """The batch plan of a run, or of the rest of one on another number of processes.
 
-        caught = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(s, request_stop) for s in caught]
+    Raises:
+        ConfigError: ``run.train_dataset_ratios`` does not name the data sets, or a sample does not
+            fit into ``run.max_tokens_per_batch``.
+    """
+    run = config.run
+    packed = run.max_tokens_per_batch is not None
+    return BatchPlan(
+        sizes=getattr(dataset, "sizes", (len(dataset),)),
+        samples_per_step=samples_per_step(run, content),
+        batch_size=run.batch_size_train,
+        seed=run.seed,
+        world_size=dist.world_size(),
+        ratios=config.dataset_ratios,
+        lengths=dataset.lengths if packed else None,
+        max_tokens=run.max_tokens_per_batch,
+    )
+
+
+def samples_per_step(run: Any, content: dict[str, Any] | None) -> int:
+    """Samples of an optimizer step over all processes.
+
+    A run that goes on with another number of processes keeps the step of its checkpoint, so that
+    it sees the same samples in the same steps.
+    """
+    each = run.batch_size_train * run.accum_grad_iters
+    own = each * dist.world_size()
+    progress = (content or {}).get("progress") or {}
+    before, world = progress.get("samples_per_step"), progress.get("world_size")
+    if not before or world == dist.world_size() or before != each * world:
+        return own
+    logger.warning(
+        "the run began with %d processes, now there are %d: a step keeps its %d samples "
+        "(batch_size_train * accum_grad_iters * processes would be %d)",
+        world, dist.world_size(), before, own,
+    )  # fmt: skip
+    return int(before)
+
+
+def make_folder(folder: Path, config: Config) -> Path:
+    """Make a run's folder and write its ``config.yaml``.
+
+    Raises:
+        ConfigError: on every process, if the main one cannot.
+    """
+    error = None
+    if dist.is_main():
         try:
-            yield
-        finally:
-            for s, handler in zip(caught, before, strict=True):
-                signal.signal(s, handler)
-
-
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides when loading ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.create(config.tree), folder / "config.yaml")
+        except OSError as caught:
+            error = f"run.output_dir: {folder} cannot be made: {caught}"
+    if error := dist.from_main(error):
+        raise ConfigError(error)
+    return folder

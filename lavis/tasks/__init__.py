@@ -3,3 +3,6 @@
 from lavis.common.registry import TASKS
 
 TASKS.register("image_text_pretrain", "lavis.tasks.image_text_pretrain:ImageTextPretrainTask")
+TASKS.register(  # the original's name
+    "deepspeed_image_text_pretrain", "lavis.tasks.image_text_pretrain:ImageTextPretrainTask"
+)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lavis.common.device import pick_device
+from lavis.common import dist
+from lavis.common.schema import RunConfig
 from lavis.datasets.instruction import InstructionDataset
 from lavis.tasks.report import draw_answers
 from lavis.tasks.scoring import Prediction, predict, score, table
@@ -24,6 +25,7 @@ def evaluate(
     limit: int | None,
     baselines: bool,
     out: Path,
+    device: torch.device,
 ) -> str:
     """Answer, score, and write ``<split>.json``, ``<split>.png`` and ``scores.json`` to ``out``.
 
@@ -40,39 +42,70 @@ def evaluate(
         LavisError: with what to mend.
     """
     run = task.config.run
-    datasets = {split: _first(task.build_split(split, train=False), limit) for split in splits}
     torch.manual_seed(run.seed)
-    model = task.build_model(pick_device(run.device)).eval()
-
-    def answer(split: str, *, blind: bool = False) -> list[Prediction]:
-        answers = []
-        for dataset in datasets[split]:
-            answers += predict(
-                model,
-                dataset,
-                batch_size=run.batch_size_eval,
-                max_new_tokens=run.max_new_tokens,
-                blind=blind,
-                seed=run.seed,
-            )
-        return answers
-
-    scores: dict[str, dict[str, Any]] = {}
-    untrained = {split: score(answer(split)) for split in splits} if baselines else {}
+    model = task.build_model(device).eval()
+    untrained = {}
+    if baselines:
+        datasets = {split: _first(task.build_split(split, train=False), limit) for split in splits}
+        untrained = {s: score(_answer(run, model, parts)) for s, parts in datasets.items()}
     if checkpoint is not None:
         model.load_checkpoint(checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
+    return answer_splits(
+        task, model, splits=splits, limit=limit, blind=baselines, untrained=untrained, out=out
+    )
+
+
+def answer_splits(
+    task: Any,
+    model: Any,
+    *,
+    splits: Sequence[str],
+    out: Path,
+    limit: int | None = None,
+    blind: bool = False,
+    untrained: Mapping[str, dict[str, Any]] | None = None,
+) -> str:
+    """What :func:`evaluate` does once the model is there. Every process must call it.
+
+    Args:
+        blind: also score shuffled images.
+        untrained: scores of each split before training.
+    """
+    run = task.config.run
+    scores: dict[str, dict[str, Any]] = {}
     for split in splits:
-        predictions = answer(split)
+        datasets = _first(task.build_split(split, train=False), limit)
+        predictions = _answer(run, model, datasets)
         scores[split] = score(predictions)
-        if baselines:
-            scores[f"{split}, blind"] = score(answer(split, blind=True))
+        if blind:
+            scores[f"{split}, blind"] = score(_answer(run, model, datasets, blind=True))
+        if untrained:
             scores[f"{split}, untrained"] = untrained[split]
-        rows = [dataclasses.asdict(p) | {"right": p.right} for p in predictions]
-        _write_json(out / f"{split}.json", rows)
-        draw_answers(predictions, out / f"{split}.png")
-    _write_json(out / "scores.json", scores)
+        if dist.is_main():
+            out.mkdir(parents=True, exist_ok=True)
+            rows = [dataclasses.asdict(p) | {"right": p.right} for p in predictions]
+            _write_json(out / f"{split}.json", rows)
+            draw_answers(predictions, out / f"{split}.png")
+    if dist.is_main():
+        _write_json(out / "scores.json", scores)
     return f"{table(scores)}\nanswers, pictures and scores: {out}"
+
+
+def _answer(
+    run: RunConfig, model: Any, datasets: Sequence[InstructionDataset], *, blind: bool = False
+) -> list[Prediction]:
+    return [
+        p
+        for dataset in datasets
+        for p in predict(
+            model,
+            dataset,
+            batch_size=run.batch_size_eval,
+            max_new_tokens=run.max_new_tokens,
+            blind=blind,
+            seed=run.seed,
+        )
+    ]
 
 
 def _first(datasets: list[InstructionDataset], limit: int | None) -> list[InstructionDataset]:

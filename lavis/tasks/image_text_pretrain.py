@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from lavis.common import dist
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import is_file, require_writable
 from lavis.common.registry import BUILDERS, MODELS
 from lavis.common.schema import Config
-from lavis.common.types import Batch
-from lavis.datasets.plan import ConcatDataset
+from lavis.common.types import AUTOCAST, Batch, Metric
+from lavis.datasets.collate import collate
+from lavis.datasets.plan import ConcatDataset, shared_batches
+from lavis.tasks.evaluate import answer_splits
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +32,14 @@ class ImageTextPretrainTask:
     """Minimizes the cross-entropy of answers, given images and questions."""
 
     config: Config
+    _splits: dict[str, list[Any]] = field(default_factory=dict, init=False, repr=False)
+    metric: ClassVar[Metric] = Metric("valid_loss", higher_is_better=False)
 
     def check_paths(self, splits: Sequence[str] | None = None) -> None:
         """Check that every file that the run needs exists, before anything is read.
 
         Args:
-            splits: default: the training splits.
+            splits: default: all that the run reads.
 
         Raises:
             ConfigError, WeightsError, DataError: naming the setting and the path.
@@ -42,8 +49,10 @@ class ImageTextPretrainTask:
         self.config.model.check_files(self.config.env.cache_root)
         run = self.config.run
         for builder in self._builders():
-            builder.check_paths(tuple(splits or run.train_splits))
+            trained = () if run.evaluate else run.train_splits
+            builder.check_paths(tuple(splits or (*trained, *run.valid_splits, *run.test_splits)))
         self._check_image_sizes()
+        self._check_packages()
         if run.resume_ckpt_path is not None and not is_file(Path(run.resume_ckpt_path)):
             raise WeightsError(f"run.resume_ckpt_path: no checkpoint {run.resume_ckpt_path}")
         require_writable(Path(run.output_dir), "run.output_dir", ConfigError)
@@ -54,8 +63,11 @@ class ImageTextPretrainTask:
         Raises:
             DataError: a record cannot be used and ``run.on_bad_sample`` is ``error``.
         """
-        splits = self.config.run.train_splits
-        return ConcatDataset([d for split in splits for d in self.build_split(split, train=True)])
+        splits = [self.build_split(s, train=True) for s in self.config.run.train_splits]
+        # One part for each block of `datasets`, whose share train_dataset_ratios may give.
+        return ConcatDataset(
+            [p[0] if len(p) == 1 else ConcatDataset(p) for p in zip(*splits, strict=True)]
+        )
 
     def build_split(self, split: str, *, train: bool) -> list[Any]:
         """Read and check one split of every data set.
@@ -83,9 +95,65 @@ class ImageTextPretrainTask:
             model, cache_root=self.config.env.cache_root, device=device
         )
 
+    def validate(self, module: Any, device: torch.device) -> dict[str, float]:
+        """Loss of the validation splits, each sample counted once over all processes.
+
+        Args:
+            module: computes a batch; every process calls it equally often.
+
+        Returns:
+            ``valid_loss``, nats per supervised token.
+        """
+        run = self.config.run
+        parts = [d for split in run.valid_splits for d in self._validation(split)]
+        loss_sum, supervised = 0.0, 0
+        training = module.training
+        module.eval()
+        with torch.no_grad():
+            for dataset in parts:
+                batches = shared_batches(len(dataset), run.batch_size_eval)
+                loader = DataLoader(
+                    dataset, batch_sampler=batches, collate_fn=collate, num_workers=run.num_workers
+                )
+                for batch in tqdm(loader, desc="validating", disable=not dist.is_main()):
+                    dtype = AUTOCAST[run.autocast_dtype]
+                    with torch.autocast(device.type, dtype, enabled=run.amp):
+                        output = self.train_step(module, batch.to(device))
+                    loss_sum += output.loss_sum.item()
+                    supervised += output.num_tokens
+        module.train(training)
+        loss_sum, total = dist.add_up([loss_sum, supervised])
+        return {"valid_loss": loss_sum / max(total, 1)}
+
+    def test(self, model: Any, job_id: str) -> str:
+        """Answer the questions of the test splits, of the validation splits without any.
+
+        Returns:
+            A table of scores; answers, pictures and ``scores.json`` are in the run's folder.
+        """
+        run = self.config.run
+        splits = run.test_splits or run.valid_splits
+        out = Path(run.output_dir) / job_id / "evaluation"
+        return answer_splits(self, model.eval(), splits=splits, out=out)
+
+    def _validation(self, split: str) -> list[Any]:
+        if split not in self._splits:
+            self._splits[split] = self.build_split(split, train=False)
+        return self._splits[split]
+
     def train_step(self, model: nn.Module, batch: Batch) -> Any:
         """Summed loss of one micro-batch, a :class:`LossOutput`."""
         return model(batch)
+
+    def _check_packages(self) -> None:
+        run = self.config.run
+        deepspeed = run.strategy == "deepspeed" or run.runner == "deepspeed_runner"
+        for wanted, package in ((deepspeed, "deepspeed"), (run.wandb_project, "wandb")):
+            if wanted and find_spec(package) is None:
+                raise ConfigError(
+                    f"this run needs {package}: pip install 'lavis-minigpt4qwen[{package}]', or "
+                    f"pip install {package}"
+                )
 
     def _check_image_sizes(self) -> None:
         wanted = getattr(self.config.model, "image_size", None)

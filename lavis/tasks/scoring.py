@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lavis.common import dist
 from lavis.common.errors import DataError
 from lavis.common.types import IMAGE_PLACEHOLDER
 from lavis.datasets.collate import stack_words
@@ -64,6 +65,8 @@ def predict(
 ) -> list[Prediction]:
     """Answer the last question of every record, given the turns before it.
 
+    The processes share the records; each of them returns all answers, in order of the records.
+
     Args:
         model: has ``encoder`` and ``generate_ids``.
         batch_size: questions at once.
@@ -76,11 +79,16 @@ def predict(
     source = list(range(len(records)))
     if blind:
         source = _shuffled(records, seed)
-    predictions = []
+    predictions: dict[int, Prediction] = {}
     # Prompts of like length are answered together, so that little is padded.
     prompts = [model.encoder.prompt(dataset.turns(r)[:-1]) for r in records]
-    order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
-    bar = tqdm(total=len(records), desc="answering (blind)" if blind else "answering", unit="q")
+    order = _share(sorted(range(len(records)), key=lambda i: len(prompts[i])))
+    bar = tqdm(
+        total=len(order),
+        desc="answering (blind)" if blind else "answering",
+        unit="q",
+        disable=not dist.is_main(),
+    )
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         pixels = [dataset.pixels(records[source[i]], epoch=0, index=source[i]) for i in chosen]
@@ -93,20 +101,19 @@ def predict(
         )
         for i, answer in zip(chosen, ids, strict=True):
             record = records[i]
-            predictions.append(
-                Prediction(
-                    sample_id=record.sample_id,
-                    kind=record.tags.get("kind", "question"),
-                    language=record.tags.get("language", "-"),
-                    question=_plain(record.turns[-2].text),
-                    answer=model.tokenizer.decode(answer, skip_special_tokens=True).strip(),
-                    truth=record.turns[-1].text,
-                    image=str(record.images[0]) if record.images else "",
-                )
+            predictions[i] = Prediction(
+                sample_id=record.sample_id,
+                kind=record.tags.get("kind", "question"),
+                language=record.tags.get("language", "-"),
+                question=_plain(record.turns[-2].text),
+                answer=model.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+                truth=record.turns[-1].text,
+                image=str(record.images[0]) if record.images else "",
             )
         bar.update(len(chosen))
     bar.close()
-    return predictions
+    everyone = {i: p for told in dist.gather(predictions) for i, p in told.items()}
+    return [everyone[i] for i in sorted(everyone)]
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -165,6 +172,14 @@ def _bleu(group: Sequence[Prediction], language: str) -> float:
         [[p.truth for p in group]],
         tokenize="zh" if language == "zh" else "13a",
     ).score
+
+
+def _share(order: list[int]) -> list[int]:
+    """This process's part. All are equally long, so that sharded models stay in step; to that
+    end a few records are answered twice and counted once."""
+    count = -(-len(order) // dist.world_size())
+    mine = order[dist.rank() :: dist.world_size()]
+    return mine + order[: count - len(mine)]
 
 
 def _shuffled(records: Sequence[Any], seed: int) -> list[int]:

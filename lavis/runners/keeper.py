@@ -1,0 +1,94 @@
+"""Which checkpoints a run's folder keeps, and which one is whole when another is not."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from lavis.common.errors import LavisError, WeightsError
+from lavis.common.types import Metric
+from lavis.runners.checkpoint import Progress, copy_checkpoint, read_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
+_ROLLING = re.compile(r"checkpoint_step_(\d+)\.pth")
+
+
+class Keeper:
+    """Writes a run's checkpoints.
+
+    ``checkpoint_<epoch>.pth`` stay. Of ``checkpoint_step_<n>.pth``, written inside epochs, the
+    newest ``keep_last`` stay. ``checkpoint_latest.pth`` is the newest of all,
+    ``checkpoint_best.pth`` the best by the task's metric; both are links where the file system
+    has them.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, metric: Metric) -> None:
+        self.folder, self.keep_last, self.metric = folder, keep_last, metric
+        self._best: float | None = None
+
+    def save(
+        self, name: str, content: dict[str, Any], progress: Progress, metrics: dict[str, float]
+    ) -> None:
+        """Write ``checkpoint_<name>.pth`` and what follows from it.
+
+        Raises:
+            OSError: e.g. a full disk; all files are as before.
+        """
+        path = self._path(name)
+        save_checkpoint(path, progress=progress, metrics=metrics, **content)
+        if name != "latest":
+            copy_checkpoint(path, self._path("latest"))
+        value = metrics.get(self.metric.name)
+        if value is not None and self.metric.is_better(value, self._best):
+            self._best = value
+            copy_checkpoint(path, self._path("best"))
+            logger.info("%s is the best so far: %s %.4f", path.name, self.metric.name, value)
+        for old in self._rolling()[: -self.keep_last]:
+            old.unlink()
+
+    def last_good(self) -> str:
+        """A sentence that names the newest whole checkpoint of the folder."""
+        good = newest_whole(self.folder)
+        return f"The last whole checkpoint is {good}." if good else "No checkpoint was written yet."
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"checkpoint_{name}.pth"
+
+    def _rolling(self) -> list[Path]:
+        found = [(m, p) for p in self.folder.iterdir() if (m := _ROLLING.fullmatch(p.name))]
+        return [p for _, p in sorted((int(m[1]), p) for m, p in found)]
+
+
+def newest_whole(folder: Path, besides: Path | None = None) -> Path | None:
+    """The checkpoint of a folder that is farthest in training, among those that can be read."""
+    candidates: list[tuple[int, bool, Path]] = []
+    for path in folder.glob("checkpoint_*.pth"):
+        if path == besides:
+            continue
+        try:
+            progress = read_checkpoint(path).get("progress") or {}
+        except (LavisError, OSError):
+            continue
+        # Of several names of one state, best is the one that says least about it.
+        candidates.append((int(progress.get("step", 0)), "best" not in path.name, path))
+    return max(candidates)[-1] if candidates else None
+
+
+def open_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to resume from.
+
+    Raises:
+        WeightsError: it is missing or damaged; the message offers the newest whole one beside it.
+    """
+    try:
+        return read_checkpoint(path)
+    except WeightsError as error:
+        good = newest_whole(path.parent, besides=path) if path.parent.is_dir() else None
+        if good is None:
+            raise
+        raise WeightsError(
+            f"{error}\nThe newest whole checkpoint beside it is {good}; resume from that with "
+            f"--options run.resume_ckpt_path={good}"
+        ) from error

@@ -1,0 +1,247 @@
+"""Where parameters, gradients and optimizer state are: one interface, one class per library.
+
+A strategy wraps the model, owns the optimizer, and gives checkpoints whole tensors, so that a
+checkpoint says nothing about the strategy that wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lavis.common import dist
+from lavis.common.errors import ConfigError
+from lavis.common.schema import RunConfig
+from lavis.common.types import AUTOCAST
+
+Groups = list[dict[str, Any]]
+
+
+class Strategy:
+    """Everything in one process.
+
+    Attributes:
+        module: what is called in place of the model.
+        optimizer: AdamW over the trainable parameters.
+    """
+
+    name: ClassVar[str] = "single"
+
+    def __init__(self, run: RunConfig, device: torch.device) -> None:
+        self.run, self.device = run, device
+        self.dtype = AUTOCAST[run.autocast_dtype]
+        fp16 = run.amp and self.dtype == torch.float16 and run.loss_scale
+        self.rescales = fp16  # whether an infinite gradient is part of finding the loss scale
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+
+    def setup(self, model: nn.Module, groups: Groups) -> None:
+        """Take over a model and its trainable parameters, grouped."""
+        names = {p: n for n, p in model.named_parameters()}
+        self.module: Any = self.wrap(model)
+        wrapped = dict(model.named_parameters())  # sharding puts others in their place
+        groups = [g | {"params": [wrapped[names[p]] for p in g["params"]]} for g in groups]
+        self.trained = [p for g in groups for p in g["params"]]
+        self.optimizer = self.make_optimizer(groups)
+
+    def wrap(self, model: nn.Module) -> Any:
+        """What is called in place of the model."""
+        return model
+
+    def make_optimizer(self, groups: Groups) -> Any:
+        """AdamW (Loshchilov and Hutter 2019)."""
+        return torch.optim.AdamW(
+            groups, lr=self.run.init_lr, betas=(self.run.beta1, self.run.beta2), eps=self.run.eps
+        )
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-batch; ``last`` of its step."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.run.amp):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add gradients of this process's share of the step's loss."""
+        self.scaler.scale(loss * dist.world_size()).backward()  # libraries average over processes
+
+    def clip(self) -> float:
+        """Clip the gradient to ``run.grad_norm_clip``. Returns its norm before, over everything."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.run.grad_norm_clip or math.inf
+        return float(self.full(nn.utils.clip_grad_norm_(self.trained, limit)))
+
+    def step(self) -> None:
+        """Move the parameters and forget the gradient."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Forget the gradient."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """A whole tensor on the CPU. Every process must call it."""
+        return tensor.detach().cpu()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """PyTorch's state dict of the optimizer, with whole tensors. Every process must call it."""
+        state = self.optimizer.state_dict()
+        whole = {
+            i: {k: self.full(v) if isinstance(v, Tensor) else v for k, v in entries.items()}
+            for i, entries in state["state"].items()
+        }
+        return {"state": whole, "param_groups": state["param_groups"]}
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`optimizer_state` gave, on any strategy.
+
+        Learning rates, decay and betas stay as the configuration says.
+
+        Raises:
+            ValueError, KeyError, TypeError: the state belongs to other parameters.
+        """
+        groups = self.optimizer.param_groups
+        options = [{k: v for k, v in g.items() if k != "params"} for g in groups]
+        sharded = {
+            i: {k: self.shard(v, self.trained[i]) for k, v in entries.items()}
+            for i, entries in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": sharded})
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)  # the configuration decides, and the original has no lr_scale
+
+    def shard(self, value: Any, parameter: nn.Parameter) -> Any:
+        """This process's part of a whole optimizer tensor."""
+        return value
+
+
+class DDPStrategy(Strategy):
+    """A copy of the model in every process; gradients are averaged once a step."""
+
+    name = "ddp"
+
+    def wrap(self, model: nn.Module) -> Any:
+        model.uniform_graph = True  # type: ignore[assignment]
+        # All processes have loaded the same weights: nothing needs to be sent around first.
+        return nn.parallel.DistributedDataParallel(
+            model, init_sync=False, forward_sync_buffers=False
+        )
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        quiet = contextlib.nullcontext() if last else self.module.no_sync()
+        with quiet, super().micro_batch(last=last):
+            yield
+
+
+class FSDP2Strategy(Strategy):
+    """Every process holds a slice of every parameter (``fully_shard``, Zhao et al. 2023).
+
+    The blocks that ``model.shardable_blocks`` lists are gathered one by one when they are used;
+    frozen blocks are sharded, too. ``run.fsdp_cpu_offload`` keeps the slices in main memory.
+    """
+
+    name = "fsdp2"
+
+    def wrap(self, model: nn.Module) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
+
+        if self.scaler.is_enabled():
+            raise ConfigError("run.strategy: fsdp2 needs run.autocast_dtype: bf16, not fp16")
+        model.uniform_graph = True  # type: ignore[assignment]
+        offload = (
+            CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            if self.run.fsdp_cpu_offload
+            else OffloadPolicy()
+        )
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(self.device.type, (dist.world_size(),)),
+            "offload_policy": offload,
+        }
+        half = MixedPrecisionPolicy(
+            param_dtype=self.dtype if self.run.amp else None, reduce_dtype=torch.float32
+        )
+        for block in getattr(model, "shardable_blocks", list)():
+            # Gathered in half precision where autocast would compute in it anyway.
+            fully_shard(block, mp_policy=half, **options)
+        fully_shard(model, **options)
+        for method in ("generate_ids", "encode_query"):
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
+        return model
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        self.module.set_requires_gradient_sync(last)
+        with super().micro_batch(last=last):
+            yield
+
+    def full(self, tensor: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(tensor, DTensor):
+            return super().full(tensor.to(self.device).full_tensor())  # type: ignore[attr-defined]
+        return super().full(tensor)
+
+    def shard(self, value: Any, parameter: nn.Parameter) -> Any:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.ndim:
+            return value
+        assert isinstance(parameter, DTensor)
+        value = value.to(parameter.device, copy=True)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
+def strategy_name(run: RunConfig, world: int) -> str:
+    """The strategy that ``run`` asks for, on so many processes.
+
+    Raises:
+        ConfigError: the settings contradict each other.
+    """
+    name = run.strategy
+    if run.deepspeed_config is not None and "deepspeed" not in (name, run.runner.split("_")[0]):
+        raise ConfigError(
+            "run.deepspeed_config is given, but DeepSpeed is not chosen: set run.strategy: "
+            "deepspeed (or start with --use-deepspeed), or remove the section"
+        )
+    wanted = {"fsdp2"} if run.fsdp else set()
+    wanted |= {"deepspeed"} if run.runner == "deepspeed_runner" else set()
+    if name == "auto":
+        if len(wanted) > 1:
+            raise ConfigError("run.fsdp: true and run.runner: deepspeed_runner exclude each other")
+        return next(iter(wanted), "ddp" if world > 1 else "single")
+    if wanted - {name}:
+        raise ConfigError(
+            f"run.strategy is {name}, but "
+            f"{'run.fsdp is true' if run.fsdp else 'run.runner is deepspeed_runner'}; "
+            "leave one of them out"
+        )
+    if name == "single" and world > 1:
+        raise ConfigError(
+            f"run.strategy is single, but {world} processes were started; use auto, ddp or fsdp2, "
+            "or start train.py alone"
+        )
+    return name
+
+
+def build_strategy(run: RunConfig, device: torch.device) -> Strategy:
+    """The strategy that ``run`` asks for."""
+    name = strategy_name(run, dist.world_size())
+    if name == "deepspeed":
+        from lavis.runners.deepspeed import DeepSpeedStrategy
+
+        return DeepSpeedStrategy(run, device)
+    return {"single": Strategy, "ddp": DDPStrategy, "fsdp2": FSDP2Strategy}[name](run, device)
