@@ -32,9 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def prepare(
-    world: Path, output: Path, *options: str, limit: int | None = None
-) -> tuple[Any, Any]:
+def prepare(world: Path, output: Path, *options: str, limit: int | None = None) -> tuple[Any, Any]:
     """The project's own run, on other pictures. Returns its runner and its test questions."""
     annotations = "datasets.toybox.build_info.annotations"
     config = load_config(

@@ -53,11 +53,19 @@ def test_bad_samples_are_carried_along_by_name() -> None:
 
 def test_nothing_but_bad_samples() -> None:
     batch = collate([BadSample("broken", "why")])
-    assert batch.num_tokens == batch.num_supervised == 0
-    assert batch.input_ids.shape == batch.position_ids.shape == (1, 0)
+    assert batch.num_supervised == 0
+    # two tokens: something to compute, in step with other processes
+    assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (1, 2)
+    assert batch.bad == (BadSample("broken", "why"),)
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
     assert len(batch.pixel_values) == 0
     assert batch.sample_ids == ()
+
+
+def test_a_process_without_samples() -> None:
+    batch = collate([])
+    assert batch.input_ids.shape == (1, 2)
+    assert (batch.num_supervised, batch.sample_ids, batch.bad) == (0, (), ())
 
 
 def test_text_only() -> None:

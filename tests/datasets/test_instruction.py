@@ -144,7 +144,7 @@ def test_augmentation_seeds_differ() -> None:
 
 def test_workers_change_nothing(root: Path, tokenizer: Any) -> None:
     dataset = build(root, tokenizer)
-    plan = BatchPlan(len(dataset), batch_size=3, accumulation=1, seed=3)
+    plan = BatchPlan((len(dataset),), samples_per_step=3, batch_size=3, seed=3)
 
     def batches(workers: int) -> list[Batch]:
         return list(

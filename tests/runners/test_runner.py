@@ -129,6 +129,11 @@ def test_ctrl_c_does_not_reach_the_workers(tmp_path: Path) -> None:
 SHORT = ("run.max_epoch=3", "run.batch_size_train=4", "run.accum_grad_iters=2")  # 3 x 3 steps
 
 
+def progress(step: int) -> dict[str, int]:
+    """What a checkpoint of such a run says after so many steps."""
+    return {"step": step, "steps_per_epoch": 3, "samples_per_step": 8, "world_size": 1}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of nine steps."""
@@ -150,7 +155,7 @@ def test_resumed_from_an_epoch(tmp_path: Path, uninterrupted: Path) -> None:
     assert same(again["model"], whole["model"])
     for index, state in whole["optimizer"]["state"].items():
         assert same(again["optimizer"]["state"][index], state)
-    assert again["progress"] == whole["progress"] == {"step": 9, "steps_per_epoch": 3}
+    assert again["progress"] == whole["progress"] == progress(step=9)
     pairs = zip(steps(resumed.folder), steps(uninterrupted)[3:], strict=True)
     for one, other in pairs:
         assert {k: one[k] for k in ("step", "epoch", "loss", "lr", "grad_norm")} == {
@@ -168,7 +173,7 @@ def test_interrupted_inside_an_epoch_and_resumed(
     assert runner.interrupted
     assert stopped == runner.folder / "checkpoint_latest.pth"
     content = torch.load(stopped, weights_only=True)
-    assert content["progress"] == {"step": 5, "steps_per_epoch": 3}  # the step was finished
+    assert content["progress"] == progress(step=5)  # the step was finished
     assert content["epoch"] == 0  # the last complete one
     assert not (runner.folder / "checkpoint_1.pth").exists()
     (message,) = [m for m in caplog.messages if "resume with: " in m]
@@ -393,7 +398,9 @@ def broken(data: Path) -> str:
     """Damage the image of the second sample of epoch 0; return its path."""
     from lavis.datasets.plan import BatchPlan
 
-    index = BatchPlan(4, 1, 2, seed=42).order(0)[3]  # in the second step
+    index = BatchPlan((4,), samples_per_step=2, batch_size=1, seed=42).order(0)[
+        3
+    ]  # in the second step
     name = json.loads((data / "ann.json").read_text(encoding="utf-8"))[index]["image"]
     (data / "image" / name).write_bytes(b"hello")
     return str(data / "image" / name)
@@ -424,7 +431,12 @@ def test_bad_sample_at_run_time_stops_the_run(tmp_path: Path, data: Path) -> Non
         str(caught.value)
     )
     saved = torch.load(runner.folder / "checkpoint_latest.pth", weights_only=True)
-    assert saved["progress"] == {"step": 1, "steps_per_epoch": 2}
+    assert saved["progress"] == {
+        "step": 1,
+        "steps_per_epoch": 2,
+        "samples_per_step": 2,
+        "world_size": 1,
+    }
 
 
 def test_bad_sample_at_run_time_is_skipped(
@@ -468,7 +480,10 @@ def test_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
         runner.train()
     message = str(caught.value)
     assert message.startswith("the loss of step 2 is not finite; samples: annotations.json[")
-    assert message.endswith(". Lower run.init_lr, or use bf16")
+    assert message.endswith(
+        ". No checkpoint was written yet. Lower run.init_lr, or use bf16; run.on_nonfinite: skip "
+        "leaves such steps out"
+    )
 
 
 def test_gradient_that_is_not_finite_leaves_the_weights_alone(tmp_path: Path) -> None:
@@ -526,7 +541,8 @@ def test_checkpoint_holds_what_is_trained_in_the_originals_entries(uninterrupted
     content = torch.load(uninterrupted / "checkpoint_2.pth", weights_only=True)
     assert {"model", "optimizer", "config", "scaler", "epoch"} <= set(content)
     assert set(content) == {
-        "model", "optimizer", "config", "scaler", "epoch", "progress", "versions",
+        "model", "optimizer", "config", "scaler", "epoch", "progress", "metrics",
+        "versions",
     }  # fmt: skip
     assert list(content["model"]) == ["llm_proj.weight", "llm_proj.bias"]
     assert content["model"]["llm_proj.weight"].shape == (64, 48)
@@ -607,7 +623,7 @@ def test_half_precision_runs_and_keeps_the_projector_in_fp32(tmp_path: Path, dty
         tmp_path, *SHORT, "run.max_epoch=1", "run.amp=true", f"run.autocast_dtype={dtype}"
     )
     half = torch.float16 if dtype == "fp16" else torch.bfloat16
-    assert runner.autocast_dtype == half
+    assert runner.strategy.dtype == half
     checkpoint = runner.train()
     content = torch.load(checkpoint, weights_only=True)
     assert content["model"]["llm_proj.weight"].dtype == torch.float32

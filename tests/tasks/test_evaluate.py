@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from lavis.common.config import load_config
@@ -56,6 +57,7 @@ def test_writes_answers_scores_and_a_picture(tmp_path: Path) -> None:
         limit=None,
         baselines=True,
         out=out,
+        device=torch.device("cpu"),
     )
     assert "test, blind" in text
     assert "test, untrained" in text

@@ -1,0 +1,288 @@
+"""Several processes: one loss curve, one projector, whatever the strategy; kills and resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lavis.tools.toybox.__main__ import write_split
+from tests.conftest import REPO
+from tests.runners.worker import options
+
+STEPS = 25  # 97 samples, four a step
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+SHARDED = ["fsdp2", *(f"zero{stage}" for stage in range(4) if HAS_DEEPSPEED)]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, and a third of the conversations without one."""
+    out = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 97), ("val", 5), ("test", 19)):
+        write_split(out, split, count, seed=11)
+    records = json.loads((out / "train.json").read_text(encoding="utf-8"))
+    for record in records[::3]:
+        del record["image"]
+        for key, value in list(record.items()):
+            text = json.dumps(value, ensure_ascii=False)
+            record[key] = json.loads(text.replace("<Img><ImageHere></Img> ", ""))
+    (out / "train.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return out
+
+
+def strategy(name: str) -> list[str]:
+    if not name.startswith("zero"):
+        return [f"run.strategy={name}"]
+    section = f"{{zero_optimization: {{stage: {name[-1]}}}}}"
+    return ["run.strategy=deepspeed", f"run.deepspeed_config={section}"]
+
+
+def start(tmp: Path, runs: list[list[str]], processes: int) -> subprocess.Popen[str]:
+    plan = tmp / f"runs-{time.monotonic_ns()}.json"
+    plan.write_text(json.dumps(runs), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.runners.worker", plan],
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    try:
+        out, _ = process.communicate(timeout=300)
+    finally:
+        kill(process)
+    assert process.returncode == status, out[-6000:]
+    return out
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the launcher, its processes and their workers."""
+    for pid in _family(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _family(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(p for child in children for p in _family(int(child)))]
+
+
+def folder(output: Path) -> Path:
+    (job,) = output.iterdir()
+    return job
+
+
+def curve(output: Path) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (folder(output) / "log.txt").read_text().splitlines()]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in lines if "loss" in r]
+
+
+def state(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    return max(float((one["model"][k] - other["model"][k]).abs().max()) for k in one["model"])
+
+
+def answers(output: Path) -> list[str]:
+    rows = json.loads((folder(output) / "evaluation" / "test.json").read_text(encoding="utf-8"))
+    return [row["answer"] for row in rows]
+
+
+EVALUATED = ["run.test_splits=[test]", "run.valid_splits=[val]"]
+TWO = ["run.batch_size_train=1", "run.accum_grad_iters=2"]  # of four samples, on two processes
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that all others must equal: one process, four samples at once."""
+    out = tmp_path_factory.mktemp("alone")
+    four = ["run.batch_size_train=4", "run.accum_grad_iters=1"]
+    finish(start(out, [[*options(data), *four, *EVALUATED, f"run.output_dir={out / 'run'}"]], 1))
+    return out / "run"
+
+
+@pytest.fixture(scope="module")
+def pair(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on two processes."""
+    out = tmp_path_factory.mktemp("pair")
+    finish(start(out, [[*options(data), *TWO, f"run.output_dir={out / 'run'}"]], 2))
+    return out / "run"
+
+
+def check_same(output: Path, alone: Path) -> None:
+    """Loss and gradient norm of every step, projector, validation loss, answers."""
+    for (step, loss, norm), expected in zip(curve(output), curve(alone), strict=True):
+        assert (step, loss, norm) == pytest.approx(expected, abs=TOLERANCE)
+    one, other = (state(folder(p) / "checkpoint_latest.pth") for p in (output, alone))
+    assert one["progress"]["step"] == STEPS
+    assert difference(one, other) <= TOLERANCE
+    assert one["metrics"] == pytest.approx(other["metrics"], abs=TOLERANCE)
+    assert answers(output) == answers(alone)
+
+
+def test_strategies_give_one_result(data: Path, alone: Path, tmp_path: Path) -> None:
+    """DDP, FSDP2 and ZeRO 0 to 3 on two processes, images and text mixed, and packing.
+
+    The last step has one sample for two processes. Then each goes on from another's checkpoint.
+    """
+    common = [*options(data), *TWO, "run.save_every_steps=10", "run.keep_last=9"]
+    runs = {"ddp": strategy("ddp"), "packed": ["run.max_tokens_per_batch=400"]}
+    runs |= {name: strategy(name) for name in SHARDED}
+    first = [
+        [*common, *run, *EVALUATED, f"run.output_dir={tmp_path / name}"]
+        for name, run in runs.items()
+    ]
+    finish(start(tmp_path, first, 2))
+    for name in runs:
+        check_same(tmp_path / name, alone)
+    names = list(runs)
+    second = [
+        [
+            *common,
+            *runs[name],
+            f"run.output_dir={tmp_path / name}-resumed",
+            f"run.resume_ckpt_path={folder(tmp_path / before) / 'checkpoint_step_10.pth'}",
+        ]
+        for before, name in zip(names, [*names[1:], names[0]], strict=True)
+    ]
+    finish(start(tmp_path, second, 2))
+    whole = state(folder(alone) / "checkpoint_latest.pth")
+    for name in names:
+        end = state(folder(tmp_path / f"{name}-resumed") / "checkpoint_latest.pth")
+        assert end["progress"]["step"] == STEPS
+        assert difference(end, whole) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_vision_side_that_learns(data: Path, tmp_path: Path, name: str) -> None:
+    """One process has pictures and the other has none, and both wait for its gradient."""
+    learn = ["model.freeze_qformer=false", "model.freeze_queries=false", "run.init_lr=1e-4"]
+    one, two = (tmp_path / n for n in ("one", "two"))
+    four = ["run.batch_size_train=4", "run.accum_grad_iters=1"]
+    finish(start(tmp_path, [[*options(data), *learn, *four, f"run.output_dir={one}"]], 1))
+    run = [*options(data), *learn, *TWO, *strategy(name), f"run.output_dir={two}"]
+    finish(start(tmp_path, [run], 2))
+    ends = [state(folder(p) / "checkpoint_latest.pth") for p in (one, two)]
+    assert len(ends[0]["model"]) > 50
+    assert difference(*ends) <= 1e-4  # Adam makes a whole step of a gradient of rounding errors
+    for (_, loss, _), (_, expected, _) in zip(curve(two), curve(one), strict=True):
+        assert loss == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_killed_at_random_steps(data: Path, pair: Path, tmp_path: Path) -> None:
+    """SIGKILL to all processes, five times; the end is bit for bit that of an unbroken run."""
+    rng = random.Random(3)
+    resume: list[str] = []
+    done = 0
+    for attempt in range(6):
+        out = tmp_path / str(attempt)
+        run = [*options(data), *TWO, *resume, "run.save_every_steps=1", f"run.output_dir={out}"]
+        process = start(tmp_path, [run], 2)
+        if attempt == 5:
+            finish(process)
+            break
+        _wait_for_step(process, out, done + rng.randint(1, 4))
+        kill(process)
+        resume = [f"run.resume_ckpt_path={folder(out) / 'checkpoint_latest.pth'}"]
+        done = state(folder(out) / "checkpoint_latest.pth")["progress"]["step"]
+    assert done >= 5
+    one, other = (state(folder(p) / "checkpoint_latest.pth") for p in (out, pair))
+    assert difference(one, other) == 0.0
+    for i, entries in one["optimizer"]["state"].items():
+        assert all(torch.equal(v, other["optimizer"]["state"][i][k]) for k, v in entries.items())
+
+
+def test_two_processes_then_one_then_two(data: Path, alone: Path, tmp_path: Path) -> None:
+    """The same samples in the same steps; the end within the tolerance."""
+    resume: list[str] = []
+    for stage, (processes, until) in enumerate([(2, 7), (1, 15), (2, STEPS)]):
+        out = tmp_path / str(stage)
+        run = [*options(data), *TWO, *resume, "run.save_every_steps=1", f"run.output_dir={out}"]
+        process = start(tmp_path, [run], processes)
+        if until < STEPS:
+            _wait_for_step(process, out, until)
+            kill(process)
+        else:
+            finish(process)
+        for entry in curve(out):
+            assert entry == pytest.approx(curve(alone)[entry[0]], abs=TOLERANCE)
+        resume = [f"run.resume_ckpt_path={folder(out) / 'checkpoint_latest.pth'}"]
+    one, other = (state(folder(p) / "checkpoint_latest.pth") for p in (out, alone))
+    assert difference(one, other) <= TOLERANCE
+
+
+def test_a_signal_to_one_process_stops_all(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = [*options(data), *TWO, "run.max_epoch=50", f"run.output_dir={out}"]
+    process = start(tmp_path, [run], 2)
+    _wait_for_step(process, out, 3)
+    workers = [p for p in _family(process.pid) if "tests.runners.worker" in _command(p)]
+    os.kill(workers[-1], signal.SIGTERM)  # not the one that writes
+    log = finish(process, status=1)  # the launcher's, as its processes ended with 130
+    saved = state(folder(out) / "checkpoint_latest.pth")
+    assert 3 <= saved["progress"]["step"] < 50 * STEPS
+    assert "resume with: python -m torch.distributed.run --nproc_per_node=2 train.py" in log
+
+
+@pytest.mark.parametrize("rule", ["skip", "error"])
+def test_a_bad_sample_in_one_process(data: Path, tmp_path: Path, rule: str) -> None:
+    """All skip it, or all stop with its name; none waits for another."""
+    records = json.loads((data / "train.json").read_text(encoding="utf-8"))[:8]
+    bad = next(r for r in records if "image" in r)
+    broken = data / "image" / "broken.png"
+    broken.write_bytes(b"hello")
+    bad["image"] = broken.name
+    annotations = tmp_path / "train.json"
+    annotations.write_text(json.dumps(records), encoding="utf-8")
+    out = tmp_path / "run"
+    storage = f"datasets.toybox.build_info.annotations.train.storage={annotations}"
+    run = [*options(data), storage, *TWO, "run.warmup_steps=0", f"run.on_bad_sample={rule}"]
+    log = finish(
+        start(tmp_path, [[*run, f"run.output_dir={out}"]], 2), status=0 if rule == "skip" else 1
+    )
+    assert f"{bad['id']}" in log
+    assert "is not an image that can be read" in log
+    if rule == "skip":
+        assert state(folder(out) / "checkpoint_latest.pth")["progress"]["step"] == 2
+
+
+def _wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
+    """Wait until so many steps are done and saved."""
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None, process.communicate()[0][-6000:]
+        assert time.monotonic() < deadline
+        logs = list(output.glob("*/log.txt"))
+        lines = logs[0].read_text().splitlines() if logs else []
+        if any(json.loads(line).get("step", -1) + 1 >= step for line in lines if line[-1:] == "}"):
+            return
+        time.sleep(0.02)
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")

@@ -1,0 +1,261 @@
+"""Which checkpoints stay, and what happens when one is damaged or the disk is full."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lavis.common.errors import LavisError, WeightsError
+from lavis.common.types import Metric
+from lavis.runners.checkpoint import Progress
+from lavis.runners.keeper import Keeper, newest_whole, open_checkpoint
+from tests.runners.test_runner import SHORT, after_steps, final, prepare, same, steps
+
+LOSS = Metric("valid_loss", higher_is_better=False)
+SCORE = Metric("score", higher_is_better=True)
+
+
+def save(keeper: Keeper, name: str, step: int, **metrics: float) -> None:
+    content: dict[str, Any] = {
+        "model": {"x": torch.full((1000,), float(step))},
+        "optimizer": {},
+        "scaler": None,
+        "config": {},
+    }
+    keeper.save(name, content, Progress(step, 10), metrics)
+
+
+def step_of(path: Path) -> int:
+    """The step a checkpoint says, and its weights."""
+    content = open_checkpoint(path)
+    assert content["progress"]["step"] == content["model"]["x"][7]
+    return int(content["progress"]["step"])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- which stay -----------------------------------------------------------------------------
+
+
+def test_of_those_inside_epochs_the_newest_stay(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path, 2, LOSS)
+    for step in (3, 6, 9):
+        save(keeper, f"step_{step}", step)
+    save(keeper, "0", 10)
+    save(keeper, "step_12", 12)
+    assert names(tmp_path) == [
+        "checkpoint_0.pth",
+        "checkpoint_latest.pth",
+        "checkpoint_step_12.pth",
+        "checkpoint_step_9.pth",
+    ]
+    assert step_of(tmp_path / "checkpoint_step_9.pth") == 9
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_latest_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def no_links(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
+    keeper = Keeper(tmp_path, 1, LOSS)
+    for name, step in (("step_3", 3), ("0", 10), ("latest", 11), ("step_12", 12)):
+        save(keeper, name, step)
+        assert step_of(tmp_path / "checkpoint_latest.pth") == step
+    assert step_of(tmp_path / "checkpoint_0.pth") == 10
+    assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        (LOSS, [3.0, 2.0, 2.5], 20),
+        (SCORE, [3.0, 2.0, 3.5, 1.0], 30),
+        (LOSS, [math.nan, 2.0, math.nan, 3.0], 20),
+        (SCORE, [math.nan, -2.0, math.nan, -3.0], 20),
+        (LOSS, [2.0, 2.0], 10),  # an equal one is not better
+        (LOSS, [math.inf, 5.0], 20),
+    ],
+)
+def test_best_follows_the_metric(
+    tmp_path: Path, metric: Metric, values: list[float], best: int
+) -> None:
+    keeper = Keeper(tmp_path, 1, metric)
+    save(keeper, "step_5", 5)  # nothing was measured
+    assert not (tmp_path / "checkpoint_best.pth").exists()
+    for epoch, value in enumerate(values):
+        save(keeper, str(epoch), 10 * (epoch + 1), **{metric.name: value})
+    path = tmp_path / "checkpoint_best.pth"
+    assert step_of(path) == best
+    assert open_checkpoint(path)["metrics"] == {metric.name: values[best // 10 - 1]}
+
+
+def test_in_a_run(tmp_path: Path) -> None:
+    runner = prepare(tmp_path, *SHORT, "run.save_every_steps=1", "run.keep_last=2")
+    runner.train()
+    kept = [path.name for path in runner.folder.glob("*.pth")]
+    assert sorted(kept) == [
+        "checkpoint_0.pth",
+        "checkpoint_1.pth",
+        "checkpoint_2.pth",
+        "checkpoint_latest.pth",
+        "checkpoint_step_7.pth",
+        "checkpoint_step_8.pth",  # 9 is the epoch's
+    ]
+    inside = runner.folder / "checkpoint_step_7.pth"
+    resumed = prepare(tmp_path, *SHORT, f"run.resume_ckpt_path={inside}", job="resumed")
+    assert resumed.step == 7
+    assert same(final(resumed.train()), final(runner.folder / "checkpoint_latest.pth"))
+
+
+# --- damage ---------------------------------------------------------------------------------
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    path.unlink()  # and not what is linked to it
+    if how == "cut short":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = bytearray()
+    else:  # in the middle of a tensor's numbers
+        weight = final_bytes(content)
+        content[weight] ^= 0x40
+    path.write_bytes(content)
+
+
+def final_bytes(content: bytes | bytearray) -> int:
+    """Where a byte of the first tensor's numbers is."""
+    import io
+    import zipfile
+
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        (info,) = [i for i in archive.infolist() if i.filename.endswith("/data/0")]
+        numbers = archive.read(info)
+    start = bytes(content).index(numbers)
+    return start + len(numbers) // 2
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs."""
+    runner = prepare(tmp_path_factory.mktemp("finished"), *SHORT, "run.max_epoch=2")
+    runner.train()
+    return runner.folder
+
+
+@pytest.mark.parametrize("how", ["cut short", "empty", "one bit is wrong"])
+def test_a_damaged_checkpoint_is_refused_and_a_whole_one_offered(
+    tmp_path: Path, finished: Path, how: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for name in ("checkpoint_latest.pth", "checkpoint_1.pth"):
+        damage(folder / name, how)
+    latest, whole = folder / "checkpoint_latest.pth", folder / "checkpoint_0.pth"
+    with pytest.raises(WeightsError) as caught:
+        prepare(tmp_path, *SHORT, f"run.resume_ckpt_path={latest}")
+    first, _, last = str(caught.value).rpartition("\n")
+    assert str(latest) in first
+    assert last == (
+        f"The newest whole checkpoint beside it is {whole}; resume from that with "
+        f"--options run.resume_ckpt_path={whole}"
+    )
+    assert prepare(tmp_path, *SHORT, f"run.resume_ckpt_path={whole}").step == 3
+    damage(whole, how)
+    with pytest.raises(WeightsError) as caught:
+        prepare(tmp_path, *SHORT, f"run.resume_ckpt_path={latest}")
+    assert "whole checkpoint" not in str(caught.value)
+    assert newest_whole(folder) is None
+
+
+def test_one_wrong_bit_is_named(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path, 1, LOSS)
+    save(keeper, "0", 10)
+    path = tmp_path / "checkpoint_0.pth"
+    damage(path, "one bit is wrong")
+    assert torch.load(path, weights_only=True)["model"]["x"].unique().numel() == 2  # unnoticed
+    with pytest.raises(WeightsError) as caught:
+        open_checkpoint(path)
+    assert str(caught.value).startswith(f"{path} is damaged: the checksum of its part ")
+
+
+def test_the_newest_is_the_one_farthest_in_training(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path, 3, LOSS)
+    for name, step in (("step_19", 19), ("1", 20), ("step_100", 100), ("latest", 101)):
+        save(keeper, name, step)
+    (tmp_path / "checkpoint_9.pth").write_bytes(b"rubbish")
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint_latest.pth"
+    (tmp_path / "checkpoint_latest.pth").unlink()
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint_step_100.pth"
+    assert keeper.last_good() == (
+        f"The last whole checkpoint is {tmp_path / 'checkpoint_step_100.pth'}."
+    )
+
+
+# --- a full disk ----------------------------------------------------------------------------
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["torch.save", "os.fsync"])
+def test_a_disk_that_fills_up_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    runner = prepare(tmp_path, *SHORT, "run.save_every_steps=1")
+    after_steps(runner, 4, lambda: monkeypatch.setattr(call, full_disk))
+    with pytest.raises(LavisError) as caught:
+        runner.train()
+    monkeypatch.undo()
+    whole = runner.folder / "checkpoint_step_4.pth"
+    latest = runner.folder / "checkpoint_latest.pth"
+    message = str(caught.value)
+    assert message.startswith(f"{runner.folder}/checkpoint_")
+    assert " cannot be written: [Errno 28] No space left on device. " in message
+    named = Path(message.rpartition("The last whole checkpoint is ")[2].rstrip("."))
+    assert named in (whole, latest)
+    assert not [m for m in caplog.messages if "resume with" in m]  # of a file that is not new
+    assert not list(runner.folder.glob(".*.tmp"))
+    assert open_checkpoint(whole)["progress"]["step"] == 4
+    resumed = prepare(tmp_path, *SHORT, f"run.resume_ckpt_path={named}", job="resumed")
+    assert resumed.step == 4
+    resumed.train()
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are in order, so they are saved; the error is one that the user can mend."""
+    runner = prepare(tmp_path, *SHORT)
+    from lavis.runners.watch import Watch
+
+    after_steps(runner, 4, lambda: monkeypatch.setattr(Watch, "write", full_disk))
+    with pytest.raises(LavisError) as caught:
+        runner.train()
+    latest = runner.folder / "checkpoint_latest.pth"
+    assert str(caught.value) == (
+        f"{runner.folder} cannot be written: [Errno 28] No space left on device. "
+        f"The last whole checkpoint is {latest}."
+    )
+    assert len(steps(runner.folder)) == 4
+    assert open_checkpoint(latest)["progress"]["step"] == 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_a_disk_that_is_full_from_the_start(tmp_path: Path) -> None:
+    runner = prepare(tmp_path, *SHORT)
+    (runner.folder / "log.txt").symlink_to("/dev/full")
+    with pytest.raises(LavisError) as caught:
+        runner.train()
+    assert str(caught.value) == (
+        f"{runner.folder} cannot be written: [Errno 28] No space left on device. "
+        "No checkpoint was written yet."
+    )
