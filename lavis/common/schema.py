@@ -156,6 +156,14 @@ class RunConfig:
     amp: bool = False
     autocast_dtype: Literal["bf16", "bfloat16", "fp16", "float16"] = "fp16"
     loss_scale: bool = True
+    # how a step is computed; nothing here changes its result (docs/fast_path.md)
+    fast_path: bool = True  # false: the original's schedule, whatever the next keys say
+    packed_attention: bool = True
+    prefix_cache: bool = True
+    supervised_head: bool = True
+    recompute: Literal["auto", "none", "all"] | int = "auto"  # or every n-th layer
+    memory_budget_gb: float | None = None  # for recompute: auto
+    compile: bool = False
     # placement
     device: str = "cuda"
     distributed: bool = True  # kept for the original's files: the launcher decides

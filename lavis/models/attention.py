@@ -1,7 +1,15 @@
-"""Causal attention inside each document of a packed row, in place of a masked T x T square."""
+"""Causal attention inside each document of a packed row, in place of a masked T x T square.
+
+A document may begin with a prefix that is the same for all: its keys and values are given, and its
+queries are not part of the row.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -14,6 +22,61 @@ from transformers.masking_utils import sdpa_mask
 PACKED = "lavis_packed"
 """Name of the implementation, for ``config._attn_implementation``."""
 
+KeysAndValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What attention must know of a packed row.
+
+    Attributes:
+        lengths: tokens of each document in the row, T in all.
+        prefix: each layer's keys and values, (1, heads, P, head_dim), of the P tokens that stand
+            before every document; empty without.
+        square: mask the square over all documents instead of attending apart.
+    """
+
+    lengths: tuple[int, ...]
+    prefix: tuple[KeysAndValues, ...] = ()
+    square: bool = False
+
+    @property
+    def prefix_length(self) -> int:
+        """P."""
+        return self.prefix[0][0].shape[2] if self.prefix else 0
+
+    def mask(self, length: int, device: torch.device) -> Tensor:
+        """(N, P + N) bool: what a document's N tokens see of the prefix and of themselves."""
+        if (length, device) not in self._masks:
+            sees = torch.ones(
+                length, self.prefix_length + length, dtype=torch.bool, device=device
+            ).tril_(self.prefix_length)
+            self._masks[length, device] = sees
+        return self._masks[length, device]
+
+    def square_mask(self, device: torch.device) -> Tensor:
+        """(T, P + T) bool: what each token of the row sees."""
+        if device not in self._squares:
+            own = torch.block_diag(
+                *(torch.ones(n, n, dtype=torch.bool).tril_() for n in self.lengths)
+            )
+            before = torch.ones(len(own), self.prefix_length, dtype=torch.bool)
+            self._squares[device] = torch.cat([before, own], 1).bool().to(device)
+        return self._squares[device]
+
+    def ends(self, device: torch.device, *, prefix: bool) -> Tensor:
+        """(D + 1,) int32 cumulative lengths, with or without the prefix."""
+        each = (n + self.prefix_length * prefix for n in self.lengths)
+        return torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device)
+
+    @cached_property
+    def _masks(self) -> dict[tuple[int, torch.device], Tensor]:
+        return {}
+
+    @cached_property
+    def _squares(self) -> dict[torch.device, Tensor]:
+        return {}
+
 
 def packed_attention(
     module: nn.Module,
@@ -23,36 +86,140 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    document_lengths: list[int] | None = None,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within documents; without ``document_lengths`` this is plain SDPA.
+    """Attend within documents; without ``documents`` this is plain SDPA.
 
     Args:
         query: (1, heads, T, head_dim), the row's documents end to end; key and value alike.
-        document_lengths: tokens of each document, T in all.
 
     Returns:
         (1, T, heads, head_dim), as Transformers' attention functions do.
     """
-    if document_lengths is None:
+    if documents is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    documents = zip(*(x.split(document_lengths, dim=2) for x in (query, key, value)), strict=True)
-    rows = [
-        F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            scale=scaling,
-            dropout_p=dropout,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        for q, k, v in documents
-    ]
-    return torch.cat(rows, dim=2).transpose(1, 2), None
+    prefix = None
+    if documents.prefix:
+        keys, values = documents.prefix[module.layer_idx]  # type: ignore[index]
+        prefix = (keys.to(key), values.to(value))
+    attend = _choose(query, documents, dropout)
+    return attend(query, key, value, documents, prefix, scaling, dropout), None
+
+
+Attend = Callable[
+    [Tensor, Tensor, Tensor, Documents, KeysAndValues | None, float | None, float], Tensor
+]
+
+
+def _choose(query: Tensor, documents: Documents, dropout: float) -> Attend:
+    """The one place that says which kernel computes what."""
+    if documents.square:
+        return _square
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.device.type == "cuda" and half and not dropout:
+        return _varlen
+    return _each
+
+
+def _square(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    prefix: KeysAndValues | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    key, value = _after(prefix, key, value)
+    mask = documents.square_mask(query.device)
+    return _sdpa(query, key, value, mask, scaling, dropout).transpose(1, 2)
+
+
+def _each(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    prefix: KeysAndValues | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """One document after the other: no kernel for packed rows on a CPU."""
+    parts = (x.split(documents.lengths, dim=2) for x in (query, key, value))
+    rows = []
+    for q, k, v in zip(*parts, strict=True):
+        k, v = _after(prefix, k, v)
+        mask = None if prefix is None else documents.mask(q.shape[2], q.device)
+        rows.append(_sdpa(q, k, v, mask, scaling, dropout))
+    return torch.cat(rows, dim=2).transpose(1, 2)
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    prefix: KeysAndValues | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """FlashAttention over variable lengths; its causal mask is aligned at the end of the keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if prefix is not None:
+        parts = zip(*(x.split(documents.lengths, dim=2) for x in (key, value)), strict=True)
+        pairs = [_after(prefix, k, v) for k, v in parts]
+        key, value = (torch.cat(x, dim=2) for x in zip(*pairs, strict=True))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    longest = max(documents.lengths)
+    out: Any = varlen_attn(
+        q,
+        k,
+        v,
+        documents.ends(q.device, prefix=False),
+        documents.ends(q.device, prefix=True),
+        longest,
+        longest + documents.prefix_length,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[None]
+
+
+def _after(prefix: KeysAndValues | None, key: Tensor, value: Tensor) -> KeysAndValues:
+    if prefix is None:
+        return key, value
+    return torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        dropout_p=dropout,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def document_lengths(document_ids: Tensor) -> tuple[int, ...]:
+    """Tokens of each document of a packed row, (1, T) ids."""
+    ends = (document_ids[0].diff().nonzero()[:, 0] + 1).tolist()
+    return tuple(b - a for a, b in pairwise([0, *ends, document_ids.shape[1]]))
 
 
 AttentionInterface.register(PACKED, packed_attention)

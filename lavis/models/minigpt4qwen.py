@@ -19,14 +19,17 @@ from transformers import Blip2QFormerConfig
 
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.types import IGNORE_INDEX, Batch
+from lavis.models.attention import Documents, KeysAndValues, document_lengths
 from lavis.models.checkpoint import load_model_state
 from lavis.models.config import MiniGPT4QwenConfig
 from lavis.models.eva import build_vit, load_vit
 from lavis.models.frozen_linear import widen_frozen_linears
 from lavis.models.generation import GenerationMixin
+from lavis.models.head import autocast_dtype, head_loss
 from lavis.models.keys import FULL_MODEL, QFORMER
 from lavis.models.qformer import build_qformer, qformer_config
 from lavis.models.qwen import QwenSpec, add_lora, load_llm, new_llm, read_spec
+from lavis.models.schedule import StepSchedule
 from lavis.models.weights import load_weights, open_pth, own_trainable
 from lavis.processors.conversation import ConversationEncoder
 from lavis.processors.tokenizer import QwenTokenizer
@@ -48,6 +51,41 @@ class LossOutput:
 
     loss_sum: Tensor
     num_tokens: int
+
+
+@dataclass(frozen=True)
+class ConstantPrefix:
+    """What every document begins with, up to the user's first word.
+
+    Attributes:
+        ids: P token ids.
+        keys_and_values: of each layer, (1, heads, P, head_dim).
+        loss_sum: scalar, cross-entropy of its own supervised tokens, the same in every document.
+        num_supervised: how many those are.
+    """
+
+    ids: tuple[int, ...]
+    keys_and_values: tuple[KeysAndValues, ...]
+    loss_sum: Tensor
+    num_supervised: int
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return len(self.ids)
+
+    def opens(self, batch: Batch) -> bool:
+        """Whether every document of a batch begins with it and goes on unsupervised."""
+        positions, ids = batch.position_ids[0], batch.input_ids[0]
+        own = torch.tensor(self.ids, device=ids.device)
+        inside = positions < self.length
+        whole = inside.sum() == self.length * int((positions == 0).sum())
+        if not whole or not torch.equal(ids[inside], own[positions[inside]]):
+            return False
+        after = positions == self.length
+        return int(after.sum()) * self.length == int(inside.sum()) and bool(
+            (batch.labels[0][after] == IGNORE_INDEX).all()
+        )
 
 
 class MiniGPT4Qwen(GenerationMixin, nn.Module):
@@ -88,6 +126,8 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
             )
         self.llm_proj = nn.Linear(qformer.hidden_size, spec.config.hidden_size, device=device)
         self.llm_model = llm
+        self._prefixes: dict[torch.dtype | None, ConstantPrefix] = {}
+        self._schedule = StepSchedule()
         self.uniform_graph = False
         """Whether every batch calls the same parts, images or not: what processes that wait for
         each other inside a layer need. Strategies set it."""
@@ -132,6 +172,7 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         if config.lora is not None:
             add_lora(llm, config.lora)
             llm.to(device)
+        model.schedule = StepSchedule(recompute="all" if config.llm_grad_ckpt else "none")
         own_trainable(model)
         widen_frozen_linears(model)
         if config.load_finetuned:
@@ -156,25 +197,105 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
     def forward(self, batch: Batch) -> LossOutput:
         """Summed cross-entropy of a packed batch.
 
-        Only supervised positions go through the output head; documents do not see each other.
+        Documents do not see each other. :attr:`schedule` says what is saved on the way.
 
         Raises:
             DataError: images and placeholders do not match.
         """
         features = self.encode_spans(batch.pixel_values, batch.word_ids, batch.described)
+        if self.schedule.reference:
+            return self._reference_loss(batch, features)
+        prefix = self._constant_prefix()
+        skipped = 0 if prefix is None or not prefix.opens(batch) else prefix.length
+        kept = batch.position_ids[0] >= skipped
+        lengths = document_lengths(batch.document_ids)
+        documents = Documents(
+            tuple(n - skipped for n in lengths),
+            prefix.keys_and_values if prefix is not None and skipped else (),
+            square=not self.schedule.packed_attention,
+        )
         hidden = self.llm_model.model(
-            inputs_embeds=self.embed(batch.input_ids, features),
-            position_ids=batch.position_ids,
-            attention_mask={"full_attention": None},  # documents attend apart, without a mask
-            document_lengths=torch.bincount(batch.document_ids[0]).tolist(),
+            inputs_embeds=self.embed(batch.input_ids[:, kept], features),
+            position_ids=batch.position_ids[:, kept],
+            attention_mask={"full_attention": None},  # attention knows the documents
+            documents=documents,
             use_cache=False,
         ).last_hidden_state
-        targets = batch.labels[:, 1:]
+        loss_sum, num_tokens = self._head_loss(hidden, batch.labels[:, kept])
+        if prefix is not None and skipped:
+            loss_sum = loss_sum + prefix.loss_sum * len(lengths)
+            num_tokens += prefix.num_supervised * len(lengths)
+        return LossOutput(loss_sum, num_tokens)
+
+    def _head_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """Summed loss and number of the supervised positions of (B, T) rows."""
+        hidden, targets = hidden[:, :-1], labels[:, 1:]
         supervised = targets != IGNORE_INDEX
-        targets = targets[supervised]
-        logits = self.llm_model.lm_head(hidden[:, :-1][supervised])
-        loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
-        return LossOutput(loss_sum, len(targets))
+        num_tokens = int(supervised.sum())
+        head = self.llm_model.lm_head
+        if self.schedule.supervised_head and not self.schedule.reference:
+            hidden, targets = hidden[supervised], targets[supervised]
+            if _is_whole(head):
+                return head_loss(hidden, head.weight, targets), num_tokens
+        logits = head(hidden).float()
+        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+        return loss, num_tokens
+
+    def _reference_loss(self, batch: Batch, features: Tensor | None) -> LossOutput:
+        """The original's step: a row for each document, padded to ``max_txt_len``."""
+        lengths = document_lengths(batch.document_ids)
+        shape = (len(lengths), max(self.config.max_txt_len, *lengths))
+        mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+        mask = mask.to(batch.input_ids.device)
+        ids = batch.input_ids.new_full(shape, self.tokenizer.eod_id)
+        labels = batch.labels.new_full(shape, IGNORE_INDEX)
+        ids[mask], labels[mask] = batch.input_ids[0], batch.labels[0]
+        hidden = self.llm_model.model(
+            inputs_embeds=self.embed(ids, features),
+            attention_mask=mask.long(),
+            use_cache=False,
+        ).last_hidden_state
+        return LossOutput(*self._head_loss(hidden, labels))
+
+    @property
+    def schedule(self) -> StepSchedule:
+        """How a training step is computed."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: StepSchedule) -> None:
+        self._schedule = schedule
+        every = schedule.recompute_every
+        self.llm_model.activation_checkpointing_disable()
+        if every:
+            self.llm_model.activation_checkpointing_enable({"use_reentrant": False}, every)
+        if schedule.compile:
+            for layer in self.llm_model.model.layers:
+                layer.compile(dynamic=True)
+        self.train(self.training)
+
+    def _constant_prefix(self) -> ConstantPrefix | None:
+        """What all documents begin with, computed once: the language model is frozen."""
+        if not self.schedule.prefix_cache or any(
+            p.requires_grad for p in self.llm_model.parameters()
+        ):
+            return None
+        state = autocast_dtype(self.device)
+        if state not in self._prefixes:
+            ids, labels = self.encoder.constant_prefix()
+            with torch.no_grad():
+                output = self.llm_model.model(
+                    input_ids=torch.tensor([ids], device=self.device), use_cache=True
+                )
+                row = torch.tensor([labels], device=self.device)
+                loss_sum, num_tokens = self._head_loss(output.last_hidden_state, row)
+            self._prefixes[state] = ConstantPrefix(
+                tuple(ids),
+                tuple((layer.keys, layer.values) for layer in output.past_key_values.layers),
+                loss_sum,
+                num_tokens,
+            )
+        return self._prefixes[state]
 
     def encode_vit(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) normalized images -> (N, 1 + patches, width) of the last ViT block.
@@ -275,7 +396,7 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         for layer in self.llm_model.model.layers:
             # Transformers recomputes a layer only if its own flag says training; the flags of its
             # submodules, which would switch dropout on, stay as they are.
-            layer.training = layer.training or (mode and self.config.llm_grad_ckpt)
+            layer.training = layer.training or (mode and layer.gradient_checkpointing)
         return self
 
     def shardable_blocks(self) -> Iterator[nn.Module]:
@@ -350,8 +471,6 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
             self.visual_encoder.pos_embed.requires_grad_(True)
         if c.use_grad_checkpoint:
             self.visual_encoder.set_grad_checkpointing(True)
-        if c.llm_grad_ckpt:
-            self.llm_model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _load_vision(self, cache_root: str, device: torch.device) -> None:
         c = self.config
@@ -368,6 +487,12 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
                 dtype=torch.float32,
                 select=lambda name: name.startswith(("query_tokens", "ln_vision.", "Qformer.")),
             )
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether a module's weight can be used without calling it, because it is not sharded."""
+    weight = module.weight
+    return not hasattr(weight, "ds_id") and type(weight.data) is Tensor
 
 
 def _vit_dtype(config: MiniGPT4QwenConfig, device: torch.device) -> torch.dtype:

@@ -73,6 +73,14 @@ class ConversationEncoder:
             )
         return Encoded(ids[: self.max_txt_len], labels[: self.max_txt_len], len(spans))
 
+    def constant_prefix(self) -> tuple[list[int], list[int]]:
+        """Ids and labels that every conversation begins with, up to the user's first word."""
+        ids, labels, *_ = self._render([])
+        opening = [self.tokenizer.im_start_id, *self._role("user")]
+        learn = self.label_mask == "chatml_delimiters"
+        first = opening[0] if learn else IGNORE_INDEX
+        return [*ids, *opening], [*labels, first, *[IGNORE_INDEX] * (len(opening) - 1)]
+
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids of a conversation that ends with a question, up to where the answer begins."""
         ids = self._render(turns)[0]

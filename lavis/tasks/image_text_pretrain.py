@@ -22,6 +22,7 @@ from lavis.common.schema import Config
 from lavis.common.types import AUTOCAST, Batch, Metric
 from lavis.datasets.collate import collate
 from lavis.datasets.plan import ConcatDataset, shared_batches
+from lavis.models.schedule import StepSchedule
 from lavis.tasks.evaluate import answer_splits
 
 logger = logging.getLogger(__name__)
@@ -90,10 +91,13 @@ class ImageTextPretrainTask:
 
     def build_model(self, device: torch.device) -> nn.Module:
         """Build the model and load its weights."""
-        model = self.config.model
-        return MODELS.get(model.arch).from_config(
-            model, cache_root=self.config.env.cache_root, device=device
+        config = self.config.model
+        model = MODELS.get(config.arch).from_config(
+            config, cache_root=self.config.env.cache_root, device=device
         )
+        if hasattr(model, "schedule"):
+            model.schedule = StepSchedule.from_run(self.config.run, model)
+        return model
 
     def validate(self, module: Any, device: torch.device) -> dict[str, float]:
         """Loss of the validation splits, each sample counted once over all processes.

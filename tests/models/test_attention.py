@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lavis.models.attention import packed_attention
+from lavis.models.attention import Documents, packed_attention
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
@@ -22,7 +22,7 @@ def test_equals_the_masked_square(heads: int, kv_heads: int, lengths: list[int])
         query, key, value, attn_mask=mask, enable_gqa=heads != kv_heads
     )
     got, _ = packed_attention(
-        nn.Module(), query, key, value, None, scaling=8**-0.5, document_lengths=lengths
+        nn.Module(), query, key, value, None, scaling=8**-0.5, documents=Documents(tuple(lengths))
     )
     torch.testing.assert_close(got, wanted.transpose(1, 2))
     weight = torch.randn_like(got)

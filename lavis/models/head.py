@@ -1,0 +1,79 @@
+"""Output head and cross-entropy in one, without the logits of all positions at once.
+
+For hidden states h, weight W and targets t the loss of a row is log-sum-exp(h W^T) - (h W^T)_t,
+and its gradient for h is softmax(h W^T) W - W_t: both come from the same product, so the gradient
+is computed in the forward pass, piece by piece, and no logits are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PIECE_BYTES = 64 * 2**20  # of fp32 logits at a time
+
+
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of a linear head, summed over rows.
+
+    Memory beside the result is bounded: 64 MiB of logits, whatever the number of rows. The
+    gradient of ``weight`` is computed only if it learns.
+
+    Args:
+        hidden: (N, C).
+        weight: (V, C), without bias.
+        targets: (N,) int64.
+
+    Returns:
+        Scalar, fp32, nats.
+    """
+    dtype = autocast_dtype(hidden.device) or weight.dtype
+    return _HeadLoss.apply(hidden, weight, targets, dtype)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What matrix products are computed in under autocast, or ``None`` without it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        learns = weight.requires_grad
+        wide = weight.to(dtype)  # nothing is copied where they agree
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        rows = max(1, _PIECE_BYTES // (4 * len(weight)))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for h, t, grad in zip(
+                hidden.split(rows), targets.split(rows), grad_hidden.split(rows), strict=True
+            ):
+                low = h.to(dtype)
+                logits = F.linear(low, wide).float()
+                at_target = logits.gather(1, t[:, None])[:, 0]
+                top = logits.amax(1, keepdim=True)
+                powers = logits.sub_(top).exp_()
+                total = powers.sum(1, keepdim=True)
+                loss += (total[:, 0].log() + top[:, 0] - at_target).sum()
+                # softmax W = (powers W) / total: the division needs no pass over the vocabulary.
+                powers = powers.to(dtype)
+                grad.copy_((powers @ wide).float().div_(total).sub_(wide[t]))
+                if grad_weight is not None:
+                    grad_weight.addmm_(powers.float().T, h.float() / total)
+                    grad_weight.index_add_(0, t, -h.float())
+        ctx.save_for_backward(grad_hidden, *([] if grad_weight is None else [grad_weight]))
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        grad_hidden, *rest = ctx.saved_tensors
+        grad_weight = (rest[0] * grad).to(ctx.weight_dtype) if rest else None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight, None, None
