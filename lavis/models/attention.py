@@ -6,6 +6,7 @@ queries are not part of the row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,8 @@ from transformers.masking_utils import sdpa_mask
 
 PACKED = "lavis_packed"
 """Name of the implementation, for ``config._attn_implementation``."""
+
+_SHORT = 512  # tokens; longer documents' probabilities would take too much memory
 
 KeysAndValues = tuple[Tensor, Tensor]
 
@@ -152,9 +155,19 @@ def _each(
     rows = []
     for q, k, v in zip(*parts, strict=True):
         k, v = _after(prefix, k, v)
-        mask = None if prefix is None else documents.mask(q.shape[2], q.device)
-        rows.append(_sdpa(q, k, v, mask, scaling, dropout))
+        if _is_short(q, k) and scaling is not None and not dropout:
+            rows.append(_products(q, k, v, documents.mask(q.shape[2], q.device), scaling))
+        else:
+            mask = None if prefix is None else documents.mask(q.shape[2], q.device)
+            rows.append(_sdpa(q, k, v, mask, scaling, dropout))
     return torch.cat(rows, dim=2).transpose(1, 2)
+
+
+def _is_short(query: Tensor, key: Tensor) -> bool:
+    """Whether a document's attention is quicker as products than fused."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    same_heads = query.shape[1] == key.shape[1]
+    return query.device.type == "cpu" and half and same_heads and query.shape[2] <= _SHORT
 
 
 def _varlen(
@@ -194,6 +207,20 @@ def _after(prefix: KeysAndValues | None, key: Tensor, value: Tensor) -> KeysAndV
     if prefix is None:
         return key, value
     return torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Attention as two matrix products, for short documents in half precision on a CPU.
+
+    There PyTorch's fused kernel takes twice as long, most of it in the backward pass
+    (``benchmarks/train_step.py``). The probabilities are kept: N x (P + N) for each head.
+    """
+    hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    hidden.masked_fill_(~mask, -math.inf)
+    scores = torch.baddbmm(
+        hidden.expand(query.shape[1], -1, -1), query[0], key[0].transpose(1, 2), alpha=scaling
+    )
+    return (scores.softmax(-1) @ value[0])[None]
 
 
 def _sdpa(
