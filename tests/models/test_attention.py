@@ -51,4 +51,4 @@ def test_a_prefix_and_half_precision(dtype: torch.dtype, prefix: int, lengths: l
         results.append((out.float(), *(g.float() for g in grads)))
     for wanted, got in zip(*results, strict=True):
         error = float((got - wanted).norm() / wanted.norm())
-        assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2)
