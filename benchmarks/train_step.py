@@ -249,6 +249,8 @@ def useful_flops(bench: Bench) -> float:
     gradient) and what is before in its document. Nothing of the vision side, nothing twice. A
     multiply-add counts two.
     """
+    from lavis.common.types import IGNORE_INDEX
+
     model = bench.model
     llm = model.llm_model
     prefix = len(model.encoder.constant_prefix()[0])
@@ -259,7 +261,7 @@ def useful_flops(bench: Bench) -> float:
         own = len(sample.input_ids) - prefix
         total += 4 * own * layers
         total += width * depth * (8 * own * prefix + 12 * own * (own + 1) / 2)
-        supervised = int((sample.labels[1 + prefix :] != -100).sum())
+        supervised = int((sample.labels[1 + prefix :] != IGNORE_INDEX).sum())
         total += 4 * supervised * llm.lm_head.weight.numel()
         total += 4 * model.config.num_query_token * model.llm_proj.weight.numel()
     return total
