@@ -24,6 +24,11 @@ class Memory:
         self._anonymous = 0
         threading.Thread(target=self._sample, daemon=True).start()
 
+    def restart(self) -> int:
+        """Forget the peak of anonymous memory so far; return what there is now."""
+        self._anonymous = now = _status("RssAnon")
+        return now
+
     def peaks(self, phase: str) -> dict[str, int]:
         """The largest values so far.
 

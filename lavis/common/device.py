@@ -36,9 +36,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large square matrix product, measured in moments."""
-    size = 4096 if device.type == "cuda" else 768
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Floating-point operations a second of a square matrix product, the best of a few.
+
+    Args:
+        size: rows and columns; by default so many that it takes moments.
+    """
+    size = size or (4096 if device.type == "cuda" else 768)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
     for _ in range(4):

@@ -1,0 +1,172 @@
+"""The model with random weights, built in memory in a few seconds, and samples like the data's."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.random_weights import fill, vocabulary
+from lavis.common.errors import LavisError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lavis.common.types import Sample
+    from lavis.models import MiniGPT4Qwen
+
+# Most are one token each, so that the lengths come out as drawn.
+_WORDS = [
+    "the", "a", "of", "and", "in", "on", "with", "is", "there", "left", "red", "blue", "small",
+    "large", "dog", "cat", "table", "house", "tree", "water", "street", "window", "people",
+    "图片", "里", "有", "一", "只", "红色", "的", "桌子", "和", "人", "在", "左边",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model and of its samples.
+
+    Attributes:
+        llm: over Qwen-7B-Chat's ``config.json``.
+        vit: over ViT-g's sizes.
+        qformer: over BERT-base's sizes.
+        matrix: sides of the square matrices whose products set the peak.
+        samples: of an optimizer step.
+        answer: shortest and longest answer, in words.
+        precision: of the language model and the ViT.
+        single: a step takes minutes: each rung is computed once.
+    """
+
+    llm: dict[str, int] = field(default_factory=dict)
+    vit: dict[str, Any] = field(default_factory=dict)
+    qformer: dict[str, int] = field(default_factory=dict)
+    image_size: int = 224
+    max_txt_len: int = 256
+    matrix: tuple[int, ...] = (2048, 4096)
+    samples: int = 16
+    answer: tuple[int, int] = (20, 170)
+    precision: str = "bf16"
+    single: bool = False
+
+
+SHAPES = {
+    "bench": Shape(
+        llm={
+            "hidden_size": 1024, "intermediate_size": 2 * 2816, "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+        },
+        vit={"depth": 4},
+    ),
+    "7b": Shape(samples=1, single=True),
+    "tiny": Shape(
+        llm={
+            "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+        vit={"embed_dim": 88, "depth": 2, "num_heads": 4},
+        qformer={
+            "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 96,
+        },
+        image_size=56,
+        max_txt_len=128,
+        matrix=(256,),
+        samples=4,
+        answer=(3, 30),
+        precision="fp32",
+    ),
+}  # fmt: skip
+
+
+def build_model(shape: Shape, device: torch.device) -> MiniGPT4Qwen:
+    """The model in training mode, with only the projection trainable; no second copy of a weight.
+
+    Raises:
+        LavisError: there is too little memory.
+    """
+    import torch
+    from torch import nn
+
+    from lavis.models import MiniGPT4Qwen, MiniGPT4QwenConfig
+    from lavis.models.config import QFormerConfig, ViTConfig
+    from lavis.models.frozen_linear import widen_frozen_linears
+    from lavis.models.memory import free_memory
+    from lavis.models.qformer import qformer_config
+    from lavis.models.qwen import new_llm, read_spec
+
+    folder = vocabulary().parent
+    config = MiniGPT4QwenConfig(
+        arch="minigpt4qwen",
+        llm_model=str(folder),
+        vit_config=ViTConfig(**shape.vit),
+        qformer_config=QFormerConfig(**shape.qformer),
+        image_size=shape.image_size,
+        max_txt_len=shape.max_txt_len,
+        vit_precision=shape.precision,  # type: ignore[arg-type]
+    )
+    spec = read_spec(folder, dict(shape.llm) or None, need_file=False)
+    bert = Path("no file: BERT-base")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[shape.precision]
+    meta = torch.device("meta")
+    model = MiniGPT4Qwen(
+        config,
+        qformer_config(config.qformer_config, bert, config.vit_config.embed_dim),
+        new_llm(spec, device=meta, dtype=dtype),
+        spec,
+        MiniGPT4Qwen.build_encoder(config, ""),
+        device=meta,
+    )
+    needed, free = sum(p.nbytes for p in model.parameters()), free_memory(device)
+    if needed > 0.95 * free:
+        raise LavisError(
+            f"the weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
+        )
+    block = torch.randn(1_048_583, generator=torch.Generator().manual_seed(0)) * 0.02
+    for path, module in model.named_modules():
+        for name, like in list(module.named_parameters(recurse=False)):
+            made = fill(f"{path}.{name}", like, block).to(device)
+            setattr(module, name, nn.Parameter(made, requires_grad=False))
+        for name, like in list(module.named_buffers(recurse=False)):
+            kept = name not in module._non_persistent_buffers_set
+            made = torch.zeros(like.shape, dtype=like.dtype, device=device)
+            module.register_buffer(name, made, persistent=kept)
+    # Its frequencies are no weights.
+    model.llm_model.model.rotary_emb = type(model.llm_model.model.rotary_emb)(spec.config).to(
+        device
+    )
+    model.llm_proj.requires_grad_(True)
+    widen_frozen_linears(model)
+    return model.train()
+
+
+def draw_samples(model: MiniGPT4Qwen, shape: Shape, count: int) -> list[Sample]:
+    """One image, a question of 10 to 40 words and an answer each; the same at every call."""
+    import torch
+
+    from lavis.common.types import Sample
+    from lavis.processors.conversation import Turn
+
+    rng = random.Random(0)
+    generator = torch.Generator().manual_seed(0)
+    shortest, longest = shape.answer
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choices(_WORDS, k=rng.randint(low, high)))
+
+    samples = []
+    for i in range(count):
+        question = f"<Img><ImageHere></Img> {words(min(10, shortest), min(40, longest))}"
+        turns = [Turn("user", question), Turn("assistant", words(shortest, longest))]
+        encoded = model.encoder.encode(turns)
+        side = shape.image_size
+        samples.append(
+            Sample(
+                sample_id=str(i),
+                input_ids=torch.tensor(encoded.input_ids),
+                labels=torch.tensor(encoded.labels),
+                pixel_values=torch.randn(1, 3, side, side, generator=generator),
+            )
+        )
+    return samples
