@@ -43,7 +43,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        learns = weight.requires_grad
+        needed, learns, *_ = ctx.needs_input_grad  # nothing is, where only the loss is wanted
         wide = weight.to(dtype)  # nothing is copied where they agree
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
@@ -63,8 +63,9 @@ class _HeadLoss(torch.autograd.Function):
                 powers.sub_(top).exp_()
                 total = powers.sum(1, keepdim=True)
                 loss += (total[:, 0].log() + top[:, 0] - at_target).sum()
-                # softmax W = (powers W) / total: the division needs no pass over the vocabulary.
-                grad.copy_((low[:n].copy_(powers) @ wide).float().div_(total).sub_(wide[t]))
+                if needed:
+                    # softmax W = (powers W) / total: the division needs no pass over the rows.
+                    grad.copy_((low[:n].copy_(powers) @ wide).float().div_(total).sub_(wide[t]))
                 if grad_weight is not None:
                     grad_weight.addmm_(powers.T, h.float() / total)
                     grad_weight.index_add_(0, t, -h.float())
