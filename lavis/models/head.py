@@ -64,7 +64,7 @@ class _HeadLoss(torch.autograd.Function):
                 total = powers.sum(1, keepdim=True)
                 loss += (total[:, 0].log() + top[:, 0] - at_target).sum()
                 if needed:
-                    # softmax W = (powers W) / total: the division needs no pass over the rows.
+                    # softmax W = (powers W) / total: the division needs no pass over the logits.
                     grad.copy_((low[:n].copy_(powers) @ wide).float().div_(total).sub_(wide[t]))
                 if grad_weight is not None:
                     grad_weight.addmm_(powers.T, h.float() / total)
