@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -42,11 +43,13 @@ def evaluate(
         LavisError: with what to mend.
     """
     run = task.config.run
+    for split in splits:
+        task.evaluation_split(split)
     torch.manual_seed(run.seed)
     model = task.build_model(device).eval()
     untrained = {}
     if baselines:
-        datasets = {split: _first(task.build_split(split, train=False), limit) for split in splits}
+        datasets = {split: _first(task.evaluation_split(split), limit) for split in splits}
         untrained = {s: score(_answer(run, model, parts)) for s, parts in datasets.items()}
     if checkpoint is not None:
         model.load_checkpoint(checkpoint)
@@ -74,7 +77,7 @@ def answer_splits(
     run = task.config.run
     scores: dict[str, dict[str, Any]] = {}
     for split in splits:
-        datasets = _first(task.build_split(split, train=False), limit)
+        datasets = _first(task.evaluation_split(split), limit)
         predictions = _answer(run, model, datasets)
         scores[split] = score(predictions)
         if blind:
@@ -109,9 +112,10 @@ def _answer(
 
 
 def _first(datasets: list[InstructionDataset], limit: int | None) -> list[InstructionDataset]:
-    for dataset in datasets:
+    cut = [copy.copy(dataset) for dataset in datasets]
+    for dataset in cut:
         dataset.records = dataset.records[:limit]
-    return datasets
+    return cut
 
 
 def _write_json(path: Path, value: Any) -> None:

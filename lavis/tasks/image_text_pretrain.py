@@ -23,6 +23,7 @@ from lavis.common.types import AUTOCAST, Batch, Metric
 from lavis.datasets.collate import collate
 from lavis.datasets.plan import ConcatDataset, shared_batches
 from lavis.tasks.evaluate import answer_splits
+from lavis.tasks.features import Counts, FeatureCache
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class ImageTextPretrainTask:
 
     config: Config
     _splits: dict[str, list[Any]] = field(default_factory=dict, init=False, repr=False)
+    _features: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     metric: ClassVar[Metric] = Metric("valid_loss", higher_is_better=False)
 
     def check_paths(self, splits: Sequence[str] | None = None) -> None:
@@ -53,6 +55,8 @@ class ImageTextPretrainTask:
             builder.check_paths(tuple(splits or (*trained, *run.valid_splits, *run.test_splits)))
         self._check_image_sizes()
         self._check_packages()
+        if run.feature_cache.enabled:
+            FeatureCache(self.config).check()
         if run.resume_ckpt_path is not None and not is_file(Path(run.resume_ckpt_path)):
             raise WeightsError(f"run.resume_ckpt_path: no checkpoint {run.resume_ckpt_path}")
         require_writable(Path(run.output_dir), "run.output_dir", ConfigError)
@@ -63,7 +67,11 @@ class ImageTextPretrainTask:
         Raises:
             DataError: a record cannot be used and ``run.on_bad_sample`` is ``error``.
         """
-        splits = [self.build_split(s, train=True) for s in self.config.run.train_splits]
+        run = self.config.run
+        splits = [self.build_split(s, train=True) for s in run.train_splits]
+        if run.feature_cache.enabled:  # images of all splits are encoded before training
+            for split in (*run.valid_splits, *run.test_splits):
+                self.evaluation_split(split)
         # One part for each block of `datasets`, whose share train_dataset_ratios may give.
         return ConcatDataset(
             [p[0] if len(p) == 1 else ConcatDataset(p) for p in zip(*splits, strict=True)]
@@ -86,14 +94,44 @@ class ImageTextPretrainTask:
                 builder.build(split, encoder, train=train, seed=run.seed, on_bad=run.on_bad_sample)
             )
             logger.info("datasets.%s, %s: %d samples", builder.name, split, len(parts[-1]))
+        if run.feature_cache.enabled:
+            views = run.feature_cache.views if train else 1
+            self._features.setdefault("waiting", []).extend((part, views) for part in parts)
+            if "device" in self._features:
+                self.cache_features(self._features["device"])
         return parts
 
+    def evaluation_split(self, split: str) -> list[Any]:
+        """One split of every data set for evaluation, read once."""
+        if split not in self._splits:
+            self._splits[split] = self.build_split(split, train=False)
+        return self._splits[split]
+
+    def cache_features(self, device: torch.device) -> Counts:
+        """Encode the images of all splits built so far, as far as the feature cache lacks them.
+
+        With ``run.feature_cache.enabled``, :meth:`build_model` calls it, and a split that is built
+        afterwards is encoded at once. Every process must call it.
+
+        Raises:
+            ConfigError, DataError: as :meth:`FeatureCache.fill`.
+        """
+        cache = self._features.setdefault("cache", FeatureCache(self.config))
+        waiting = self._features.pop("waiting", [])
+        self._features["device"] = device
+        return cache.fill([d for d, _ in waiting], device, views=[v for _, v in waiting])
+
     def build_model(self, device: torch.device) -> nn.Module:
-        """Build the model and load its weights."""
-        model = self.config.model
-        return MODELS.get(model.arch).from_config(
-            model, cache_root=self.config.env.cache_root, device=device
-        )
+        """Build the model and load its weights; without its vision side for cached features."""
+        model, run = self.config.model, self.config.run
+        options: dict[str, Any] = {"cache_root": self.config.env.cache_root, "device": device}
+        if run.feature_cache.enabled:
+            if run.evaluate:
+                for split in run.test_splits or run.valid_splits:
+                    self.evaluation_split(split)
+            self.cache_features(device)
+            options["vision"] = False
+        return MODELS.get(model.arch).from_config(model, **options)
 
     def validate(self, module: Any, device: torch.device) -> dict[str, float]:
         """Loss of the validation splits, each sample counted once over all processes.
@@ -105,7 +143,7 @@ class ImageTextPretrainTask:
             ``valid_loss``, nats per supervised token.
         """
         run = self.config.run
-        parts = [d for split in run.valid_splits for d in self._validation(split)]
+        parts = [d for split in run.valid_splits for d in self.evaluation_split(split)]
         loss_sum, supervised = 0.0, 0
         training = module.training
         module.eval()
@@ -135,11 +173,6 @@ class ImageTextPretrainTask:
         splits = run.test_splits or run.valid_splits
         out = Path(run.output_dir) / job_id / "evaluation"
         return answer_splits(self, model.eval(), splits=splits, out=out)
-
-    def _validation(self, split: str) -> list[Any]:
-        if split not in self._splits:
-            self._splits[split] = self.build_split(split, train=False)
-        return self._splits[split]
 
     def train_step(self, model: nn.Module, batch: Batch) -> Any:
         """Summed loss of one micro-batch, a :class:`LossOutput`."""
