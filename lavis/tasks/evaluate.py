@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -44,12 +43,12 @@ def evaluate(
     """
     run = task.config.run
     for split in splits:
-        task.evaluation_split(split)
+        task.evaluation_split(split, limit)
     torch.manual_seed(run.seed)
     model = task.build_model(device).eval()
     untrained = {}
     if baselines:
-        datasets = {split: _first(task.evaluation_split(split), limit) for split in splits}
+        datasets = {split: task.evaluation_split(split, limit) for split in splits}
         untrained = {s: score(_answer(run, model, parts)) for s, parts in datasets.items()}
     if checkpoint is not None:
         model.load_checkpoint(checkpoint)
@@ -77,7 +76,7 @@ def answer_splits(
     run = task.config.run
     scores: dict[str, dict[str, Any]] = {}
     for split in splits:
-        datasets = _first(task.evaluation_split(split), limit)
+        datasets = task.evaluation_split(split, limit)
         predictions = _answer(run, model, datasets)
         scores[split] = score(predictions)
         if blind:
@@ -109,13 +108,6 @@ def _answer(
             seed=run.seed,
         )
     ]
-
-
-def _first(datasets: list[InstructionDataset], limit: int | None) -> list[InstructionDataset]:
-    cut = [copy.copy(dataset) for dataset in datasets]
-    for dataset in cut:
-        dataset.records = dataset.records[:limit]
-    return cut
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -33,7 +33,9 @@ class ImageTextPretrainTask:
     """Minimizes the cross-entropy of answers, given images and questions."""
 
     config: Config
-    _splits: dict[str, list[Any]] = field(default_factory=dict, init=False, repr=False)
+    _splits: dict[tuple[str, int | None], list[Any]] = field(
+        default_factory=dict, init=False, repr=False
+    )
     _features: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     metric: ClassVar[Metric] = Metric("valid_loss", higher_is_better=False)
 
@@ -77,11 +79,12 @@ class ImageTextPretrainTask:
             [p[0] if len(p) == 1 else ConcatDataset(p) for p in zip(*splits, strict=True)]
         )
 
-    def build_split(self, split: str, *, train: bool) -> list[Any]:
+    def build_split(self, split: str, *, train: bool, limit: int | None = None) -> list[Any]:
         """Read and check one split of every data set.
 
         Args:
             train: use the training processors rather than the evaluation ones.
+            limit: keep the first records of each data set.
 
         Raises:
             DataError: as :meth:`build_datasets`.
@@ -94,6 +97,8 @@ class ImageTextPretrainTask:
                 builder.build(split, encoder, train=train, seed=run.seed, on_bad=run.on_bad_sample)
             )
             logger.info("datasets.%s, %s: %d samples", builder.name, split, len(parts[-1]))
+            parts[-1].records = parts[-1].records[:limit]
+            parts[-1].lengths = parts[-1].lengths[:limit]
         if run.feature_cache.enabled:
             views = run.feature_cache.views if train else 1
             self._features.setdefault("waiting", []).extend((part, views) for part in parts)
@@ -101,11 +106,11 @@ class ImageTextPretrainTask:
                 self.cache_features(self._features["device"])
         return parts
 
-    def evaluation_split(self, split: str) -> list[Any]:
+    def evaluation_split(self, split: str, limit: int | None = None) -> list[Any]:
         """One split of every data set for evaluation, read once."""
-        if split not in self._splits:
-            self._splits[split] = self.build_split(split, train=False)
-        return self._splits[split]
+        if (split, limit) not in self._splits:
+            self._splits[split, limit] = self.build_split(split, train=False, limit=limit)
+        return self._splits[split, limit]
 
     def cache_features(self, device: torch.device) -> Counts:
         """Encode the images of all splits built so far, as far as the feature cache lacks them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -237,25 +238,27 @@ def test_two_processes_share_the_work(data: Path, tmp_path: Path) -> None:
 def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
     """The cache is filled by both; one of them has text-only batches."""
     plan, out = tmp_path / "runs.json", tmp_path / "two"
-    two = ["run.batch_size_train=1", "run.accum_grad_iters=4", f"run.output_dir={out}"]
+    two = ["run.batch_size_train=1", "run.accum_grad_iters=4", cached(tmp_path / "f")]
     scored = ["run.valid_splits=[val]", "run.test_splits=[test]"]
-    runs = [
-        [*options(data), *two, *scored, cached(tmp_path / "f"), f"run.strategy={name}"]
-        for name in ("ddp", "fsdp2")
-    ]
+    strategies = [["run.strategy=ddp"], ["run.strategy=fsdp2"]]
+    if importlib.util.find_spec("deepspeed") is not None:
+        section = "{zero_optimization: {stage: 3}}"
+        strategies.append(["run.strategy=deepspeed", f"run.deepspeed_config={section}"])
+    runs = [[*options(data), *two, *scored, *s, f"run.output_dir={out}"] for s in strategies]
+    runs.append([*runs[0][:-1], "run.evaluate=true", f"run.output_dir={tmp_path / 'scores'}"])
     plan.write_text(json.dumps(runs), encoding="utf-8")
-    command = (
-        f"-m torch.distributed.run --standalone --nproc_per_node=2 -m tests.runners.worker {plan}"
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *command.split()],
+        [sys.executable, *launcher, "-m", "tests.runners.worker", plan],
         cwd=REPO,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-6000:]
+    assert len(list(tmp_path.glob("scores/*/evaluation/scores.json"))) == 1
+    assert len(list(out.iterdir())) == len(strategies)
     alone = train(data, tmp_path / "one")
     for job in out.iterdir():
         logged = [json.loads(x) for x in (job / "log.txt").read_text().splitlines()]
