@@ -53,6 +53,7 @@ def measure(steps: int, repeats: int, workers: Sequence[int], batch_size: int) -
             "memory": (configs[workers[0]], _stub(), [dataset[0, i] for i in range(len(dataset))]),
             **{f"loop_{n}": (configs[n], _stub(), dataset) for n in workers},
             **{f"step_{n}": (configs[n], model, dataset) for n in workers},
+            "features": _with_features(Path(folder), workers[0], batch_size),
         }
         numbers = itertools.count()
         for name, job in list(jobs.items()) * repeats:
@@ -64,6 +65,19 @@ def measure(steps: int, repeats: int, workers: Sequence[int], batch_size: int) -
         out[f"share_{n}"] = out[f"loop_{n}_cpu_s"] / out[f"step_{n}_cpu_s"]
     out["share_memory"] = out["memory_cpu_s"] / out[f"step_{workers[0]}_cpu_s"]
     return out
+
+
+def _with_features(folder: Path, workers: int, batch_size: int) -> tuple[Config, nn.Module, Any]:
+    """The toybox's job through the feature cache, which is filled here."""
+    import torch
+
+    from lavis.common.registry import TASKS
+
+    section = f"{{enabled: true, dir: {folder / 'features'}}}"
+    config = _config(folder, workers, batch_size, f"run.feature_cache={section}")
+    task = TASKS.get("image_text_pretrain")(config)
+    dataset = task.build_datasets()
+    return config, task.build_model(torch.device("cpu")), dataset
 
 
 def seconds_per_step(
@@ -130,7 +144,7 @@ def _stub() -> nn.Module:
     return Stub()
 
 
-def _config(folder: Path, workers: int, batch_size: int) -> Config:
+def _config(folder: Path, workers: int, batch_size: int, *options: str) -> Config:
     from lavis.common.config import load_config
 
     info = "datasets.toybox.build_info"
@@ -144,6 +158,7 @@ def _config(folder: Path, workers: int, batch_size: int) -> Config:
             f"run.num_workers={workers}",
             f"run.batch_size_train={batch_size}",
             "run.warmup_steps=1",
+            *options,
         ],
     )
 
@@ -158,6 +173,10 @@ def table(r: dict[str, Any], workers: Sequence[int]) -> str:
         shown = [_speed(s) if i % 2 == 0 else f"{s * 1000:.1f} ms" for i, s in enumerate(seconds)]
         rows.append((title, *shown, f"{r[share]:.1%}"))
     text = "\n".join(f"{a:18} {b:>23} {c:>9} {d:>23} {e:>9} {f:>6}" for a, b, c, d, e, f in rows)
+    text += (
+        f"\n{'feature cache':18} {'':23} {'':9} {_speed(r['features_s']):>23} "
+        f"{r['features_cpu_s'] * 1000:>6.1f} ms"
+    )
     threads = f"{r['threads']} thread" + "s" * (r["threads"] > 1)
     return f"{text}\n{r['batch_size']} samples a step, {threads}, torch {r['torch']}"
 

@@ -114,6 +114,22 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class FeatureCacheConfig:
+    """``run.feature_cache``: the Q-Former's output, kept on disk by content.
+
+    ``dir`` is relative to ``env.cache_root``; ``null`` is ``$XDG_CACHE_HOME/lavis/features``.
+    """
+
+    enabled: bool = False
+    views: int = 1  # augmented views of an image; epoch e shows view e % views
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    dir: str | None = None
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, "views")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """``run``: optimization, data loading, output. Defaults are the original's."""
 
@@ -152,6 +168,7 @@ class RunConfig:
     )
     on_bad_sample: Literal["error", "skip"] = "error"
     on_nonfinite: Literal["error", "skip"] = "error"  # a loss or a gradient that is not finite
+    feature_cache: FeatureCacheConfig = FeatureCacheConfig()
     # precision
     amp: bool = False
     autocast_dtype: Literal["bf16", "bfloat16", "fp16", "float16"] = "fp16"

@@ -22,6 +22,7 @@ AUTOCAST = {
 """What ``run.autocast_dtype`` may say."""
 
 NO_WORDS = torch.empty(0, 0, 0, dtype=torch.int64)
+NO_FEATURES = torch.empty(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Sample:
         pixel_values: (N, 3, H, W) float, one per image span in order; N may be 0.
         word_ids: (M, Q, W) int64, for spans that are described in words instead: token ids of
             each position's phrase, filled up with -1. A sample has the one or the other.
+        query_features: (N, Q, D) float, the Q-Former's output, in place of ``pixel_values``.
     """
 
     sample_id: str
@@ -57,6 +59,7 @@ class Sample:
     labels: Tensor
     pixel_values: Tensor
     word_ids: Tensor = NO_WORDS
+    query_features: Tensor = NO_FEATURES
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Batch:
         described: (N + M,) bool, which spans those are.
         sample_ids: one per document.
         bad: samples that were asked for and could not be read.
+        query_features: (N, Q, D) float, in place of ``pixel_values``.
     """
 
     input_ids: Tensor
@@ -92,6 +96,12 @@ class Batch:
     described: Tensor
     sample_ids: tuple[str, ...]
     bad: tuple[BadSample, ...] = ()
+    query_features: Tensor = NO_FEATURES
+
+    @property
+    def num_images(self) -> int:
+        """Number of images, N."""
+        return len(self.pixel_values) + len(self.query_features)
 
     @property
     def num_supervised(self) -> int:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lavis.common.types import IGNORE_INDEX, NO_WORDS, BadSample, Batch, Sample
+from lavis.common.types import IGNORE_INDEX, NO_FEATURES, NO_WORDS, BadSample, Batch, Sample
 
 _FILLER = Sample(
     sample_id="",
@@ -36,14 +36,15 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
         labels=labels[None],
         position_ids=positions[None],
         document_ids=torch.repeat_interleave(torch.arange(len(good)), lengths)[None],
-        pixel_values=_cat_images(good),
+        pixel_values=_cat_images([s.pixel_values for s in good], torch.empty(0)),
         word_ids=stack_words([s.word_ids for s in good]),
         described=torch.tensor(
-            [bool(len(s.word_ids)) for s in good for _ in (*s.pixel_values, *s.word_ids)],
+            [bool(len(s.word_ids)) for s in good for _ in range(_spans(s))],
             dtype=torch.bool,
         ),
         sample_ids=tuple(s.sample_id for s in good if s is not _FILLER),
         bad=bad,
+        query_features=_cat_images([s.query_features for s in good], NO_FEATURES),
     )
 
 
@@ -60,6 +61,10 @@ def _cat(tensors: list[Tensor]) -> Tensor:
     return torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
 
 
-def _cat_images(samples: list[Sample]) -> Tensor:
-    images = [s.pixel_values for s in samples if len(s.pixel_values)]
-    return torch.cat(images) if images else torch.empty(0)
+def _cat_images(images: list[Tensor], none: Tensor) -> Tensor:
+    images = [x for x in images if len(x)]
+    return torch.cat(images) if images else none
+
+
+def _spans(sample: Sample) -> int:
+    return len(sample.pixel_values) + len(sample.query_features) + len(sample.word_ids)

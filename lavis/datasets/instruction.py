@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lavis.common.errors import DataError
-from lavis.common.types import IMAGE_PLACEHOLDER, NO_WORDS, BadSample, Encoded, Sample
+from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, NO_WORDS, BadSample, Encoded, Sample
 from lavis.datasets.annotations import Record
+from lavis.datasets.features import CachedFeatures
 from lavis.datasets.media import count_frames, frame_indices, open_frames, open_image
 from lavis.processors.conversation import ConversationEncoder, Turn
 
@@ -41,6 +42,8 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         self.text_processor = text_processor
         self.max_frames = max_frames
         self.seed = seed
+        self.features: CachedFeatures | None = None
+        """Given in place of pixels, where the run keeps features."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -50,7 +53,7 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         epoch, index = key
         record = self.records[index]
         try:
-            pixel_values = self.pixels(record, epoch, index)
+            pixel_values, query_features = self.images(record, epoch, index)
             word_ids = self.word_ids(record)
             encoded = self.encode(record)
         except DataError as error:
@@ -61,6 +64,7 @@ class InstructionDataset(Dataset[Sample | BadSample]):
             labels=torch.tensor(encoded.labels),
             pixel_values=pixel_values,
             word_ids=word_ids,
+            query_features=query_features,
         )
 
     def encode(self, record: Record) -> Encoded:
@@ -108,6 +112,17 @@ class InstructionDataset(Dataset[Sample | BadSample]):
                 "use base_instruction"
             )
         return turns
+
+    def images(self, record: Record, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """A record's images: (N, 3, H, W) pixels and (N, Q, D) features, one of them empty.
+
+        Raises:
+            DataError: an image or a video cannot be read.
+        """
+        if self.features is None:
+            return self.pixels(record, epoch, index), NO_FEATURES
+        cached = [self.features.read(path, epoch) for path in record.images]
+        return torch.empty(0), torch.stack(cached) if cached else NO_FEATURES
 
     def pixels(self, record: Record, epoch: int, index: int) -> Tensor:
         """A record's images, augmented: (N, 3, H, W), or an empty tensor without any.

@@ -156,16 +156,35 @@ class MiniGPT4QwenConfig(ModelConfig):
             return None
         return LoraOptions(self.lora_r, self.lora_alpha, self.lora_dropout)
 
+    @property
+    def trained_vision(self) -> tuple[str, ...]:
+        """The settings by which some of the vision side is trained."""
+        frozen = {
+            "freeze_vit: false": self.freeze_vit,
+            "unfreeze_pos_embed: true": not self.unfreeze_pos_embed,
+            "freeze_qformer: false": self.freeze_qformer,
+            "freeze_queries: false": self.freeze_queries,
+        }
+        return tuple(setting for setting, is_frozen in frozen.items() if not is_frozen)
+
+    def vision_files(self, cache_root: str) -> Iterator[Path]:
+        """The weight files of the vision side, checked.
+
+        Raises:
+            WeightsError: one is missing.
+        """
+        if not self.is_from_scratch("vit"):
+            yield require(self.path("vit_weights", cache_root), "model.vit_weights", WeightsError)
+        if not self.is_from_scratch("qformer"):
+            yield require(self.path("pretrained", cache_root), "model.pretrained", WeightsError)
+
     def files(self, cache_root: str) -> Iterator[Path]:
         """Every file and folder that building the model reads, checked.
 
         Raises:
             WeightsError: one is missing; no weight has been read yet.
         """
-        if not self.is_from_scratch("vit"):
-            yield require(self.path("vit_weights", cache_root), "model.vit_weights", WeightsError)
-        if not self.is_from_scratch("qformer"):
-            yield require(self.path("pretrained", cache_root), "model.pretrained", WeightsError)
+        yield from self.vision_files(cache_root)
         folder = self.path("llm_model", cache_root)
         yield require(folder, "model.llm_model", WeightsError, directory=True)
         if not self.is_from_scratch("llm"):

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.registry import did_you_mean
-from lavis.common.types import NO_WORDS
+from lavis.common.types import NO_FEATURES, NO_WORDS
 from lavis.processors.conversation import SYSTEM_PROMPT, ConversationEncoder, Turn
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ class GenerationMixin:
         generation_config: GenerationConfig | dict[str, Any] | None = None,
         *,
         word_ids: Tensor = NO_WORDS,
+        query_features: Tensor = NO_FEATURES,
         **overrides: Any,
     ) -> list[list[int]]:
         """Continue prompts of token ids; the answers are cut before the stop token.
@@ -156,6 +157,7 @@ class GenerationMixin:
             prompts: image spans included.
             images: (N, 3, H, W), in order of the spans.
             word_ids: (M, Q, W), for spans described in words, in place of images.
+            query_features: (N, Q, D), what ``encode_query`` gave, in place of images.
             generation_config: over :data:`GENERATION_DEFAULTS`.
 
         Raises:
@@ -170,7 +172,7 @@ class GenerationMixin:
             )
         row = torch.tensor([i for p in prompts for i in p], device=self.device)[None]
         described = torch.ones(len(word_ids), dtype=torch.bool)
-        features = self.encode_spans(images, word_ids.to(self.device), described)
+        features = self.encode_spans(images, word_ids.to(self.device), described, query_features)
         rows = self.embed(row, features)[0].split([len(p) for p in prompts])
         # Left padding: every prompt ends where its answer begins.
         embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])

@@ -6,7 +6,6 @@ Submodules carry the original's names (``visual_encoder``, ``ln_vision``, ``quer
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,26 +17,23 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 
 from lavis.common.errors import ConfigError, DataError
-from lavis.common.types import IGNORE_INDEX, Batch
-from lavis.models.attention import Documents, KeysAndValues, document_lengths
+from lavis.common.types import IGNORE_INDEX, NO_FEATURES, Batch
+from lavis.models.attention import Documents, document_lengths
 from lavis.models.checkpoint import load_model_state
 from lavis.models.config import MiniGPT4QwenConfig
-from lavis.models.eva import build_vit, load_vit
 from lavis.models.frozen_linear import widen_frozen_linears
 from lavis.models.generation import GenerationMixin
 from lavis.models.head import autocast_dtype, head_loss
-from lavis.models.keys import FULL_MODEL, QFORMER
-from lavis.models.qformer import build_qformer, qformer_config
+from lavis.models.keys import FULL_MODEL
+from lavis.models.prefix import ConstantPrefix
 from lavis.models.qwen import QwenSpec, add_lora, load_llm, new_llm, read_spec
 from lavis.models.schedule import StepSchedule
-from lavis.models.weights import load_weights, open_pth, own_trainable
+from lavis.models.vision import DTYPES, VisionSide, resolve_qformer
+from lavis.models.weights import own_trainable
 from lavis.processors.conversation import ConversationEncoder
 from lavis.processors.tokenizer import QwenTokenizer
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "auto": None}
-_VIT_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -53,42 +49,7 @@ class LossOutput:
     num_tokens: int
 
 
-@dataclass(frozen=True)
-class ConstantPrefix:
-    """What every document begins with, up to the user's first word.
-
-    Attributes:
-        ids: P token ids.
-        keys_and_values: of each layer, (1, heads, P, head_dim).
-        loss_sum: scalar, cross-entropy of its own supervised tokens, the same in every document.
-        num_supervised: how many those are.
-    """
-
-    ids: tuple[int, ...]
-    keys_and_values: tuple[KeysAndValues, ...]
-    loss_sum: Tensor
-    num_supervised: int
-
-    @property
-    def length(self) -> int:
-        """P."""
-        return len(self.ids)
-
-    def opens(self, batch: Batch) -> bool:
-        """Whether every document of a batch begins with it and goes on unsupervised."""
-        positions, ids = batch.position_ids[0], batch.input_ids[0]
-        own = torch.tensor(self.ids, device=ids.device)
-        inside = positions < self.length
-        whole = inside.sum() == self.length * int((positions == 0).sum())
-        if not whole or not torch.equal(ids[inside], own[positions[inside]]):
-            return False
-        after = positions == self.length
-        return int(after.sum()) * self.length == int(inside.sum()) and bool(
-            (batch.labels[0][after] == IGNORE_INDEX).all()
-        )
-
-
-class MiniGPT4Qwen(GenerationMixin, nn.Module):
+class MiniGPT4Qwen(GenerationMixin, VisionSide):
     """A frozen vision side and a frozen language model, joined by a linear projection."""
 
     Config = MiniGPT4QwenConfig
@@ -103,28 +64,20 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         encoder: ConversationEncoder,
         *,
         device: torch.device,
+        vision: bool = True,
     ) -> None:
         """Assemble the parts; use :meth:`from_config`.
 
         The vision side is built on the meta device where its weights are to come from files.
         """
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.context = spec.context
         self.encoder = encoder
         self.tokenizer = encoder.tokenizer
-        meta = torch.device("meta")
-        vit_device = device if config.is_from_scratch("vit") else meta
-        qformer_device = device if config.is_from_scratch("qformer") else meta
-        self.visual_encoder = build_vit(config, vit_device, _vit_dtype(config, device))
-        with qformer_device:
-            self.ln_vision = nn.LayerNorm(config.vit_config.embed_dim, eps=_VIT_NORM_EPS)
-            self.Qformer = build_qformer(qformer)
-            self.query_tokens = nn.Parameter(
-                torch.randn(1, config.num_query_token, qformer.hidden_size)
-                * qformer.initializer_range
-            )
+        if vision:
+            self.add_vision(qformer, device)
         self.llm_proj = nn.Linear(qformer.hidden_size, spec.config.hidden_size, device=device)
+        self.width = qformer.hidden_size
         self.llm_model = llm
         self._prefixes: dict[torch.dtype | None, ConstantPrefix] = {}
         self._schedule = StepSchedule()
@@ -139,10 +92,12 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         *,
         cache_root: str = "cache",
         device: str | torch.device = "cpu",
+        vision: bool = True,
     ) -> MiniGPT4Qwen:
         """Build the model and load its weights, each tensor straight to its final place.
 
-        Random parts draw from PyTorch's global generator.
+        Random parts draw from PyTorch's global generator. Without ``vision`` the model has
+        neither ViT nor Q-Former, and reads features in place of images.
 
         Raises:
             WeightsError: a file is missing (found before anything is read), damaged, or unfit.
@@ -155,19 +110,16 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         scratch_llm = config.is_from_scratch("llm")
         spec = read_spec(folder, config.llm_config, need_file=not scratch_llm)
         _check_fit(config, spec, encoder.tokenizer)
-        qformer = qformer_config(
-            config.qformer_config,
-            config.path("bert_config", cache_root),
-            config.vit_config.embed_dim,
-        )
-        dtype = _DTYPES[config.llm_precision]
+        qformer = resolve_qformer(config, cache_root)
+        dtype = DTYPES[config.llm_precision]
         if scratch_llm:
             llm = new_llm(spec, device=device, dtype=dtype, embedding_std=config.llm_embedding_std)
         else:
             target = torch.device("cpu") if config.llm_device_map == "auto" else device
             llm = load_llm(spec, folder, device=target, dtype=dtype)
-        model = cls(config, qformer, llm, spec, encoder, device=device)
-        model._load_vision(cache_root, device)
+        model = cls(config, qformer, llm, spec, encoder, device=device, vision=vision)
+        if vision:
+            model.load_vision(cache_root, device)
         model._set_trainable()
         if config.lora is not None:
             add_lora(llm, config.lora)
@@ -202,7 +154,9 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         Raises:
             DataError: images and placeholders do not match.
         """
-        features = self.encode_spans(batch.pixel_values, batch.word_ids, batch.described)
+        features = self.encode_spans(
+            batch.pixel_values, batch.word_ids, batch.described, batch.query_features
+        )
         if self.schedule.reference:
             return self._reference_loss(batch, features)
         prefix = self._constant_prefix()
@@ -297,36 +251,16 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
             )
         return self._prefixes[state]
 
-    def encode_vit(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, H, W) normalized images -> (N, 1 + patches, width) of the last ViT block.
-
-        Raises:
-            DataError: images of another shape.
-        """
-        size = self.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-            raise DataError(
-                f"images have the shape {tuple(pixel_values.shape)}, not (N, 3, {size}, {size}) as "
-                "model.image_size wants; check vis_processor.image_size"
-            )
-        amp = torch.is_autocast_enabled(self.device.type) and self.config.enable_autocast
-        with torch.autocast(self.device.type, enabled=amp):
-            weight = self.visual_encoder.patch_embed.proj.weight
-            return self.visual_encoder(pixel_values.to(weight.device, weight.dtype))
-
-    def encode_query(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, Q, D) Q-Former output, what the projection reads."""
-        with contextlib.nullcontext() if self._vision_learns else torch.no_grad():
-            image = self.ln_vision(self.encode_vit(pixel_values).to(self.ln_vision.weight.dtype))
-            queries = self.query_tokens.expand(len(image), -1, -1)
-            return self.Qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
-
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, Q, C) soft tokens of the language model's width C."""
         return self.llm_proj(self.encode_query(pixel_values).to(self.llm_proj.weight.dtype))
 
     def encode_spans(
-        self, pixel_values: Tensor | None, word_ids: Tensor, described: Tensor
+        self,
+        pixel_values: Tensor | None,
+        word_ids: Tensor,
+        described: Tensor,
+        query_features: Tensor = NO_FEATURES,
     ) -> Tensor | None:
         """Soft tokens of all image spans in order, from pictures and from words.
 
@@ -334,16 +268,25 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
             pixel_values: (N, 3, H, W).
             word_ids: (M, Q, W), filled up with -1.
             described: (N + M,) bool, which spans are words.
+            query_features: (N, Q, D), what :meth:`encode_query` gave, in place of pictures.
 
         Returns:
             (N + M, Q, C), or ``None`` without spans.
         """
-        given = pixel_values is not None and len(pixel_values) > 0
-        images = self.encode_image(pixel_values) if given else None  # type: ignore[arg-type]
-        if images is None and self.uniform_graph:
+        proj = self.llm_proj.weight
+        images = None
+        if len(query_features):
+            images = self.llm_proj(query_features.to(proj.device, proj.dtype))
+        elif pixel_values is not None and len(pixel_values):
+            images = self.encode_image(pixel_values)
+        elif self.uniform_graph:
             # Encoded with the others, used by nothing, with gradient zero.
-            size = self.config.image_size
-            images = self.encode_image(torch.zeros(1, 3, size, size, device=self.device))[:0]
+            c = self.config
+            if self.visual_encoder is None:
+                images = self.llm_proj(proj.new_zeros(1, c.num_query_token, self.width))[:0]
+            else:
+                blank = torch.zeros(1, 3, c.image_size, c.image_size, device=self.device)
+                images = self.encode_image(blank)[:0]
         if not len(word_ids):
             return images
         words = self.embed_words(word_ids)
@@ -401,8 +344,9 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
 
     def shardable_blocks(self) -> Iterator[nn.Module]:
         """Parts of like size that are used one after the other, once in a forward pass."""
-        yield from self.visual_encoder.blocks
-        yield from self.Qformer.encoder.layer
+        if self.visual_encoder is not None:
+            yield from self.visual_encoder.blocks
+            yield from self.Qformer.encoder.layer
         yield from self.llm_model.model.layers
         yield self.llm_model.lm_head
 
@@ -419,12 +363,13 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
             )
             return float(each)
 
-        vision = self._vision_learns
+        vision = bool(self.config.trained_vision)
         patches = (self.config.image_size // self.config.vit_config.patch_size) ** 2 + 1
         queries = self.config.num_query_token
-        per_image = patches * cost(self.visual_encoder, backward=vision)
-        per_image += queries * cost(self.Qformer, backward=vision)
-        per_image += queries * cost(self.llm_proj, backward=vision)
+        per_image = queries * cost(self.llm_proj, backward=vision)
+        if self.visual_encoder is not None:
+            per_image += patches * cost(self.visual_encoder, backward=vision)
+            per_image += queries * cost(self.Qformer, backward=vision)
         layers = cost(self.llm_model.model.layers, backward=True)
         head = cost(self.llm_model.lm_head, backward=True)
         return tokens * (layers + head) + images * per_image
@@ -440,12 +385,6 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
             WeightsError: the file is damaged, does not fit, or lacks what is trained here.
         """
         load_model_state(self, path)
-
-    @property
-    def _vision_learns(self) -> bool:
-        c = self.config
-        frozen = c.freeze_vit and not c.unfreeze_pos_embed and c.freeze_qformer
-        return not (frozen and c.freeze_queries)
 
     def _learning_modules(self) -> Iterator[nn.Module]:
         c = self.config
@@ -466,42 +405,18 @@ class MiniGPT4Qwen(GenerationMixin, nn.Module):
         self.requires_grad_(False)
         for module in self._learning_modules():
             module.requires_grad_(True)
-        self.query_tokens.requires_grad_(not c.freeze_queries)
+        if self.query_tokens is not None:
+            self.query_tokens.requires_grad_(not c.freeze_queries)
         if c.unfreeze_pos_embed:
             self.visual_encoder.pos_embed.requires_grad_(True)
-        if c.use_grad_checkpoint:
+        if c.use_grad_checkpoint and self.visual_encoder is not None:
             self.visual_encoder.set_grad_checkpointing(True)
-
-    def _load_vision(self, cache_root: str, device: torch.device) -> None:
-        c = self.config
-        if not c.is_from_scratch("vit"):
-            path = c.path("vit_weights", cache_root)
-            dtype = _vit_dtype(c, device)
-            load_vit(self.visual_encoder, path, device=device, dtype=dtype)
-        if not c.is_from_scratch("qformer"):
-            load_weights(
-                self,
-                open_pth(c.path("pretrained", cache_root)),
-                QFORMER,
-                device=device,
-                dtype=torch.float32,
-                select=lambda name: name.startswith(("query_tokens", "ln_vision.", "Qformer.")),
-            )
 
 
 def _is_whole(module: nn.Module) -> bool:
     """Whether a module's weight can be used without calling it, because it is not sharded."""
     weight = module.weight
     return not hasattr(weight, "ds_id") and type(weight.data) is Tensor
-
-
-def _vit_dtype(config: MiniGPT4QwenConfig, device: torch.device) -> torch.dtype:
-    if config.vit_precision == "fp16" and device.type == "cpu":
-        logger.info("vit_precision: fp16 is computed in fp32 on a CPU, as in the original")
-        return torch.float32
-    dtype = _DTYPES[config.vit_precision]
-    assert dtype is not None
-    return dtype
 
 
 def _check_fit(config: MiniGPT4QwenConfig, spec: QwenSpec, tokenizer: QwenTokenizer) -> None:

@@ -13,6 +13,9 @@ from lavis.processors.config import CLIP_MEAN, CLIP_STD, ImageEvalConfig, ImageT
 class ImageProcessor:
     """Base: apply ``steps``, then make a normalized tensor."""
 
+    random = True
+    """Whether two calls on an image may differ."""
+
     def __init__(self, config: ImageEvalConfig, *steps: object) -> None:
         self.config = config
         self.transform = transforms.Compose(
@@ -30,6 +33,8 @@ class ImageProcessor:
 
 class BlipImageEval(ImageProcessor):
     """Bicubic resize to a square."""
+
+    random = False
 
     def __init__(self, config: ImageEvalConfig) -> None:
         size = (config.image_size, config.image_size)

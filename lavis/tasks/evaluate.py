@@ -42,11 +42,13 @@ def evaluate(
         LavisError: with what to mend.
     """
     run = task.config.run
+    for split in splits:
+        task.evaluation_split(split, limit)
     torch.manual_seed(run.seed)
     model = task.build_model(device).eval()
     untrained = {}
     if baselines:
-        datasets = {split: _first(task.build_split(split, train=False), limit) for split in splits}
+        datasets = {split: task.evaluation_split(split, limit) for split in splits}
         untrained = {s: score(_answer(run, model, parts)) for s, parts in datasets.items()}
     if checkpoint is not None:
         model.load_checkpoint(checkpoint)
@@ -74,7 +76,7 @@ def answer_splits(
     run = task.config.run
     scores: dict[str, dict[str, Any]] = {}
     for split in splits:
-        datasets = _first(task.build_split(split, train=False), limit)
+        datasets = task.evaluation_split(split, limit)
         predictions = _answer(run, model, datasets)
         scores[split] = score(predictions)
         if blind:
@@ -106,12 +108,6 @@ def _answer(
             seed=run.seed,
         )
     ]
-
-
-def _first(datasets: list[InstructionDataset], limit: int | None) -> list[InstructionDataset]:
-    for dataset in datasets:
-        dataset.records = dataset.records[:limit]
-    return datasets
 
 
 def _write_json(path: Path, value: Any) -> None:

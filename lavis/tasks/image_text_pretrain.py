@@ -24,6 +24,7 @@ from lavis.datasets.collate import collate
 from lavis.datasets.plan import ConcatDataset, shared_batches
 from lavis.models.schedule import StepSchedule
 from lavis.tasks.evaluate import answer_splits
+from lavis.tasks.features import Counts, FeatureCache
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,10 @@ class ImageTextPretrainTask:
     """Minimizes the cross-entropy of answers, given images and questions."""
 
     config: Config
-    _splits: dict[str, list[Any]] = field(default_factory=dict, init=False, repr=False)
+    _splits: dict[tuple[str, int | None], list[Any]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _features: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     metric: ClassVar[Metric] = Metric("valid_loss", higher_is_better=False)
 
     def check_paths(self, splits: Sequence[str] | None = None) -> None:
@@ -54,6 +58,8 @@ class ImageTextPretrainTask:
             builder.check_paths(tuple(splits or (*trained, *run.valid_splits, *run.test_splits)))
         self._check_image_sizes()
         self._check_packages()
+        if run.feature_cache.enabled:
+            FeatureCache(self.config).check()
         if run.resume_ckpt_path is not None and not is_file(Path(run.resume_ckpt_path)):
             raise WeightsError(f"run.resume_ckpt_path: no checkpoint {run.resume_ckpt_path}")
         require_writable(Path(run.output_dir), "run.output_dir", ConfigError)
@@ -64,17 +70,22 @@ class ImageTextPretrainTask:
         Raises:
             DataError: a record cannot be used and ``run.on_bad_sample`` is ``error``.
         """
-        splits = [self.build_split(s, train=True) for s in self.config.run.train_splits]
+        run = self.config.run
+        splits = [self.build_split(s, train=True) for s in run.train_splits]
+        if run.feature_cache.enabled:  # images of all splits are encoded before training
+            for split in (*run.valid_splits, *run.test_splits):
+                self.evaluation_split(split)
         # One part for each block of `datasets`, whose share train_dataset_ratios may give.
         return ConcatDataset(
             [p[0] if len(p) == 1 else ConcatDataset(p) for p in zip(*splits, strict=True)]
         )
 
-    def build_split(self, split: str, *, train: bool) -> list[Any]:
+    def build_split(self, split: str, *, train: bool, limit: int | None = None) -> list[Any]:
         """Read and check one split of every data set.
 
         Args:
             train: use the training processors rather than the evaluation ones.
+            limit: keep the first records of each data set.
 
         Raises:
             DataError: as :meth:`build_datasets`.
@@ -87,16 +98,48 @@ class ImageTextPretrainTask:
                 builder.build(split, encoder, train=train, seed=run.seed, on_bad=run.on_bad_sample)
             )
             logger.info("datasets.%s, %s: %d samples", builder.name, split, len(parts[-1]))
+            parts[-1].records = parts[-1].records[:limit]
+            parts[-1].lengths = parts[-1].lengths[:limit]
+        if run.feature_cache.enabled:
+            views = run.feature_cache.views if train else 1
+            self._features.setdefault("waiting", []).extend((part, views) for part in parts)
+            if "device" in self._features:
+                self.cache_features(self._features["device"])
         return parts
 
+    def evaluation_split(self, split: str, limit: int | None = None) -> list[Any]:
+        """One split of every data set for evaluation, read once."""
+        if (split, limit) not in self._splits:
+            self._splits[split, limit] = self.build_split(split, train=False, limit=limit)
+        return self._splits[split, limit]
+
+    def cache_features(self, device: torch.device) -> Counts:
+        """Encode the images of all splits built so far, as far as the feature cache lacks them.
+
+        With ``run.feature_cache.enabled``, :meth:`build_model` calls it, and a split that is built
+        afterwards is encoded at once. Every process must call it.
+
+        Raises:
+            ConfigError, DataError: as :meth:`FeatureCache.fill`.
+        """
+        cache = self._features.setdefault("cache", FeatureCache(self.config))
+        waiting = self._features.pop("waiting", [])
+        self._features["device"] = device
+        return cache.fill([d for d, _ in waiting], device, views=[v for _, v in waiting])
+
     def build_model(self, device: torch.device) -> nn.Module:
-        """Build the model and load its weights."""
-        config = self.config.model
-        model = MODELS.get(config.arch).from_config(
-            config, cache_root=self.config.env.cache_root, device=device
-        )
+        """Build the model and load its weights; without its vision side for cached features."""
+        config, run = self.config.model, self.config.run
+        options: dict[str, Any] = {"cache_root": self.config.env.cache_root, "device": device}
+        if run.feature_cache.enabled:
+            if run.evaluate:
+                for split in run.test_splits or run.valid_splits:
+                    self.evaluation_split(split)
+            self.cache_features(device)
+            options["vision"] = False
+        model = MODELS.get(config.arch).from_config(config, **options)
         if hasattr(model, "schedule"):
-            model.schedule = StepSchedule.from_run(self.config.run, model)
+            model.schedule = StepSchedule.from_run(run, model)
         return model
 
     def validate(self, module: Any, device: torch.device) -> dict[str, float]:
@@ -109,7 +152,7 @@ class ImageTextPretrainTask:
             ``valid_loss``, nats per supervised token.
         """
         run = self.config.run
-        parts = [d for split in run.valid_splits for d in self._validation(split)]
+        parts = [d for split in run.valid_splits for d in self.evaluation_split(split)]
         loss_sum, supervised = 0.0, 0
         training = module.training
         module.eval()
@@ -139,11 +182,6 @@ class ImageTextPretrainTask:
         splits = run.test_splits or run.valid_splits
         out = Path(run.output_dir) / job_id / "evaluation"
         return answer_splits(self, model.eval(), splits=splits, out=out)
-
-    def _validation(self, split: str) -> list[Any]:
-        if split not in self._splits:
-            self._splits[split] = self.build_split(split, train=False)
-        return self._splits[split]
 
     def train_step(self, model: nn.Module, batch: Batch) -> Any:
         """Summed loss of one micro-batch, a :class:`LossOutput`."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lavis.common import dist
 from lavis.common.errors import DataError
-from lavis.common.types import IMAGE_PLACEHOLDER
+from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES
 from lavis.datasets.collate import stack_words
 from lavis.datasets.instruction import InstructionDataset
 
@@ -91,12 +91,14 @@ def predict(
     )
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        pixels = [dataset.pixels(records[source[i]], epoch=0, index=source[i]) for i in chosen]
-        images = torch.cat([p for p in pixels if len(p)]) if any(map(len, pixels)) else None
+        given = [dataset.images(records[source[i]], epoch=0, index=source[i]) for i in chosen]
+        pixels = [p for p, _ in given if len(p)]
+        features = [f for _, f in given if len(f)]
         ids = model.generate_ids(
             [prompts[i] for i in chosen],
-            images,
+            torch.cat(pixels) if pixels else None,
             max_new_tokens=max_new_tokens,
+            query_features=torch.cat(features) if features else NO_FEATURES,
             word_ids=stack_words([dataset.word_ids(records[source[i]]) for i in chosen]),
         )
         for i, answer in zip(chosen, ids, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lavis.common.types import NO_WORDS
+from lavis.common.types import NO_FEATURES, NO_WORDS
 from lavis.processors.conversation import Turn
 from lavis.tasks.scoring import Prediction, normalize, predict, score, table
 
@@ -65,9 +65,9 @@ class _Dataset:
     def turns(self, record: _Record) -> list[Turn]:
         return list(record.turns)
 
-    def pixels(self, record: _Record, epoch: int, index: int) -> torch.Tensor:
+    def images(self, record: _Record, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert record is self.records[index]
-        return torch.full((1, 3, 2, 2), float(record.sample_id))
+        return torch.full((1, 3, 2, 2), float(record.sample_id)), NO_FEATURES
 
     def word_ids(self, record: _Record) -> torch.Tensor:
         return NO_WORDS

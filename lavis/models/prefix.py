@@ -1,0 +1,46 @@
+"""What every conversation begins with, computed once by a frozen language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lavis.common.types import IGNORE_INDEX, Batch
+from lavis.models.attention import KeysAndValues
+
+
+@dataclass(frozen=True)
+class ConstantPrefix:
+    """What every document begins with, up to the user's first word.
+
+    Attributes:
+        ids: P token ids.
+        keys_and_values: of each layer, (1, heads, P, head_dim).
+        loss_sum: scalar, cross-entropy of its own supervised tokens, the same in every document.
+        num_supervised: how many those are.
+    """
+
+    ids: tuple[int, ...]
+    keys_and_values: tuple[KeysAndValues, ...]
+    loss_sum: Tensor
+    num_supervised: int
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return len(self.ids)
+
+    def opens(self, batch: Batch) -> bool:
+        """Whether every document of a batch begins with it and goes on unsupervised."""
+        positions, ids = batch.position_ids[0], batch.input_ids[0]
+        own = torch.tensor(self.ids, device=ids.device)
+        inside = positions < self.length
+        whole = inside.sum() == self.length * int((positions == 0).sum())
+        if not whole or not torch.equal(ids[inside], own[positions[inside]]):
+            return False
+        after = positions == self.length
+        return int(after.sum()) * self.length == int(inside.sum()) and bool(
+            (batch.labels[0][after] == IGNORE_INDEX).all()
+        )

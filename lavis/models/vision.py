@@ -1,0 +1,172 @@
+"""The vision side: EVA ViT-g, a LayerNorm and the Q-Former, under the original's names."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2QFormerConfig
+
+from lavis.common.errors import ConfigError, DataError
+from lavis.models.config import MiniGPT4QwenConfig
+from lavis.models.eva import build_vit, load_vit
+from lavis.models.keys import QFORMER
+from lavis.models.qformer import build_qformer, qformer_config
+from lavis.models.weights import load_weights, open_pth
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "auto": None}
+_VIT_NORM_EPS = 1e-5
+_QFORMER_SETTINGS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "layer_norm_eps", "cross_attention_frequency", "encoder_hidden_size",
+)  # fmt: skip
+
+
+class VisionSide(nn.Module):
+    """Images -> Q-Former output."""
+
+    def __init__(self, config: MiniGPT4QwenConfig) -> None:
+        """Leave the parts out; :meth:`add_vision` makes them."""
+        super().__init__()
+        self.config = config
+        self.visual_encoder: Any = None
+        self.ln_vision: Any = None
+        self.Qformer: Any = None
+        self.query_tokens: Any = None
+
+    @classmethod
+    def build_vision(
+        cls, config: MiniGPT4QwenConfig, *, cache_root: str, device: torch.device
+    ) -> VisionSide:
+        """The vision side alone, frozen, in evaluation mode.
+
+        Raises:
+            WeightsError: a file is missing, damaged, or unfit.
+        """
+        vision = VisionSide(config)
+        vision.add_vision(resolve_qformer(config, cache_root), device)
+        vision.load_vision(cache_root, device)
+        return vision.requires_grad_(False).eval()
+
+    def add_vision(self, qformer: Blip2QFormerConfig, device: torch.device) -> None:
+        """Make the parts, on the meta device where their weights are to come from files."""
+        c, meta = self.config, torch.device("meta")
+        vit_device = device if c.is_from_scratch("vit") else meta
+        self.visual_encoder = build_vit(c, vit_device, vit_dtype(c, device))
+        with device if c.is_from_scratch("qformer") else meta:
+            self.ln_vision = nn.LayerNorm(c.vit_config.embed_dim, eps=_VIT_NORM_EPS)
+            self.Qformer = build_qformer(qformer)
+            self.query_tokens = nn.Parameter(
+                torch.randn(1, c.num_query_token, qformer.hidden_size) * qformer.initializer_range
+            )
+
+    def load_vision(self, cache_root: str, device: torch.device) -> None:
+        """Fill the parts whose weights come from files."""
+        c = self.config
+        if not c.is_from_scratch("vit"):
+            path = c.path("vit_weights", cache_root)
+            load_vit(self.visual_encoder, path, device=device, dtype=vit_dtype(c, device))
+        if not c.is_from_scratch("qformer"):
+            load_weights(
+                self,
+                open_pth(c.path("pretrained", cache_root)),
+                QFORMER,
+                device=device,
+                dtype=torch.float32,
+                select=lambda name: name.startswith(("query_tokens", "ln_vision.", "Qformer.")),
+            )
+
+    def encode_vit(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) normalized images -> (N, 1 + patches, width) of the last ViT block.
+
+        Raises:
+            DataError: images of another shape.
+            ConfigError: the model was built without its vision side.
+        """
+        if self.visual_encoder is None:
+            raise ConfigError(
+                "this model was built without its vision side, for cached features; to show it "
+                "images, build it with run.feature_cache.enabled: false"
+            )
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+            raise DataError(
+                f"images have the shape {tuple(pixel_values.shape)}, not (N, 3, {size}, {size}) as "
+                "model.image_size wants; check vis_processor.image_size"
+            )
+        device_type = self.query_tokens.device.type
+        amp = torch.is_autocast_enabled(device_type) and self.config.enable_autocast
+        with torch.autocast(device_type, enabled=amp):
+            weight = self.visual_encoder.patch_embed.proj.weight
+            return self.visual_encoder(pixel_values.to(weight.device, weight.dtype))
+
+    def encode_query(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, Q, D) Q-Former output, what the projection reads."""
+        with contextlib.nullcontext() if self.config.trained_vision else torch.no_grad():
+            image = self.encode_vit(pixel_values)
+            image = self.ln_vision(image.to(self.ln_vision.weight.dtype))
+            queries = self.query_tokens.expand(len(image), -1, -1)
+            return self.Qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
+
+    @staticmethod
+    def describe_vision(
+        config: MiniGPT4QwenConfig,
+        *,
+        cache_root: str,
+        device: torch.device,
+        digest: Callable[[Path], str],
+    ) -> tuple[str, tuple[int, int]]:
+        """What :meth:`encode_query` computes, without loading anything.
+
+        Args:
+            digest: hash of a file's bytes.
+
+        Returns:
+            A fingerprint of weights and settings, and the shape (Q, D) of an image's features.
+
+        Raises:
+            WeightsError: a weight file is missing.
+        """
+        for _ in config.vision_files(cache_root):
+            pass
+        qformer = resolve_qformer(config, cache_root)
+        parts = {
+            "vit": digest(config.path("vit_weights", cache_root)),
+            "qformer": digest(config.path("pretrained", cache_root)),
+            "vit_model": config.vit_model,
+            "vit_config": dataclasses.asdict(config.vit_config),
+            "image_size": config.image_size,
+            "vit_dtype": str(vit_dtype(config, device)),
+            "qformer_config": {name: getattr(qformer, name) for name in _QFORMER_SETTINGS},
+            "queries": config.num_query_token,
+        }
+        text = json.dumps(parts, sort_keys=True).encode()
+        shape = (config.num_query_token, int(qformer.hidden_size))
+        return hashlib.blake2b(text, digest_size=32).hexdigest(), shape
+
+
+def resolve_qformer(config: MiniGPT4QwenConfig, cache_root: str) -> Blip2QFormerConfig:
+    """The Q-Former's sizes."""
+    return qformer_config(
+        config.qformer_config, config.path("bert_config", cache_root), config.vit_config.embed_dim
+    )
+
+
+def vit_dtype(config: MiniGPT4QwenConfig, device: torch.device) -> torch.dtype:
+    """What the ViT computes in on a device."""
+    if config.vit_precision == "fp16" and device.type == "cpu":
+        logger.info("vit_precision: fp16 is computed in fp32 on a CPU, as in the original")
+        return torch.float32
+    dtype = DTYPES[config.vit_precision]
+    assert dtype is not None
+    return dtype

@@ -1,0 +1,52 @@
+"""Encode the images of a run's data sets ahead of training; a second start encodes what is missing.
+
+``python -m lavis.tools.cache_features --cfg-path run.yaml``, or in several processes with
+``python -m torch.distributed.run --nproc_per_node=4 -m lavis.tools.cache_features ...``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lavis.common.cli import print_once, run_cli, setup_logging
+from lavis.common.config import add_config_arguments, load_config
+
+
+def main() -> int:
+    """Check settings and files, encode what is missing, print what was done."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--splits", nargs="+", help="default: all that the run reads")
+    args = parser.parse_args()
+    setup_logging()
+    config = load_config(args.cfg_path, [*args.options, "run.feature_cache.enabled=true"])
+    run = config.run
+    splits = args.splits or [*run.train_splits, *run.valid_splits, *run.test_splits]
+
+    from lavis.common import dist
+    from lavis.common.registry import TASKS
+    from lavis.runners.launch import distributed
+    from lavis.tasks.features import FeatureCache
+
+    task = TASKS.get(run.task)(config)
+    task.check_paths(tuple(splits))
+    with distributed(run) as device:
+        with dist.main_first():
+            for split in dict.fromkeys(splits):
+                if split in run.train_splits:
+                    task.build_split(split, train=True)
+                if split not in run.train_splits or split in (*run.valid_splits, *run.test_splits):
+                    task.evaluation_split(split)
+        counts = task.cache_features(device)
+        folder: Path = FeatureCache(config).folder
+        print_once(
+            f"{counts.found} found, {counts.encoded} encoded, {counts.failed} failed: {folder}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
