@@ -13,7 +13,7 @@ from lavis.common.errors import LavisError
 if TYPE_CHECKING:
     import torch
 
-    from lavis.common.types import Sample
+    from lavis.common.types import Encoded, Sample
     from lavis.models import MiniGPT4Qwen
 
 # Most are one token each, so that the lengths come out as drawn.
@@ -34,7 +34,7 @@ class Shape:
         qformer: over BERT-base's sizes.
         matrix: sides of the square matrices whose products set the peak.
         samples: of an optimizer step.
-        answer: shortest and longest answer, in words.
+        length: shortest and longest sample, in tokens, about those of the real data.
         precision: of the language model and the ViT.
         single: a step takes minutes: each rung is computed once.
     """
@@ -46,7 +46,7 @@ class Shape:
     max_txt_len: int = 256
     matrix: tuple[int, ...] = (2048, 4096)
     samples: int = 16
-    answer: tuple[int, int] = (20, 170)
+    length: tuple[int, int] = (60, 250)
     precision: str = "bf16"
     single: bool = False
 
@@ -74,7 +74,7 @@ SHAPES = {
         max_txt_len=128,
         matrix=(256,),
         samples=4,
-        answer=(3, 30),
+        length=(60, 110),
         precision="fp32",
     ),
 }  # fmt: skip
@@ -142,24 +142,30 @@ def build_model(shape: Shape, device: torch.device) -> MiniGPT4Qwen:
 
 
 def draw_samples(model: MiniGPT4Qwen, shape: Shape, count: int) -> list[Sample]:
-    """One image, a question of 10 to 40 words and an answer each; the same at every call."""
+    """One image, a question and an answer each, drawn evenly over the shape's lengths.
+
+    The same at every call.
+    """
     import torch
 
-    from lavis.common.types import Sample
+    from lavis.common.types import Encoded, Sample
     from lavis.processors.conversation import Turn
 
     rng = random.Random(0)
     generator = torch.Generator().manual_seed(0)
-    shortest, longest = shape.answer
 
-    def words(low: int, high: int) -> str:
-        return " ".join(rng.choices(_WORDS, k=rng.randint(low, high)))
+    def encode(words: list[str]) -> Encoded:
+        question, answer = " ".join(words[0::4]), " ".join(w for i, w in enumerate(words) if i % 4)
+        turns = [Turn("user", f"<Img><ImageHere></Img> {question}"), Turn("assistant", answer)]
+        return model.encoder.encode(turns)
 
     samples = []
     for i in range(count):
-        question = f"<Img><ImageHere></Img> {words(min(10, shortest), min(40, longest))}"
-        turns = [Turn("user", question), Turn("assistant", words(shortest, longest))]
-        encoded = model.encoder.encode(turns)
+        length = rng.randint(*shape.length)
+        words = rng.choices(_WORDS, k=2)
+        while len(encode(words).input_ids) < length:
+            words.append(rng.choice(_WORDS))
+        encoded = encode(words)
         side = shape.image_size
         samples.append(
             Sample(

@@ -425,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="the last rung too")
     parser.add_argument("--samples", type=int, help="of a step; default: 16, or 1 for 7b")
     parser.add_argument(
-        "--budget", type=int, default=2048, help="tokens of a micro-batch; default: %(default)s"
+        "--budget", type=int, default=1024, help="tokens of a micro-batch; default: %(default)s"
     )
     parser.add_argument(
         "--repeats", type=int, default=3, help="the best one counts; default: %(default)s"

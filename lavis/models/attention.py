@@ -81,6 +81,7 @@ class Documents:
         return {}
 
 
+@torch.compiler.disable  # every batch has other lengths, every layer another prefix
 def packed_attention(
     module: nn.Module,
     query: Tensor,

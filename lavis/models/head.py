@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PIECE_BYTES = 128 * 2**20  # of fp32 logits at a time
+_PIECE_BYTES = 64 * 2**20  # of logits at a time
+_CACHED_ROWS = 4
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of a linear head, summed over rows.
 
-    Memory beside the result is bounded: 128 MiB of fp32 logits, whatever the number of rows. The
+    Memory beside the result is bounded: 64 MiB of logits, whatever the number of rows. The
     gradient of ``weight`` is computed only if it learns.
 
     Args:
@@ -48,26 +49,30 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
         loss = hidden.new_zeros((), dtype=torch.float32)
-        rows = min(len(hidden), max(1, _PIECE_BYTES // (4 * len(weight))))
-        # One pair of buffers for all pieces: fresh memory costs as much as the arithmetic.
-        low = hidden.new_empty((rows, len(weight)), dtype=dtype)
-        logits = hidden.new_empty((rows, len(weight)), dtype=torch.float32)
+        rows = min(len(hidden), max(1, _PIECE_BYTES // (dtype.itemsize * len(weight))))
+        # Buffers for all pieces: fresh memory costs as much as the arithmetic. A few rows at a
+        # time go through the passes over the vocabulary, while they are in a CPU's cache.
+        logits = hidden.new_empty((rows, len(weight)), dtype=dtype)
+        few = rows if hidden.device.type == "cuda" else min(rows, _CACHED_ROWS)
+        scratch = hidden.new_empty((few, len(weight)), dtype=torch.float32)
         pieces = zip(hidden.split(rows), targets.split(rows), grad_hidden.split(rows), strict=True)
         with torch.autocast(hidden.device.type, enabled=False):
             for h, t, grad in pieces if rows else ():
-                n = len(h)
-                torch.mm(h.to(dtype), wide.T, out=low[:n])
-                powers = logits[:n].copy_(low[:n])
-                at_target = powers.gather(1, t[:, None])[:, 0]
-                top = powers.amax(1, keepdim=True)
-                powers.sub_(top).exp_()
-                total = powers.sum(1, keepdim=True)
-                loss += (total[:, 0].log() + top[:, 0] - at_target).sum()
+                powers = torch.mm(h.to(dtype), wide.T, out=logits[: len(h)])
+                totals = []
+                for low, at in zip(powers.split(few), t.split(few), strict=True):
+                    row = scratch[: len(low)].copy_(low)
+                    at_target = row.gather(1, at[:, None])
+                    top = row.amax(1, keepdim=True)
+                    totals.append(row.sub_(top).exp_().sum(1, keepdim=True))
+                    low.copy_(row)
+                    loss += (totals[-1].log() + top - at_target).sum()
+                total = torch.cat(totals)
                 if needed:
                     # softmax W = (powers W) / total: the division needs no pass over the logits.
-                    grad.copy_((low[:n].copy_(powers) @ wide).float().div_(total).sub_(wide[t]))
+                    grad.copy_((powers @ wide).float().div_(total).sub_(wide[t]))
                 if grad_weight is not None:
-                    grad_weight.addmm_(powers.T, h.float() / total)
+                    grad_weight.addmm_(powers.T.float(), h.float() / total)
                     grad_weight.index_add_(0, t, -h.float())
         ctx.save_for_backward(grad_hidden, *([] if grad_weight is None else [grad_weight]))
         ctx.weight_dtype = weight.dtype

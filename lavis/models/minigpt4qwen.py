@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Blip2QFormerConfig
+from transformers import Blip2QFormerConfig, DynamicCache
 
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.types import IGNORE_INDEX, NO_FEATURES, Batch
@@ -237,15 +237,16 @@ class MiniGPT4Qwen(GenerationMixin, VisionSide):
         state = autocast_dtype(self.device)
         if state not in self._prefixes:
             ids, labels = self.encoder.constant_prefix()
-            with torch.no_grad():
+            cache = DynamicCache()
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # once: not worth it
                 output = self.llm_model.model(
-                    input_ids=torch.tensor([ids], device=self.device), use_cache=True
+                    input_ids=torch.tensor([ids], device=self.device), cache=cache, use_cache=True
                 )
                 row = torch.tensor([labels], device=self.device)
                 loss_sum, num_tokens = self._head_loss(output.last_hidden_state, row)
             self._prefixes[state] = ConstantPrefix(
                 tuple(ids),
-                tuple((layer.keys, layer.values) for layer in output.past_key_values.layers),
+                tuple((layer.keys, layer.values) for layer in cache.layers),
                 loss_sum,
                 num_tokens,
             )
