@@ -148,7 +148,7 @@ def draw_samples(model: MiniGPT4Qwen, shape: Shape, count: int) -> list[Sample]:
     """
     import torch
 
-    from lavis.common.types import Encoded, Sample
+    from lavis.common.types import Sample
     from lavis.processors.conversation import Turn
 
     rng = random.Random(0)
