@@ -217,6 +217,47 @@ def test_killed_at_random_steps(data: Path, pair: Path, tmp_path: Path) -> None:
         assert all(torch.equal(v, other["optimizer"]["state"][i][k]) for k, v in entries.items())
 
 
+DIES_IN_THE_THIRD_SAVE = """
+import io, os, signal, torch
+from tests.runners import worker
+
+whole, calls = torch.save, 0
+
+def half(content, file):
+    global calls
+    calls += 1
+    if calls == 3:
+        buffer = io.BytesIO()
+        whole(content, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(content, file)
+
+torch.save = half
+worker.main()
+"""
+
+
+def test_killed_while_a_checkpoint_is_written(data: Path, alone: Path, tmp_path: Path) -> None:
+    """Half of a file is on disk; the one before it is whole, and the run goes on from there."""
+    out = tmp_path / "run"
+    four = ["run.batch_size_train=4", "run.accum_grad_iters=1", "run.save_every_steps=1"]
+    plan = tmp_path / "runs.json"
+    plan.write_text(json.dumps([[*options(data), *four, f"run.output_dir={out}"]]))
+    command = [sys.executable, "-c", DIES_IN_THE_THIRD_SAVE, str(plan)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    latest = folder(out) / "checkpoint_latest.pth"
+    assert state(latest)["progress"]["step"] == 2
+    assert len(list(folder(out).glob(".*.tmp"))) == 1  # what was being written has no name yet
+    resumed = tmp_path / "resumed"
+    run = [*options(data), *four, f"run.resume_ckpt_path={latest}", f"run.output_dir={resumed}"]
+    finish(start(tmp_path, [run], 1))
+    ends = [state(folder(p) / "checkpoint_latest.pth") for p in (resumed, alone)]
+    assert difference(*ends) == 0.0
+
+
 def test_two_processes_then_one_then_two(data: Path, alone: Path, tmp_path: Path) -> None:
     """The same samples in the same steps; the end within the tolerance."""
     resume: list[str] = []
