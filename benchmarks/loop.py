@@ -125,7 +125,7 @@ class _InMemory:
 def _stub() -> nn.Module:
     from torch import nn
 
-    from lavis.models.minigpt4qwen import LossOutput
+    from lavis.models.step import LossOutput
 
     class Stub(nn.Module):
         """One parameter, which learns nothing."""
