@@ -178,7 +178,7 @@ class RunConfig:
     packed_attention: bool = True
     prefix_cache: bool = True
     supervised_head: bool = True
-    recompute: Literal["auto", "none", "all"] | int = "auto"  # or every n-th layer
+    recompute: str | int = "auto"  # none, all, auto, or every n-th layer
     memory_budget_gb: float | None = None  # for recompute: auto
     compile: bool = False
     # placement
@@ -226,6 +226,12 @@ class RunConfig:
         )  # fmt: skip
         require_range(self, 0, "seed", below=2**32)
         require_range(self, 0, "beta1", "beta2", "warmup_ratio", below=1)
+        every = self.recompute
+        if every not in ("auto", "none", "all") and not (isinstance(every, int) and every > 0):
+            raise ConfigError(
+                f"recompute must be auto, none, all, or n for every n-th layer, not {every!r}"
+            )
+        require_range(self, 0, "memory_budget_gb")
         if self.evaluate and not (self.test_splits or self.valid_splits):
             raise ConfigError("evaluate: true needs test_splits (or valid_splits) to score")
 

@@ -94,7 +94,8 @@ def parse(cls: type[T], data: Any, path: str, where: Where) -> T:
         if first in fields:
             dotted = _join(path, first)
             raise ConfigError(f"{where(dotted)}: {_join(path, error)}") from error
-        raise ConfigError(f"{where(path)}: {path}: {error}") from error
+        at = f"{path}: " if path else ""
+        raise ConfigError(f"{where(path)}: {at}{error}") from error
 
 
 def convert(hint: Any, value: Any, path: str, where: Where) -> Any:

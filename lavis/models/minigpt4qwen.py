@@ -63,7 +63,7 @@ class MiniGPT4Qwen(TrainingStep, GenerationMixin, VisionSide):
         self.llm_proj = nn.Linear(qformer.hidden_size, spec.config.hidden_size, device=device)
         self.width = qformer.hidden_size
         self.llm_model = llm
-        self._prefixes: dict[torch.dtype | None, ConstantPrefix] = {}
+        self._prefixes: dict[tuple[Any, ...], ConstantPrefix] = {}
         self._schedule = StepSchedule()
         self.uniform_graph = False
         """Whether every batch calls the same parts, images or not: what processes that wait for
@@ -264,6 +264,7 @@ class MiniGPT4Qwen(TrainingStep, GenerationMixin, VisionSide):
             WeightsError: the file is damaged, does not fit, or lacks what is trained here.
         """
         load_model_state(self, path)
+        self._prefixes.clear()  # the file may hold other language model weights
 
     def _learning_modules(self) -> Iterator[nn.Module]:
         c = self.config

@@ -45,7 +45,7 @@ class TrainingStep:
     training: bool
     train: Any
     _schedule: StepSchedule
-    _prefixes: dict[torch.dtype | None, ConstantPrefix]
+    _prefixes: dict[tuple[Any, ...], ConstantPrefix]
 
     def forward(self, batch: Batch) -> LossOutput:
         """Summed cross-entropy of a packed batch.
@@ -135,7 +135,8 @@ class TrainingStep:
             p.requires_grad for p in self.llm_model.parameters()
         ):
             return None
-        state = autocast_dtype(self.device)
+        weight = self.llm_model.get_input_embeddings().weight
+        state = (self.device, weight.dtype, autocast_dtype(self.device))
         if state not in self._prefixes:
             ids, labels = self.encoder.constant_prefix()
             cache = DynamicCache()

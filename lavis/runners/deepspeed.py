@@ -149,9 +149,6 @@ class DeepSpeedStrategy(Strategy):
             self._set_step(float(state["state"][0]["step"]))
         return None
 
-    def make_optimizer(self, groups: Groups) -> Any:
-        raise NotImplementedError  # setup makes it
-
     @property
     def _half(self) -> bool:
         config = self.deepspeed_config

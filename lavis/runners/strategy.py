@@ -46,17 +46,13 @@ class Strategy:
         wrapped = dict(model.named_parameters())  # sharding puts others in their place
         groups = [g | {"params": [wrapped[names[p]] for p in g["params"]]} for g in groups]
         self.trained = [p for g in groups for p in g["params"]]
-        self.optimizer = self.make_optimizer(groups)
+        self.optimizer: Any = torch.optim.AdamW(  # Loshchilov and Hutter 2019
+            groups, lr=self.run.init_lr, betas=(self.run.beta1, self.run.beta2), eps=self.run.eps
+        )
 
     def wrap(self, model: nn.Module) -> Any:
         """What is called in place of the model."""
         return model
-
-    def make_optimizer(self, groups: Groups) -> Any:
-        """AdamW (Loshchilov and Hutter 2019)."""
-        return torch.optim.AdamW(
-            groups, lr=self.run.init_lr, betas=(self.run.beta1, self.run.beta2), eps=self.run.eps
-        )
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:

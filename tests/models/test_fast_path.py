@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lavis.common.config import load_config
+from lavis.common.errors import ConfigError
 from lavis.common.registry import TASKS
 from lavis.common.types import Batch, Sample
 from lavis.datasets.collate import collate
@@ -17,6 +18,7 @@ from lavis.models.memory import activation_bytes
 from lavis.models.schedule import StepSchedule
 from lavis.processors.conversation import Turn
 from lavis.tools.toybox.__main__ import write_split
+from tests.conftest import TOY
 from tests.runners.worker import PROJECT, options
 from tests.test_parity import _samples as parity_samples
 
@@ -175,3 +177,20 @@ def test_saved_bytes_are_those_of_a_real_layer(data: Path) -> None:
     kept, entry = activation_bytes(model.llm_model)
     assert entry == 4 * 192
     assert kept == pytest.approx(sum(saved.values()) / tokens, rel=0.25)
+
+
+def test_other_weights_make_another_prefix(toy_model: Any, expected: dict[str, Any]) -> None:
+    """What was computed of the old language model is forgotten with it."""
+    batch = collate(parity_samples(toy_model, expected))
+    toy_model(batch)
+    assert toy_model._prefixes
+    toy_model.load_checkpoint(TOY / "checkpoint_9.pth")
+    assert not toy_model._prefixes
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "sometimes"])
+def test_a_wrong_recomputation(data: Path, value: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"run\.recompute must be auto, none, all, or n for every"
+    ):
+        load_config(PROJECT, [*options(data), f"run.recompute={value}"])
