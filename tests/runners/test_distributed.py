@@ -216,7 +216,8 @@ def test_killed_at_random_steps(data: Path, pair: Path, tmp_path: Path) -> None:
         if attempt == 5:
             finish(process)
             break
-        _wait_for_step(process, out, done + rng.randint(1, 4))
+        # The last step seen may be killed in its own save; the one before it is whole.
+        _wait_for_step(process, out, done + rng.randint(2, 4))
         kill(process)
         resume = [f"run.resume_ckpt_path={folder(out) / 'checkpoint_latest.pth'}"]
         done = state(folder(out) / "checkpoint_latest.pth")["progress"]["step"]
