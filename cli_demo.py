@@ -97,7 +97,7 @@ class Chat:
     def _look(self, paths: tuple[str, ...]) -> None:
         import torch
 
-        from lavis.datasets.media import open_image
+        from lavis.common.images import open_image
 
         if not paths:
             raise DataError(":img needs a path, such as :img cat.jpg")

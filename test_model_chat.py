@@ -40,7 +40,7 @@ def main() -> int:
         args.second_question = TOYBOX_SECOND if toybox else SECOND
 
     from lavis.common.device import pick_device
-    from lavis.datasets.media import open_image
+    from lavis.common.images import open_image
     from lavis.models import load_model_and_preprocess
 
     image = open_image(Path(args.image))

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from lavis.common.errors import DataError
+from lavis.common.images import open_image
 from lavis.datasets.feature_store import FeatureStore
-from lavis.datasets.media import open_image
 
 _FORMAT = 1  # counts changes of this package's own transforms and encoding that change features
 

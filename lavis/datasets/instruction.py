@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lavis.common.errors import DataError
+from lavis.common.images import open_image
 from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, NO_WORDS, BadSample, Encoded, Sample
 from lavis.datasets.annotations import Record
 from lavis.datasets.features import CachedFeatures
-from lavis.datasets.media import count_frames, frame_indices, open_frames, open_image
+from lavis.datasets.media import count_frames, frame_indices, open_frames
 from lavis.processors.conversation import ConversationEncoder, Turn
 
 

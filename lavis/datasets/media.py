@@ -1,31 +1,12 @@
-"""Open images and sample video frames."""
+"""Sample video frames."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from lavis.common.errors import DataError
-
-
-def open_image(path: Path) -> Image.Image:
-    """Decode an image to RGB.
-
-    Raises:
-        DataError: if the file is missing, damaged, or so large that it may be a bomb.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path} is not an image that can be read") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path} is too large: {error}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise what their format's library does
-        raise DataError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def frame_indices(total: int, max_frames: int) -> list[int]:

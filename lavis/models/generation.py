@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import GenerationConfig
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.registry import did_you_mean
 from lavis.common.types import NO_FEATURES, NO_WORDS
-from lavis.processors.conversation import SYSTEM_PROMPT, ConversationEncoder, Turn
+from lavis.processors.conversation import SYSTEM_PROMPT, ConversationEncoder
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
@@ -28,6 +29,19 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "do_sample": False,
 }
 """Greedy, as the original's demos; ``max_window_size`` limits prompt and history in ``chat``."""
+
+
+_COUNT = ("a positive integer", lambda v: isinstance(v, int) and v >= 1)
+_POSITIVE = ("positive", lambda v: 0 < v < math.inf)
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_new_tokens": _COUNT,
+    "max_window_size": _COUNT,
+    "num_beams": _COUNT,
+    "temperature": _POSITIVE,
+    "repetition_penalty": _POSITIVE,
+    "top_p": ("more than 0 and at most 1", lambda v: 0 < v <= 1),
+    "top_k": ("0 (all tokens) or a positive integer", lambda v: isinstance(v, int) and v >= 0),
+}
 
 
 class GenerationMixin:
@@ -109,36 +123,12 @@ class GenerationMixin:
         options = generation_options(generation_config, overrides)
         history = [] if history is None else history
         encoder = ConversationEncoder(self.tokenizer, self.encoder.num_query_token, system=system)
-        prompt = self._fit_window(encoder, query, history, options)
+        prompt, _ = fit_window(encoder, history, query, options, self.context)
         ids = self.generate_ids([prompt], image_tensor, options)[0]
         response = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         if append_history:
             history.append((query, response))
         return response, history
-
-    def _fit_window(
-        self,
-        encoder: ConversationEncoder,
-        query: str,
-        history: Sequence[tuple[str, str]],
-        options: dict[str, Any],
-    ) -> list[int]:
-        """The prompt with as many of the latest turns as fit; turns with images always stay."""
-        room = max(min(options["max_window_size"], self.context - options["max_new_tokens"]), 0)
-        kept = list(history)
-        while True:
-            turns = [t for q, a in kept for t in (Turn("user", q), Turn("assistant", a))]
-            prompt = encoder.prompt([*turns, Turn("user", query)])
-            if len(prompt) <= room:
-                return prompt
-            droppable = next((i for i, (q, _) in enumerate(kept) if "<ImageHere>" not in q), None)
-            if droppable is None:
-                raise ConfigError(
-                    f"the question and the images take {len(prompt)} tokens, but {room} fit "
-                    f"(max_window_size {options['max_window_size']}, context {self.context}, "
-                    f"max_new_tokens {options['max_new_tokens']})"
-                )
-            del kept[droppable]
 
     @torch.no_grad()
     def generate_ids(
@@ -193,6 +183,44 @@ class GenerationMixin:
         return [_before_stop(ids, (*stops, self.tokenizer.eod_id)) for ids in generated.tolist()]
 
 
+def fit_window(
+    encoder: ConversationEncoder,
+    history: Sequence[tuple[str, str]],
+    query: str,
+    options: dict[str, Any],
+    context: int,
+    *,
+    start: int = 0,
+    free: float = 0.0,
+) -> tuple[list[int], int]:
+    """The prompt of a question after as many earlier exchanges as the window holds.
+
+    Args:
+        options: ``max_window_size`` and ``max_new_tokens`` of :func:`generation_options`.
+        context: the language model's, in tokens.
+        start: how many of the oldest exchanges are left out in any case.
+        free: share of the window that is left free if more have to be left out, so that the next
+            questions need not leave out yet more.
+
+    Returns:
+        As :meth:`ConversationEncoder.latest`.
+
+    Raises:
+        ConfigError: the images and the question alone do not fit.
+    """
+    room = max(min(options["max_window_size"], context - options["max_new_tokens"]), 0)
+    prompt, dropped = encoder.latest(history, query, room, start)
+    if dropped > start and free:
+        prompt, dropped = encoder.latest(history, query, int(room * (1 - free)), start)
+    if len(prompt) > room:
+        raise ConfigError(
+            f"the question and the images take {len(prompt)} tokens, but {room} fit "
+            f"(max_window_size {options['max_window_size']}, context {context}, "
+            f"max_new_tokens {options['max_new_tokens']})"
+        )
+    return prompt, dropped
+
+
 def generation_options(
     config: GenerationConfig | dict[str, Any] | None, overrides: dict[str, Any]
 ) -> dict[str, Any]:
@@ -215,13 +243,15 @@ def generation_options(
             f"chat_format {options['chat_format']!r}: only chatml is supported; use a Chat model "
             "such as Qwen-7B-Chat"
         )
-    for key in ("max_new_tokens", "max_window_size", "num_beams"):
-        value = options.get(key, 1)
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"generation setting {key} must be a positive integer, not {value!r}")
-    temperature = options.get("temperature", 1.0)
-    if not isinstance(temperature, int | float) or not temperature > 0:
-        raise ConfigError(f"generation setting temperature must be positive, not {temperature!r}")
+    for key, (allowed, fits) in _RANGES.items():
+        value = options.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and fits(value)):
+            raise ConfigError(f"generation setting {key} must be {allowed}, not {value!r}")
+    if not isinstance(options["do_sample"], bool):
+        raise ConfigError(
+            f"generation setting do_sample must be true or false, not {options['do_sample']!r}"
+        )
     return options
 
 

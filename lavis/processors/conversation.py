@@ -18,7 +18,9 @@ from lavis.common.types import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded
 from lavis.processors.tokenizer import QwenTokenizer
 
 SYSTEM_PROMPT = "You are a helpful assistant."
-DEFAULT_PROMPT = f"<Img>{IMAGE_PLACEHOLDER}</Img> Describe this image in detail."
+IMAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
+"""An image in a question, as the instruction data write it."""
+DEFAULT_PROMPT = f"{IMAGE} Describe this image in detail."
 
 LabelMask = Literal["chatml_delimiters", "assistant_only"]
 
@@ -28,6 +30,22 @@ class Turn(NamedTuple):
 
     role: Literal["user", "assistant"]
     text: str
+
+
+def place_images(text: str, number: int) -> str:
+    """A question with a place for each of its images: in front, unless it names them itself.
+
+    Raises:
+        DataError: it names more or fewer.
+    """
+    named = text.count(IMAGE_PLACEHOLDER)
+    if named == number:
+        return text
+    if named:
+        raise DataError(
+            f"the question names {named} images ({IMAGE_PLACEHOLDER}), but {number} are new in it"
+        )
+    return f"{IMAGE * number} {text}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,33 @@ class ConversationEncoder:
         """Ids of a conversation that ends with a question, up to where the answer begins."""
         ids = self._render(turns)[0]
         return [*ids, self.tokenizer.im_start_id, *self._role("assistant")]
+
+    def latest(
+        self, history: Sequence[tuple[str, str]], query: str, room: int, start: int = 0
+    ) -> tuple[list[int], int]:
+        """The prompt of a question with as many of the latest exchanges as ``room`` tokens hold.
+
+        Images of those left out stay: they move to the beginning of the oldest text that is left.
+
+        Args:
+            start: how many of the oldest are left out in any case.
+
+        Returns:
+            The prompt's ids, more than ``room`` if the images and the question alone are, and how
+            many of the oldest exchanges are left out.
+        """
+        for dropped in range(start, len(history) + 1):
+            kept = [
+                t for q, a in history[dropped:] for t in (Turn("user", q), Turn("assistant", a))
+            ]
+            first, *rest = [*kept, Turn("user", query)]
+            images = sum(q.count(IMAGE_PLACEHOLDER) for q, _ in history[:dropped])
+            if images:
+                first = Turn("user", f"{IMAGE * images} {first.text}")
+            prompt = self.prompt([first, *rest])
+            if len(prompt) <= room:
+                break
+        return prompt, dropped
 
     def prompt_from_markup(self, text: str) -> list[int]:
         """Ids of a prompt in ChatML markup, as the original's ``generate`` takes it.

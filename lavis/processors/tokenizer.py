@@ -68,6 +68,10 @@ class QwenTokenizer:
         """Encode text whose special tokens are markup. Never call it on what a user typed."""
         return self._encoding.encode(normalize(text), allowed_special="all")
 
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of a token, maybe a part of a character; none for a special token."""
+        return self._encoding.decode_single_token_bytes(token) if token < self.eod_id else b""
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Decode ids; bytes that are not UTF-8 become U+FFFD."""
         if skip_special_tokens:

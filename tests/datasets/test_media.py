@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from lavis.common.errors import DataError
+from lavis.common.images import open_image
 from lavis.common.schema import (
     AnnotationConfig,
     BuildInfo,
@@ -24,7 +25,7 @@ from lavis.common.schema import (
 )
 from lavis.common.types import BadSample, Sample
 from lavis.datasets.builders import InstructionBuilder
-from lavis.datasets.media import count_frames, frame_indices, open_frames, open_image
+from lavis.datasets.media import count_frames, frame_indices, open_frames
 from lavis.processors.config import ImageEvalConfig
 from lavis.processors.conversation import ConversationEncoder
 

@@ -1,0 +1,87 @@
+"""Keys and values of a conversation, in buffers that grow and roll back without copying."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+_BLOCK = 256  # tokens by which a buffer grows
+
+
+class _Layer(DynamicLayer):
+    """Unlike its base, it does not copy everything at every token."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.length = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append (1, heads, N, head_dim) keys and values; return all of them, as views."""
+        end = self.length + key_states.shape[2]
+        self.keys = self._append(self.keys, key_states, end)
+        self.values = self._append(self.values, value_states, end)
+        self.is_initialized = True
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _append(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
+        if buffer is None or end > buffer.shape[2]:
+            capacity = -(-end // _BLOCK) * _BLOCK
+            grown = new.new_empty(*new.shape[:2], capacity, new.shape[3])
+            if buffer is not None:
+                grown[:, :, : self.length] = buffer[:, :, : self.length]
+            buffer = grown
+        buffer[:, :, self.length : end] = new
+        return buffer
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length
+
+    def truncate(self, length: int) -> None:
+        """Forget what comes after the first ``length`` tokens."""
+        self.length = min(self.length, length)
+
+
+class ConversationCache(Cache):
+    """A conversation's keys and values, and what they are of.
+
+    Attributes:
+        content: for each token held, its id, or a number under 0 that is an image's own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=_Layer)
+        self.content: list[int] = []
+
+    def common(self, content: list[int]) -> int:
+        """How many tokens at the beginning are the same."""
+        pairs = enumerate(zip(self.content, content, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(self.content), len(content)))
+
+    def truncate(self, length: int) -> None:
+        """Forget what comes after the first ``length`` tokens, also what a broken call left."""
+        del self.content[length:]
+        for layer in self.layers:
+            layer.truncate(length)
+
+    def repeated(self, times: int) -> DynamicCache:
+        """A copy with ``times`` equal rows, for beam search."""
+        copy = DynamicCache()
+        for i, layer in enumerate(self.layers):
+            parts = (x[:, :, : layer.length] for x in (layer.keys, layer.values))
+            keys, values = (x.repeat_interleave(times, dim=0) for x in parts)
+            copy.update(keys, values, i)
+        return copy
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the buffers."""
+        return sum(x.nbytes for layer in self.layers for x in (layer.keys, layer.values))

@@ -1,0 +1,68 @@
+"""What the programs that chat share: their arguments, and the engine that these ask for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lavis.common.cli import TOYBOX, add_model_arguments, resolve_model_arguments
+from lavis.common.errors import DataError, WeightsError
+from lavis.common.paths import is_file
+
+if TYPE_CHECKING:
+    from lavis.chat.engine import ChatEngine
+    from lavis.chat.settings import ChatSettings
+
+TOYBOX_IMAGE = TOYBOX / "image" / "scene.png"
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which model answers, where it computes, and how it chooses."""
+    add_model_arguments(parser)
+    parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu or auto (default)")
+    parser.add_argument("--cpu-only", action="store_true", help="the same as --device cpu")
+    parser.add_argument(
+        "--llm_device_map", "--llm-device-map", default="cpu", choices=["cpu", "auto"],
+        help="auto spreads the language model over all visible GPUs",
+    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", "-s", type=int, default=1234, help="of answers that are drawn (%(default)s)"
+    )
+
+
+def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]:
+    """Load what the arguments name.
+
+    Returns:
+        The engine, the settings to begin with, and whether the toybox answers because nothing was
+        named.
+
+    Raises:
+        ConfigError, WeightsError: with what to mend; found before anything large is loaded.
+        DataError: the configuration has no image processor for chat.
+    """
+    toybox = resolve_model_arguments(args)
+    if not is_file(Path(args.checkpoint)):
+        raise WeightsError(f"no checkpoint {args.checkpoint}")
+
+    from lavis.chat.engine import ChatEngine
+    from lavis.chat.settings import ChatSettings
+    from lavis.common.device import pick_device
+    from lavis.models import load_model_and_preprocess
+
+    settings = ChatSettings(max_new_tokens=args.max_new_tokens, seed=args.seed)
+    model, processors, _ = load_model_and_preprocess(
+        "minigpt4qwen",
+        args.model_type,
+        is_eval=True,
+        device=pick_device("cpu" if args.cpu_only else args.device),
+        llm_device_map=args.llm_device_map,
+        cfg_path=args.cfg_path,
+        options=args.options,
+    )
+    if "eval" not in processors:
+        raise DataError("the configuration's preprocess.vis_processor has no `eval`")
+    model.load_checkpoint(args.checkpoint)
+    return ChatEngine(model, processors["eval"]), settings, toybox

@@ -1,0 +1,213 @@
+"""A model that several conversations share."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lavis.chat.cache import ConversationCache
+from lavis.chat.settings import ChatSettings
+from lavis.common.errors import DataError, WeightsError
+from lavis.common.images import open_image
+
+if TYPE_CHECKING:
+    from lavis.models import MiniGPT4Qwen
+
+_NUMBERS = itertools.count(1)
+
+
+@dataclass(frozen=True, eq=False)
+class ChatImage:
+    """An image as the language model reads it.
+
+    Attributes:
+        name: how it is shown: a file's name.
+        embeds: (Q, C) soft tokens.
+        number: over 0, no other image's.
+    """
+
+    name: str
+    embeds: Tensor
+    number: int
+
+
+class ChatEngine:
+    """Computes for conversations, for one at a time.
+
+    What is a conversation's own (images, keys and values) is held by the conversation, so any
+    number of them, in any threads, share an engine.
+    """
+
+    def __init__(self, model: MiniGPT4Qwen, processor: Callable[[Image.Image], Tensor]) -> None:
+        """Take a model in evaluation mode and its image processor, ``vis_processors["eval"]``."""
+        self.model = model
+        self.tokenizer = model.tokenizer
+        self.stops = (self.tokenizer.im_end_id, self.tokenizer.im_start_id, self.tokenizer.eod_id)
+        self._processor = processor
+        self._lock = threading.Lock()  # one forward pass at a time: bounded memory
+
+    def encode_image(self, image: Image.Image | Tensor | str | Path, name: str = "") -> ChatImage:
+        """Encode an image, once for all turns.
+
+        Args:
+            image: a picture, its file, or the (3, H, W) tensor that a processor made of it.
+            name: how it is shown; the file's name by default.
+
+        Raises:
+            DataError: the file is no image, or a tensor has the wrong shape.
+        """
+        if isinstance(image, str | Path):
+            name = name or Path(image).name
+            image = open_image(Path(image))
+        pixels = image if isinstance(image, Tensor) else self._processor(image.convert("RGB"))
+        with self._lock, torch.no_grad():
+            embeds = self.model.encode_image(pixels[None].to(self.model.device))[0]
+        return ChatImage(name or "image", embeds, next(_NUMBERS))
+
+    def content(self, prompt: Sequence[int], images: Sequence[ChatImage]) -> list[int]:
+        """What a prompt's tokens are: ids, and for each image's span its number below 0."""
+        spans = self.model.encoder.num_query_token
+        numbers = [-image.number for image in images for _ in range(spans)]
+        expected = sum(token == self.tokenizer.image_id for token in prompt)
+        if expected != len(numbers):
+            raise DataError(f"{len(numbers)} image positions are given, the text has {expected}")
+        number = iter(numbers)
+        return [next(number) if t == self.tokenizer.image_id else t for t in prompt]
+
+    def extend(
+        self, cache: ConversationCache, content: Sequence[int], images: Sequence[ChatImage]
+    ) -> Tensor:
+        """Compute what the cache does not hold of a prompt.
+
+        Args:
+            cache: rolled back to what it has in common with ``content``, then extended to all.
+            content: of :meth:`content`.
+            images: all that ``content`` refers to.
+
+        Returns:
+            (V,) fp32 logits of the token that follows.
+
+        Raises:
+            WeightsError: the language model's output is not a number.
+        """
+        content = list(content)
+        with self._lock, torch.no_grad():
+            # The last token is always computed: its logits are not kept.
+            start = min(cache.common(content), len(content) - 1)
+            cache.truncate(start)
+            output = self.model.llm_model(
+                inputs_embeds=self._embed(content[start:], images),
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache.content.extend(content[start:])
+            logits: Tensor = output.logits[0, -1].float()
+        if bool(logits.isnan().any()):
+            raise WeightsError(
+                "the language model's output is not a number: its weights are damaged, or its "
+                "precision is too small (model.llm_precision: bf16 or fp32 instead of fp16)"
+            )
+        return logits
+
+    def search(
+        self,
+        cache: ConversationCache,
+        content: Sequence[int],
+        images: Sequence[ChatImage],
+        settings: ChatSettings,
+        stopped: Callable[[], bool],
+    ) -> list[int]:
+        """Beam search; the cache holds the prompt afterwards, without the answer.
+
+        Args:
+            stopped: asked at every token whether to end with the best answer so far.
+        """
+        if len(content) > 1:
+            self.extend(cache, content[:-1], images)
+        with self._lock, torch.no_grad():
+            last = self._embed(content[-1:], images)
+            # Transformers wants the whole prompt and computes what is not in the cache of it.
+            embeds = torch.cat([last.new_zeros(1, len(content) - 1, last.shape[-1]), last], 1)
+            generated = self.model.llm_model.generate(
+                inputs_embeds=embeds,
+                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64, device=last.device),
+                cache=cache.repeated(settings.num_beams),
+                stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),
+                generation_config=GenerationConfig(
+                    num_beams=settings.num_beams,
+                    max_new_tokens=settings.max_new_tokens,
+                    repetition_penalty=settings.repetition_penalty,
+                    eos_token_id=list(self.stops[:2]),
+                    pad_token_id=self.tokenizer.eod_id,
+                ),
+            )
+        ids: list[int] = generated[0].tolist()
+        return ids
+
+    def _embed(self, content: Sequence[int], images: Sequence[ChatImage]) -> Tensor:
+        ids = [self.tokenizer.image_id if c < 0 else c for c in content]
+        there = set(content)
+        shown = [image.embeds for image in images if -image.number in there]
+        return self.model.embed(
+            torch.tensor([ids], device=self.model.device), torch.stack(shown) if shown else None
+        )
+
+
+class TokenChooser:
+    """The next token out of logits: the likeliest, or drawn."""
+
+    def __init__(self, settings: ChatSettings) -> None:
+        """Take its seed from the settings, or a new one."""
+        self.do_sample = settings.do_sample
+        self._generator = torch.Generator()
+        if settings.seed is None:
+            self.seed = self._generator.seed() % 2**63
+        else:
+            self.seed = settings.seed
+        self._generator.manual_seed(self.seed)
+        self._processors = LogitsProcessorList()
+        if settings.repetition_penalty != 1:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        if settings.do_sample:
+            if settings.temperature != 1:
+                self._processors.append(TemperatureLogitsWarper(settings.temperature))
+            if settings.top_k:
+                self._processors.append(TopKLogitsWarper(settings.top_k))
+            if settings.top_p < 1:
+                self._processors.append(TopPLogitsWarper(settings.top_p))
+
+    def __call__(self, logits: Tensor, answer: Sequence[int]) -> int:
+        """Choose the token that follows (V,) logits and the answer's ids so far."""
+        before = torch.tensor([list(answer)], dtype=torch.int64, device=logits.device)
+        scores = self._processors(before, logits[None])[0]
+        if not self.do_sample:
+            return int(scores.argmax())
+        # Drawn on the CPU: a seed gives the same numbers on every device.
+        return int(scores.softmax(-1).cpu().multinomial(1, generator=self._generator))
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self._stopped(), device=input_ids.device)
