@@ -74,7 +74,7 @@ class ChatSettings:
 
     def without_effect(self) -> list[str]:
         """Names of settings that are changed but matter only with ``do_sample``."""
-        drawing = ("temperature", "top_p", "top_k", "seed")
+        drawing = ("temperature", "top_p", "top_k")
         default = ChatSettings()
         if self.do_sample:
             return []
