@@ -63,6 +63,8 @@ class ConversationCache(Cache):
 
     def common(self, content: list[int]) -> int:
         """How many tokens at the beginning are the same."""
+        if self.content == content[: len(self.content)]:  # as at every token of an answer
+            return len(self.content)
         pairs = enumerate(zip(self.content, content, strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(self.content), len(content)))
 

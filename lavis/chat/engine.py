@@ -165,8 +165,9 @@ class ChatEngine:
 
     def _embed(self, content: Sequence[int], images: Sequence[ChatImage]) -> Tensor:
         ids = [self.tokenizer.image_id if c < 0 else c for c in content]
-        there = set(content)
-        shown = [image.embeds for image in images if -image.number in there]
+        embeds = {-image.number: image.embeds for image in images}
+        spans = [c for c in content if c < 0][:: self.model.encoder.num_query_token]
+        shown = [embeds[number] for number in spans]
         return self.model.embed(
             torch.tensor([ids], device=self.model.device), torch.stack(shown) if shown else None
         )

@@ -91,7 +91,7 @@ def test_decompression_bomb(tmp_path: Path) -> None:
 def test_a_decoder_that_raises_something_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(path: Path) -> Image.Image:
+    def broken(path: Path, formats: Any) -> Image.Image:
         raise RuntimeError
 
     monkeypatch.setattr(Image, "open", broken)

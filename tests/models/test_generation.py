@@ -97,21 +97,22 @@ def test_everything_fits(model: Any, image: Tensor, prompts: list[Tensor]) -> No
     assert torch.equal(prompts[0], embedded(model, ids, image))
 
 
-@pytest.mark.parametrize(
-    ("kept", "dropped"), [([IMAGE_TURN, NEW], 1), ([IMAGE_TURN], 2)], ids=["one", "two"]
-)
-def test_overflow_drops_the_oldest_text_only_turns(
-    model: Any, image: Tensor, prompts: list[Tensor], kept: list[tuple[str, str]], dropped: int
+@pytest.mark.parametrize("dropped", [1, 2, 3])
+def test_overflow_drops_the_oldest_turns_and_keeps_their_images(
+    model: Any, image: Tensor, prompts: list[Tensor], dropped: int
 ) -> None:
-    ids = prompt_ids(model, *kept, query="now")
     history = [IMAGE_TURN, OLD, NEW]
+    kept = [*history[dropped:], ("now", "")]
+    first = (f"<Img><ImageHere></Img> {kept[0][0]}", kept[0][1])
+    *kept, (query, _) = [first, *kept[1:]]
+    ids = prompt_ids(model, *kept, query=query)
     answer, new = model.chat("now", history, image, max_new_tokens=2, max_window_size=len(ids))
     assert torch.equal(prompts[0], embedded(model, ids, image))
     assert new == [IMAGE_TURN, OLD, NEW, ("now", answer)]  # only the prompt is shortened
 
 
 def test_images_are_never_dropped(model: Any, image: Tensor) -> None:
-    ids = prompt_ids(model, IMAGE_TURN, query="now")
+    ids = prompt_ids(model, query="<Img><ImageHere></Img> now")
     history = [OLD, IMAGE_TURN, NEW]
     with pytest.raises(ConfigError) as caught:
         model.chat("now", history, image, max_new_tokens=2, max_window_size=len(ids) - 1)
