@@ -90,6 +90,20 @@ def test_nothing_is_computed_before_it_is_read(conversation: Conversation, passe
     assert conversation.exchanges[0].finish == "cancelled"  # as yet
 
 
+def test_images_keep_their_order(conversation: Conversation) -> None:
+    first, second, third = conversation.show(SCENE, FOUR, SCENE)[:3]
+    conversation.waiting = [first]
+    conversation.ask("a", max_new_tokens=1).read()
+    conversation.show(second)
+    conversation.ask("b", max_new_tokens=1).read()
+    conversation.show(third)
+    conversation.undo()
+    assert conversation.waiting == [second, third]
+    assert conversation.images == [first, second, third]
+    conversation.clear_history()
+    assert conversation.waiting == [first, second, third]
+
+
 # --- streaming ------------------------------------------------------------------------------
 
 
@@ -129,6 +143,23 @@ def test_white_space_at_the_ends_and_special_tokens_are_left_out(toybox: ChatEng
     ids = toybox.tokenizer.encode("\n\n one  two \n")
     pieces = [stream.push(i) for i in [toybox.tokenizer.image_id, *ids, toybox.tokenizer.eod_id]]
     assert stream.text == "".join(pieces) == "one  two"
+
+
+@pytest.mark.parametrize("stop", ["im_end_id", "im_start_id", "eod_id"])
+def test_what_ends_an_answer(toybox: ChatEngine, conversation: Conversation, stop: str) -> None:
+    word = toybox.tokenizer.encode("red")[0]
+    tokens = iter([word, word, getattr(toybox.tokenizer, stop), word])
+
+    def force(module: Any, args: Any, logits: Tensor) -> Tensor:
+        return torch.zeros_like(logits).index_fill_(-1, torch.tensor(next(tokens)), 9.0)
+
+    hook = toybox.model.llm_model.lm_head.register_forward_hook(force)
+    answer = conversation.ask("Hello.")
+    text = answer.read()
+    hook.remove()
+    assert answer.ids == [word, word]
+    assert text == toybox.tokenizer.decode([word, word])
+    assert answer.exchange.finish == "stop"
 
 
 def test_cancelled_from_another_thread(conversation: Conversation) -> None:
