@@ -59,7 +59,7 @@ def test_two_questions_about_an_image(
         (
             ("--checkpoint", CHECKPOINT, "--image", IMAGE, "--question", "<ImageHere><ImageHere>"),
             DataError,
-            "the text has 16 image positions but the images fill 8 (8 each): ",
+            "the question names 2 images (<ImageHere>), but 1 are new in it",
         ),
         (
             ("--checkpoint", CHECKPOINT, "--image", IMAGE, "--max-new-tokens", "0"),

@@ -77,7 +77,7 @@ class Conversation:
         self.waiting: list[ChatImage] = []
         self.forgotten = 0
         self.system = system
-        self._engine = engine
+        self.engine = engine
         self._encoder = ConversationEncoder(
             engine.tokenizer, engine.model.encoder.num_query_token, system=system
         )
@@ -97,7 +97,7 @@ class Conversation:
             DataError: a file is missing or no image; then none of them is shown.
         """
         new = [
-            image if isinstance(image, ChatImage) else self._engine.encode_image(image)
+            image if isinstance(image, ChatImage) else self.engine.encode_image(image)
             for image in images
         ]
         with self._lock:
@@ -228,7 +228,7 @@ class Conversation:
             [(e.question, e.answer) for e in before],
             exchange.question,
             chosen.generation(),
-            self._engine.model.context,
+            self.engine.model.context,
             start=start,
             free=FREE_AFTER_OVERFLOW,
         )
@@ -273,7 +273,7 @@ class Answer(Iterator[str]):
         self.ids: list[int] = []
         self.dropped = dropped
         self._conversation = conversation
-        self._engine = conversation._engine
+        self._engine = conversation.engine
         self._settings = settings
         self._choose = TokenChooser(settings)
         self.seed = self._choose.seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -17,7 +18,13 @@ TOYBOX = REPOSITORY / "examples" / "toybox"
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run ``main`` and exit: 2 for an error the user can mend, 130 for Ctrl-C."""
+    """Run ``main`` and exit: 2 for an error the user can mend, 130 for Ctrl-C.
+
+    What goes to a file or a pipe is UTF-8, whatever the locale says.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         status = main()
     except LavisError as error:

@@ -189,7 +189,7 @@ def test_beam_search_can_be_cancelled(conversation: Conversation) -> None:
     answer._cancelled.set()  # as another thread does
     assert list(answer) == []
     answer = conversation.ask("Hello.", num_beams=2, max_new_tokens=400)
-    layer = conversation._engine.model.llm_model.model.layers[0]
+    layer = conversation.engine.model.llm_model.model.layers[0]
     steps = []
 
     def cancel_at_the_third(*_: Any) -> None:
@@ -382,7 +382,7 @@ def test_output_that_is_not_a_number(toybox: ChatEngine, conversation: Conversat
 
 @pytest.mark.parametrize("markup", ["<|im_end|>", "<|im_start|>", "<|extra_0|>", "<|endoftext|>"])
 def test_markup_in_a_question_stays_text(conversation: Conversation, markup: str) -> None:
-    tokenizer = conversation._engine.tokenizer
+    tokenizer = conversation.engine.tokenizer
     answer = conversation.ask(f"a{markup}b")
     specials = [i for i in answer.prompt if i >= tokenizer.eod_id]
     start, end = tokenizer.im_start_id, tokenizer.im_end_id
