@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lavis.models import MiniGPT4Qwen
 
 # Most are one token each, so that the lengths come out as drawn.
-_WORDS = [
+WORDS = [
     "the", "a", "of", "and", "in", "on", "with", "is", "there", "left", "red", "blue", "small",
     "large", "dog", "cat", "table", "house", "tree", "water", "street", "window", "people",
     "图片", "里", "有", "一", "只", "红色", "的", "桌子", "和", "人", "在", "左边",
@@ -162,9 +162,9 @@ def draw_samples(model: MiniGPT4Qwen, shape: Shape, count: int) -> list[Sample]:
     samples = []
     for i in range(count):
         length = rng.randint(*shape.length)
-        words = rng.choices(_WORDS, k=2)
+        words = rng.choices(WORDS, k=2)
         while len(encode(words).input_ids) < length:
-            words.append(rng.choice(_WORDS))
+            words.append(rng.choice(WORDS))
         encoded = encode(words)
         side = shape.image_size
         samples.append(
