@@ -117,18 +117,18 @@ class Repl:
         Raises:
             DataError: a file is missing or no image; then none is shown.
         """
-        new = self.conversation.show(*(Path(path).expanduser() for path in paths))
+        new = self.conversation.show(*map(_path, paths))
         later = " besides those before" if len(new) < len(self.conversation.images) else ""
         names = ", ".join(image.name for image in new)
         self._note(f"the next question shows {names}{later}")
 
     def _command(self, line: str) -> None:
-        name, _, rest = line.partition(" ")
+        name, *rest = line.split(maxsplit=1)
         command = _BY_NAME.get(name)
         if command is None:
             raise DataError(f"unknown command {name}{did_you_mean(name, _BY_NAME)}; :help has all")
         try:
-            words = shlex.split(rest)
+            words = shlex.split(*rest) if rest else []
         except ValueError as error:
             raise DataError(f"{line}: {str(error).lower()}") from error
         if words and not command.arguments:
@@ -212,7 +212,7 @@ class Repl:
                 raise ConfigError(f"{word}: write name=value, such as temperature=0.7")
             try:
                 values[name] = ast.literal_eval(text)
-            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
                 raise ConfigError(f"{name}: {text!r} is no number, True, False or None") from error
         changed = self.conversation.settings.changed(**values)
         self.conversation.settings = changed
@@ -237,7 +237,7 @@ class Repl:
 
     def _new(self, words: list[str]) -> None:
         images = [
-            self.conversation.engine.encode_image(Path(word).expanduser()) for word in words
+            self.conversation.engine.encode_image(_path(word)) for word in words
         ]  # before anything is forgotten
         self.conversation.clear()
         self.conversation.show(*images)
@@ -257,16 +257,11 @@ class Repl:
     def _save(self, words: list[str]) -> None:
         if len(words) != 1:
             raise DataError(":save takes one file name")
-        path = Path(words[0]).expanduser()
+        path = _path(words[0])
         text = json.dumps(self.conversation.to_dict(), ensure_ascii=False, indent=2)
         try:
-            temporary = path.with_name(f".{path.name}.tmp")
-            try:
-                temporary.write_text(f"{text}\n", encoding="utf-8")
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except (OSError, ValueError) as error:
+            write_whole(path, f"{text}\n")
+        except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"{path} cannot be written: {error}") from error
         self._note(f"saved to {path}")
 
@@ -277,6 +272,36 @@ class Repl:
         text = printable(text)
         stream.write(f"{colour}{text}{_PLAIN}" if colour and self._colours else text)
         stream.flush()
+
+
+def _path(word: str) -> Path:
+    try:
+        return Path(word).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{word}: there is no such user") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file wholly or not at all; a link to it stays a link.
+
+    Raises:
+        OSError, ValueError, RuntimeError: it cannot be written, or something else than a file is
+            there, such as a folder or a device.
+    """
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise ValueError("this is not a file")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        # Names that are no text become JSON escapes.
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        temporary.replace(target)
+    except FileExistsError:
+        raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def printable(text: str) -> str:

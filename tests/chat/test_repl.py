@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ def test_a_mistake_says_so_and_loses_nothing(say: Session) -> None:
         (":save", ":save takes one file name"),
         (f":save {TOYBOX}", f"{TOYBOX} cannot be written"),
         (":save nul\0.json", "cannot be written"),
+        (":save /dev/null", "/dev/null cannot be written: this is not a file"),
+        (":save ~nobody-of-this-name/a.json", "~nobody-of-this-name/a.json: there is no such user"),
+        (":img ~nobody-of-this-name/a.png", "~nobody-of-this-name/a.png: there is no such user"),
+        (":conf top_p={[]:1}", "top_p: '{[]:1}' is no number, True, False or None"),
+        (":conf self=1", "unknown generation setting 'self'"),
         (":save /", "/ cannot be written"),
         ("<ImageHere> twice", "the question names 1 images"),
         ("a " * 9000, "the question and the images take"),
@@ -153,6 +159,19 @@ def test_a_saved_conversation(say: Session, tmp_path: Path) -> None:
     assert saved == say.repl.conversation.to_dict()
     assert "三个。" in path.read_text(encoding="utf-8")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_saving_keeps_links_and_takes_any_image_name(say: Session, tmp_path: Path) -> None:
+    image = tmp_path / os.fsdecode(b"\xd6\xd0.png")  # a name in GBK
+    image.write_bytes(Path(SCENE).read_bytes())
+    assert say(f":new\t'{image}'")[0]
+    assert say("图里有几个物体？")[0]
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    assert say(f":save {link}")[0]
+    assert link.is_symlink()
+    saved = json.loads(target.read_text(encoding="utf-8"))
+    assert saved["exchanges"][0]["images"] == [image.name]
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:

@@ -36,4 +36,4 @@ def test_whole_numbers_and_the_ends_of_ranges_answer(
 
 def test_any_name_can_be_asked_for() -> None:
     with pytest.raises(ConfigError, match="unknown generation setting 'self'"):
-        ChatSettings().changed(**{"self": 1})
+        ChatSettings().changed(self=1)
