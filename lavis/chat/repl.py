@@ -11,16 +11,18 @@ import shlex
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from lavis.chat.interrupt import CtrlC
 from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.registry import did_you_mean
 
 if TYPE_CHECKING:
     from lavis.chat.conversation import Answer
-    from lavis.chat.engine import ChatEngine
+    from lavis.chat.engine import ChatEngine, ChatImage
     from lavis.chat.settings import ChatSettings
 
 _USER, _MODEL, _NOTE, _ERROR, _PLAIN = "\033[32m", "\033[36m", "\033[2m", "\033[31m", "\033[0m"
@@ -71,6 +73,7 @@ class Repl:
 
         self.conversation = Conversation(engine, settings)
         self.interactive = interactive
+        self._ctrl_c = CtrlC(self.conversation.cancel)
         self._defaults = settings
         self._out, self._err = out or sys.stdout, err or sys.stderr
         self._colours = interactive and self._out.isatty() and not os.environ.get("NO_COLOR")
@@ -84,15 +87,16 @@ class Repl:
         Returns:
             The exit status: 1 if nobody sits in front of it and a line failed.
         """
-        failed = False
-        while True:
-            try:
-                failed |= not self.line(read())
-            except (EOFError, Leave):
-                return int(failed and not self.interactive)
-            except KeyboardInterrupt:
-                if not self.interactive:
-                    raise
+        with self._ctrl_c.installed() if self.interactive else nullcontext():
+            failed = False
+            while True:
+                try:
+                    failed |= not self.line(read())
+                except (EOFError, Leave):
+                    return int(failed and not self.interactive)
+                except KeyboardInterrupt:  # at the prompt
+                    if not self.interactive:
+                        raise
 
     def line(self, line: str) -> bool:
         """Do what a line says; whether it could be done. Errors are told, not raised.
@@ -109,6 +113,11 @@ class Repl:
         except LavisError as error:
             self._write(self._err, f"error: {error}\n", _ERROR)
             return False
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            self.conversation.cancel()
+            self._note("(stopped)")
         return True
 
     def show(self, paths: Sequence[str]) -> None:
@@ -117,7 +126,7 @@ class Repl:
         Raises:
             DataError: a file is missing or no image; then none is shown.
         """
-        new = self.conversation.show(*map(_path, paths))
+        new = self.conversation.show(*self._encode(paths))
         later = " besides those before" if len(new) < len(self.conversation.images) else ""
         names = ", ".join(image.name for image in new)
         self._note(f"the next question shows {names}{later}")
@@ -143,21 +152,20 @@ class Repl:
                 "any more, only their images"
             )
         self._write(self._out, "Assistant: ", _MODEL)
-        stopped = False
         try:
-            for piece in answer:
-                self._write(self._out, piece)
-        except KeyboardInterrupt:
-            answer.cancel()
-            if not self.interactive:
-                raise
-            stopped = True
+            with self._ctrl_c:
+                for piece in answer:
+                    self._write(self._out, piece)
+            if answer.exchange.finish == "cancelled":
+                raise KeyboardInterrupt  # it was lost
         finally:
             self._write(self._out, "\n")
-        if stopped:
-            self._note("(stopped)")
-        elif answer.exchange.finish == "length":
+        if answer.exchange.finish == "length":
             self._note(f"(cut at max_new_tokens={len(answer.ids)})")
+
+    def _encode(self, paths: Sequence[str]) -> list[ChatImage]:
+        with self._ctrl_c:
+            return [self.conversation.engine.encode_image(_path(path)) for path in paths]
 
     def _help(self, words: list[str]) -> None:
         lines = [(f"{', '.join(c.names)} {c.arguments}".rstrip(), c.help) for c in COMMANDS]
@@ -236,9 +244,7 @@ class Repl:
             self._note("no images; :img PATH shows one")
 
     def _new(self, words: list[str]) -> None:
-        images = [
-            self.conversation.engine.encode_image(_path(word)) for word in words
-        ]  # before anything is forgotten
+        images = self._encode(words)  # before anything is forgotten
         self.conversation.clear()
         self.conversation.show(*images)
         self._note(
