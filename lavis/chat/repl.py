@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lavis.chat.interrupt import CtrlC
+from lavis.common.cli import printable
 from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.registry import did_you_mean
 
@@ -76,7 +76,7 @@ class Repl:
         self._ctrl_c = CtrlC(self.conversation.cancel)
         self._defaults = settings
         self._out, self._err = out or sys.stdout, err or sys.stderr
-        self._colours = interactive and self._out.isatty() and not os.environ.get("NO_COLOR")
+        self._colours = interactive and not os.environ.get("NO_COLOR")
 
     def run(self, read: Callable[[], str]) -> int:
         """Read lines until the end of input or ``:exit``.
@@ -104,14 +104,21 @@ class Repl:
         Raises:
             Leave: the user wants to go.
         """
+        import torch
+
         line = line.strip()
         try:
+            if any("\ud800" <= c <= "\udfff" for c in line):
+                raise DataError("this line is not text in UTF-8")
             if line.startswith(":"):
                 self._command(line)
             elif line:
                 self._answer(self.conversation.ask(line))
         except LavisError as error:
-            self._write(self._err, f"error: {error}\n", _ERROR)
+            self._error(str(error))
+            return False
+        except (MemoryError, torch.OutOfMemoryError):
+            self._error("out of memory; :clh, a smaller max_window_size or fewer num_beams help")
             return False
         except KeyboardInterrupt:
             if not self.interactive:
@@ -137,7 +144,7 @@ class Repl:
         if command is None:
             raise DataError(f"unknown command {name}{did_you_mean(name, _BY_NAME)}; :help has all")
         try:
-            words = shlex.split(*rest) if rest else []
+            words = shlex.split(rest[0]) if rest else []
         except ValueError as error:
             raise DataError(f"{line}: {str(error).lower()}") from error
         if words and not command.arguments:
@@ -146,10 +153,11 @@ class Repl:
 
     def _answer(self, answer: Answer) -> None:
         if answer.dropped:
+            settings, context = self.conversation.settings, self.conversation.engine.model.context
+            window = min(settings.max_window_size, context - settings.max_new_tokens)
             self._note(
-                f"the oldest {answer.dropped} turns no longer fit into the window of "
-                f"{self.conversation.settings.max_window_size} tokens; the model does not see them "
-                "any more, only their images"
+                f"the oldest {_number(answer.dropped, 'turn')} no longer fit into the window of "
+                f"{window} tokens; the model does not see them any more, only their images"
             )
         self._write(self._out, "Assistant: ", _MODEL)
         try:
@@ -183,15 +191,14 @@ class Repl:
 
     def _forget(self, words: list[str]) -> None:
         self.conversation.clear_history()
-        number = len(self.conversation.images)
-        self._note(
-            "forgotten" + f"; the next question shows the {number} images again" * bool(number)
-        )
+        number = _number(len(self.conversation.images), "image")
+        again = f"; the next question shows the {number} again" * bool(self.conversation.images)
+        self._note(f"forgotten{again}")
 
     def _history(self, words: list[str]) -> None:
         for i, exchange in enumerate(self.conversation.exchanges):
             if i == self.conversation.forgotten > 0:
-                self._note(f"(the model does not see the {i} turns above)")
+                self._note(f"(the model does not see the {_number(i, 'turn')} above)")
             images = "".join(f"[{image.name}] " for image in exchange.images)
             self._write(self._out, "User: ", _USER)
             self._write(self._out, f"{images}{exchange.text}\n")
@@ -271,13 +278,21 @@ class Repl:
             raise DataError(f"{path} cannot be written: {error}") from error
         self._note(f"saved to {path}")
 
+    def _error(self, text: str) -> None:
+        self._write(self._err, f"error: {text}\n", _ERROR)
+
     def _note(self, text: str) -> None:
         self._write(self._err, f"{text}\n", _NOTE)
 
     def _write(self, stream: TextIO, text: str, colour: str = "") -> None:
         text = printable(text)
-        stream.write(f"{colour}{text}{_PLAIN}" if colour and self._colours else text)
+        coloured = colour and self._colours and stream.isatty()
+        stream.write(f"{colour}{text}{_PLAIN}" if coloured else text)
         stream.flush()
+
+
+def _number(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _path(word: str) -> Path:
@@ -310,14 +325,6 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def printable(text: str) -> str:
-    """Text without control characters: an answer or a file name must not steer the terminal."""
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
-        for c in text
-    )
-
-
 COMMANDS = (
     Command((":help", ":h"), "", "this text", Repl._help),
     Command((":exit", ":quit", ":q"), "", "leave (or Ctrl-D)", Repl._leave),
@@ -348,7 +355,7 @@ def setting_names() -> list[str]:
 def pipe_reader(stream: TextIO) -> Callable[[], str]:
     """Lines of a pipe or a file, in UTF-8 whatever the locale says."""
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(encoding="utf-8-sig", errors="replace")
+        stream.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
 
     def read() -> str:
         line = stream.readline()

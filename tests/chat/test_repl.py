@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lavis.chat import ChatEngine, ChatSettings
-from lavis.chat.repl import COMMANDS, Leave, Repl, printable
-from lavis.common.cli import TOYBOX
+from lavis.chat.repl import COMMANDS, Leave, Repl
+from lavis.common.cli import TOYBOX, printable
 
 SCENE = str(TOYBOX / "image" / "scene.png")
 
@@ -91,6 +92,7 @@ def test_a_mistake_says_so_and_loses_nothing(say: Session) -> None:
         (":save ~nobody-of-this-name/a.json", "~nobody-of-this-name/a.json: there is no such user"),
         (":img ~nobody-of-this-name/a.png", "~nobody-of-this-name/a.png: there is no such user"),
         (":conf top_p={[]:1}", "top_p: '{[]:1}' is no number, True, False or None"),
+        (":seed\tx", "seed: 'x' is no number"),
         (":conf self=1", "unknown generation setting 'self'"),
         (":save /", "/ cannot be written"),
         ("<ImageHere> twice", "the question names 1 images"),
@@ -208,6 +210,20 @@ def test_ctrl_c_ends_a_pipe(toybox: ChatEngine) -> None:
     hook.remove()
 
 
+def test_memory_that_runs_out_ends_no_conversation(say: Session, toybox: ChatEngine) -> None:
+    say("图里有几个物体？")
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError
+
+    hook = at_call(toybox.model.llm_model.model.layers[2], 1, fail)
+    done, out, err = say("Hello.")
+    hook.remove()
+    assert (done, out) == (False, "Assistant: \n") and err.startswith("error: out of memory")
+    say(":undo")
+    assert say("图里有几个物体？")[1] == "Assistant: 三个。\n"
+
+
 def test_what_the_window_dropped_is_told(say: Session) -> None:
     say(":conf max_window_size=120 max_new_tokens=8")
     told = [say("图里有几个物体？")[2] for _ in range(8)]
@@ -236,7 +252,8 @@ def test_a_saved_conversation(say: Session, tmp_path: Path) -> None:
 def test_saving_keeps_links_and_takes_any_image_name(say: Session, tmp_path: Path) -> None:
     image = tmp_path / os.fsdecode(b"\xd6\xd0.png")  # a name in GBK
     image.write_bytes(Path(SCENE).read_bytes())
-    assert say(f":new\t'{image}'")[0]
+    assert say(":new")[0]
+    say.repl.show([str(image)])
     assert say("图里有几个物体？")[0]
     target, link = tmp_path / "target.json", tmp_path / "link.json"
     link.symlink_to(target)
