@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from lavis.chat.command import TOYBOX_IMAGE, add_chat_arguments, load_chat
-from lavis.common.cli import run_cli, setup_logging
+from lavis.common.cli import printable, run_cli, setup_logging
 from lavis.common.images import open_image
 
 EXAMPLES = """examples:
@@ -42,6 +42,8 @@ def main() -> int:
         return repl.run(pipe_reader(sys.stdin))
     from lavis.chat.terminal import terminal_reader
 
+    about = ", ".join(image.name for image in repl.conversation.images) or "no image yet"
+    print(printable(f"Talking to {args.cfg_path or args.model_type} about {about}."))
     print("Ask, or type :help. Ctrl-C stops an answer, Ctrl-D leaves.")
     return repl.run(terminal_reader())
 

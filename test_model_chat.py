@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lavis.chat.command import TOYBOX_IMAGE, add_chat_arguments, load_chat
-from lavis.common.cli import run_cli, setup_logging
+from lavis.common.cli import printable, run_cli, setup_logging
 from lavis.common.errors import DataError
 from lavis.common.images import open_image
 
@@ -42,7 +42,7 @@ def main() -> int:
         answer = conversation.ask(question)
         sys.stdout.write(f"User: {answer.exchange.question}\nAssistant: ")
         for piece in answer:
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print("\n")
     return 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,8 @@ from lavis.common.paths import is_file
 if TYPE_CHECKING:
     from lavis.chat.engine import ChatEngine
     from lavis.chat.settings import ChatSettings
+
+logger = logging.getLogger(__name__)
 
 TOYBOX_IMAGE = TOYBOX / "image" / "scene.png"
 
@@ -26,10 +30,29 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         "--llm_device_map", "--llm-device-map", default="cpu", choices=["cpu", "auto"],
         help="auto spreads the language model over all visible GPUs",
     )  # fmt: skip
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
     parser.add_argument(
-        "--seed", "-s", type=int, default=1234, help="of answers that are drawn (%(default)s)"
+        "--max-new-tokens", type=_whole_number(1), default=512, help="default: %(default)s"
     )
+    parser.add_argument(
+        "--seed", "-s", type=_whole_number(0), default=1234,
+        help="of answers that are drawn (%(default)s)"
+    )  # fmt: skip
+
+
+def _whole_number(least: int) -> Callable[[str], int]:
+    """The type of an argument; refuses what is wrong before PyTorch is imported."""
+
+    def parse(text: str) -> int:
+        message = f"must be an integer from {least} to 2^63 - 1, not {text!r}"
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(message) from error
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return parse
 
 
 def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]:
@@ -52,6 +75,7 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
     from lavis.common.device import pick_device
     from lavis.models import load_model_and_preprocess
 
+    logger.info("loading %s with %s", args.cfg_path or args.model_type, args.checkpoint)
     settings = ChatSettings(max_new_tokens=args.max_new_tokens, seed=args.seed)
     model, processors, _ = load_model_and_preprocess(
         "minigpt4qwen",

@@ -9,18 +9,20 @@ import json
 import os
 import shlex
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from lavis.chat.interrupt import CtrlC
+from lavis.common.cli import printable
 from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.registry import did_you_mean
 
 if TYPE_CHECKING:
     from lavis.chat.conversation import Answer
-    from lavis.chat.engine import ChatEngine
+    from lavis.chat.engine import ChatEngine, ChatImage
     from lavis.chat.settings import ChatSettings
 
 _USER, _MODEL, _NOTE, _ERROR, _PLAIN = "\033[32m", "\033[36m", "\033[2m", "\033[31m", "\033[0m"
@@ -71,9 +73,10 @@ class Repl:
 
         self.conversation = Conversation(engine, settings)
         self.interactive = interactive
+        self._ctrl_c = CtrlC(self.conversation.cancel)
         self._defaults = settings
         self._out, self._err = out or sys.stdout, err or sys.stderr
-        self._colours = interactive and self._out.isatty() and not os.environ.get("NO_COLOR")
+        self._colours = interactive and not os.environ.get("NO_COLOR")
 
     def run(self, read: Callable[[], str]) -> int:
         """Read lines until the end of input or ``:exit``.
@@ -84,15 +87,16 @@ class Repl:
         Returns:
             The exit status: 1 if nobody sits in front of it and a line failed.
         """
-        failed = False
-        while True:
-            try:
-                failed |= not self.line(read())
-            except (EOFError, Leave):
-                return int(failed and not self.interactive)
-            except KeyboardInterrupt:
-                if not self.interactive:
-                    raise
+        with self._ctrl_c.installed() if self.interactive else nullcontext():
+            failed = False
+            while True:
+                try:
+                    failed |= not self.line(read())
+                except (EOFError, Leave):
+                    return int(failed and not self.interactive)
+                except KeyboardInterrupt:  # at the prompt
+                    if not self.interactive:
+                        raise
 
     def line(self, line: str) -> bool:
         """Do what a line says; whether it could be done. Errors are told, not raised.
@@ -100,15 +104,27 @@ class Repl:
         Raises:
             Leave: the user wants to go.
         """
+        import torch
+
         line = line.strip()
         try:
+            if any("\ud800" <= c <= "\udfff" for c in line):
+                raise DataError("this line is not text in UTF-8")
             if line.startswith(":"):
                 self._command(line)
             elif line:
                 self._answer(self.conversation.ask(line))
         except LavisError as error:
-            self._write(self._err, f"error: {error}\n", _ERROR)
+            self._error(str(error))
             return False
+        except (MemoryError, torch.OutOfMemoryError):
+            self._error("out of memory; :clh, a smaller max_window_size or fewer num_beams help")
+            return False
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            self.conversation.cancel()
+            self._note("(stopped)")
         return True
 
     def show(self, paths: Sequence[str]) -> None:
@@ -117,18 +133,18 @@ class Repl:
         Raises:
             DataError: a file is missing or no image; then none is shown.
         """
-        new = self.conversation.show(*(Path(path).expanduser() for path in paths))
+        new = self.conversation.show(*self._encode(paths))
         later = " besides those before" if len(new) < len(self.conversation.images) else ""
         names = ", ".join(image.name for image in new)
         self._note(f"the next question shows {names}{later}")
 
     def _command(self, line: str) -> None:
-        name, _, rest = line.partition(" ")
+        name, *rest = line.split(maxsplit=1)
         command = _BY_NAME.get(name)
         if command is None:
             raise DataError(f"unknown command {name}{did_you_mean(name, _BY_NAME)}; :help has all")
         try:
-            words = shlex.split(rest)
+            words = shlex.split(rest[0]) if rest else []
         except ValueError as error:
             raise DataError(f"{line}: {str(error).lower()}") from error
         if words and not command.arguments:
@@ -137,27 +153,27 @@ class Repl:
 
     def _answer(self, answer: Answer) -> None:
         if answer.dropped:
+            settings, context = self.conversation.settings, self.conversation.engine.model.context
+            window = min(settings.max_window_size, context - settings.max_new_tokens)
             self._note(
-                f"the oldest {answer.dropped} turns no longer fit into the window of "
-                f"{self.conversation.settings.max_window_size} tokens; the model does not see them "
-                "any more, only their images"
+                f"the oldest {_number(answer.dropped, 'turn')} no longer fit into the window of "
+                f"{window} tokens; the model does not see them any more, only their images"
             )
         self._write(self._out, "Assistant: ", _MODEL)
-        stopped = False
         try:
-            for piece in answer:
-                self._write(self._out, piece)
-        except KeyboardInterrupt:
-            answer.cancel()
-            if not self.interactive:
-                raise
-            stopped = True
+            with self._ctrl_c:
+                for piece in answer:
+                    self._write(self._out, piece)
+            if answer.exchange.finish == "cancelled":
+                raise KeyboardInterrupt  # it was lost
         finally:
             self._write(self._out, "\n")
-        if stopped:
-            self._note("(stopped)")
-        elif answer.exchange.finish == "length":
+        if answer.exchange.finish == "length":
             self._note(f"(cut at max_new_tokens={len(answer.ids)})")
+
+    def _encode(self, paths: Sequence[str]) -> list[ChatImage]:
+        with self._ctrl_c:
+            return [self.conversation.engine.encode_image(_path(path)) for path in paths]
 
     def _help(self, words: list[str]) -> None:
         lines = [(f"{', '.join(c.names)} {c.arguments}".rstrip(), c.help) for c in COMMANDS]
@@ -175,15 +191,14 @@ class Repl:
 
     def _forget(self, words: list[str]) -> None:
         self.conversation.clear_history()
-        number = len(self.conversation.images)
-        self._note(
-            "forgotten" + f"; the next question shows the {number} images again" * bool(number)
-        )
+        number = _number(len(self.conversation.images), "image")
+        again = f"; the next question shows the {number} again" * bool(self.conversation.images)
+        self._note(f"forgotten{again}")
 
     def _history(self, words: list[str]) -> None:
         for i, exchange in enumerate(self.conversation.exchanges):
             if i == self.conversation.forgotten > 0:
-                self._note(f"(the model does not see the {i} turns above)")
+                self._note(f"(the model does not see the {_number(i, 'turn')} above)")
             images = "".join(f"[{image.name}] " for image in exchange.images)
             self._write(self._out, "User: ", _USER)
             self._write(self._out, f"{images}{exchange.text}\n")
@@ -212,7 +227,7 @@ class Repl:
                 raise ConfigError(f"{word}: write name=value, such as temperature=0.7")
             try:
                 values[name] = ast.literal_eval(text)
-            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
                 raise ConfigError(f"{name}: {text!r} is no number, True, False or None") from error
         changed = self.conversation.settings.changed(**values)
         self.conversation.settings = changed
@@ -236,9 +251,7 @@ class Repl:
             self._note("no images; :img PATH shows one")
 
     def _new(self, words: list[str]) -> None:
-        images = [
-            self.conversation.engine.encode_image(Path(word).expanduser()) for word in words
-        ]  # before anything is forgotten
+        images = self._encode(words)  # before anything is forgotten
         self.conversation.clear()
         self.conversation.show(*images)
         self._note(
@@ -257,34 +270,59 @@ class Repl:
     def _save(self, words: list[str]) -> None:
         if len(words) != 1:
             raise DataError(":save takes one file name")
-        path = Path(words[0]).expanduser()
+        path = _path(words[0])
         text = json.dumps(self.conversation.to_dict(), ensure_ascii=False, indent=2)
         try:
-            temporary = path.with_name(f".{path.name}.tmp")
-            try:
-                temporary.write_text(f"{text}\n", encoding="utf-8")
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except (OSError, ValueError) as error:
+            write_whole(path, f"{text}\n")
+        except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"{path} cannot be written: {error}") from error
         self._note(f"saved to {path}")
+
+    def _error(self, text: str) -> None:
+        self._write(self._err, f"error: {text}\n", _ERROR)
 
     def _note(self, text: str) -> None:
         self._write(self._err, f"{text}\n", _NOTE)
 
     def _write(self, stream: TextIO, text: str, colour: str = "") -> None:
         text = printable(text)
-        stream.write(f"{colour}{text}{_PLAIN}" if colour and self._colours else text)
+        coloured = colour and self._colours and stream.isatty()
+        stream.write(f"{colour}{text}{_PLAIN}" if coloured else text)
         stream.flush()
 
 
-def printable(text: str) -> str:
-    """Text without control characters: an answer or a file name must not steer the terminal."""
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
-        for c in text
-    )
+def _number(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _path(word: str) -> Path:
+    try:
+        return Path(word).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{word}: there is no such user") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file wholly or not at all; a link to it stays a link.
+
+    Raises:
+        OSError, ValueError, RuntimeError: it cannot be written, or something else than a file is
+            there, such as a folder or a device.
+    """
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise ValueError("this is not a file")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        # Names that are no text become JSON escapes.
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        temporary.replace(target)
+    except FileExistsError:
+        raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 COMMANDS = (
@@ -317,7 +355,7 @@ def setting_names() -> list[str]:
 def pipe_reader(stream: TextIO) -> Callable[[], str]:
     """Lines of a pipe or a file, in UTF-8 whatever the locale says."""
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(encoding="utf-8-sig", errors="replace")
+        stream.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
 
     def read() -> str:
         line = stream.readline()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
 import logging
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,16 +22,19 @@ TOYBOX = REPOSITORY / "examples" / "toybox"
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit: 2 for an error the user can mend, 130 for Ctrl-C.
 
-    What goes to a file or a pipe is UTF-8, whatever the locale says.
+    What goes to a file or a pipe is UTF-8, whatever the locale says. A terminal gets what it can
+    show.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
-            stream.reconfigure(encoding="utf-8", errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            ascii_only = codecs.lookup(stream.encoding).name == "ascii"
+            own = stream.isatty() and not ascii_only
+            stream.reconfigure(encoding=None if own else "utf-8", errors="replace")
     try:
         status = main()
     except LavisError as error:
         where = "" if is_main_process() else f" (process {os.environ['RANK']})"
-        print(f"error{where}: {error}", file=sys.stderr)
+        print(f"error{where}: {printable(str(error))}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -38,6 +43,14 @@ def run_cli(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         status = 1
     sys.exit(status)
+
+
+def printable(text: str) -> str:
+    """Text without control characters: an answer or a file name must not steer the terminal."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
+        for c in text
+    )
 
 
 def is_main_process() -> bool:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lavis.chat import ChatEngine, ChatSettings
-from lavis.chat.repl import COMMANDS, Leave, Repl, printable
-from lavis.common.cli import TOYBOX
+from lavis.chat.repl import COMMANDS, Leave, Repl
+from lavis.common.cli import TOYBOX, printable
 
 SCENE = str(TOYBOX / "image" / "scene.png")
 
@@ -35,6 +39,19 @@ class Session:
             stream.truncate()
         done = self.repl.line(line)
         return done, self.out.getvalue(), self.err.getvalue()
+
+    def run(self, *lines: str) -> str:
+        """The whole program; what it printed."""
+        waiting = iter(lines)
+
+        def read() -> str:
+            line = next(waiting, None)
+            if line is None:
+                raise EOFError
+            return line
+
+        self.status = self.repl.run(read)
+        return self.out.getvalue()
 
 
 @pytest.fixture()
@@ -71,6 +88,12 @@ def test_a_mistake_says_so_and_loses_nothing(say: Session) -> None:
         (":save", ":save takes one file name"),
         (f":save {TOYBOX}", f"{TOYBOX} cannot be written"),
         (":save nul\0.json", "cannot be written"),
+        (":save /dev/null", "/dev/null cannot be written: this is not a file"),
+        (":save ~nobody-of-this-name/a.json", "~nobody-of-this-name/a.json: there is no such user"),
+        (":img ~nobody-of-this-name/a.png", "~nobody-of-this-name/a.png: there is no such user"),
+        (":conf top_p={[]:1}", "top_p: '{[]:1}' is no number, True, False or None"),
+        (":seed\tx", "seed: 'x' is no number"),
+        (":conf self=1", "unknown generation setting 'self'"),
         (":save /", "/ cannot be written"),
         ("<ImageHere> twice", "the question names 1 images"),
         ("a " * 9000, "the question and the images take"),
@@ -90,15 +113,9 @@ def test_the_exit_status(toybox: ChatEngine) -> None:
         (True, [":nothing"], 0),
         (False, [":seed", ":q", ":nothing"], 0),
     ]:
-        waiting = iter(lines)
-
-        def read(waiting: Any = waiting) -> str:
-            line: str | None = next(waiting, None)
-            if line is None:
-                raise EOFError
-            return line
-
-        assert Session(toybox, interactive=interactive).repl.run(read) == status
+        session = Session(toybox, interactive=interactive)
+        session.run(*lines)
+        assert session.status == status
 
 
 def test_exit(say: Session) -> None:
@@ -107,27 +124,104 @@ def test_exit(say: Session) -> None:
             say(name)
 
 
-def test_an_interrupted_answer(toybox: ChatEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    for interactive in (True, False):
-        session = Session(toybox, interactive=interactive)
-        session("Hello.")
-        layer = toybox.model.llm_model.model.layers[2]
-        calls = []
+def at_call(module: Any, number: int, act: Callable[[], None]) -> Any:
+    """Do something in the middle of a forward pass; returns the hook."""
+    calls = []
 
-        def interrupt(*_: Any, calls: Any = calls) -> None:
-            calls.append(1)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
+    def hook(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == number:
+            act()
 
-        hook = layer.register_forward_pre_hook(interrupt)
-        if interactive:
-            done, out, err = session("Describe this image in detail.")
-            assert done and out.startswith("Assistant: ") and "(stopped)" in err
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                session("Describe this image in detail.")
+    return module.register_forward_pre_hook(hook)
+
+
+def press_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def lost_ctrl_c() -> None:
+    """Python drops an exception of a destructor."""
+
+    class Destroyed:
+        def __del__(self) -> None:
+            press_ctrl_c()
+
+    Destroyed()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("press", [press_ctrl_c, lost_ctrl_c])
+def test_ctrl_c_stops_an_answer(toybox: ChatEngine, press: Callable[[], None]) -> None:
+    session = Session(toybox, interactive=True)
+    hook = at_call(toybox.model.llm_model.model.layers[2], 3, press)
+    said = session.run("Describe this image in detail.", "图里有几个物体？")
+    hook.remove()
+    first, second = session.repl.conversation.exchanges
+    assert (first.finish, second.finish) == ("cancelled", "stop")
+    assert said.count("Assistant: ") == 2 and session.err.getvalue() == "(stopped)\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_no_harm(toybox: ChatEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a third: from the first on, whenever something is said."""
+    session = Session(toybox, interactive=True)
+    pressed = []
+
+    def press() -> None:
+        pressed.append(1)
+        press_ctrl_c()
+
+    for stream in (session.out, session.err):
+
+        def write(text: str, write: Any = stream.write) -> int:
+            if pressed:
+                press()
+            return write(text)
+
+        monkeypatch.setattr(stream, "write", write)
+    hook = at_call(toybox.model.llm_model.model.layers[2], 3, press)
+    session.run("Describe this image in detail.", ":seed", ":undo")
+    hook.remove()
+    assert len(pressed) == 5
+    assert session.out.getvalue().startswith("Assistant: ")
+    assert session.out.getvalue().endswith("\nseed=1\n")
+    assert session.err.getvalue() == "(stopped)\ntaken back: Describe this image in detail.\n"
+
+
+def test_ctrl_c_while_an_image_is_encoded(say: Session, toybox: ChatEngine) -> None:
+    say("图里有几个物体？")
+    before = say.repl.conversation.to_dict()
+    say.repl.interactive = True
+    for line in (f":img {SCENE}", f":new {SCENE}"):
+        hook = at_call(toybox.model.visual_encoder, 1, press_ctrl_c)
+        say.run(line)
         hook.remove()
-        assert session("图里有几个物体？")[0]
+        assert say.err.getvalue().endswith("(stopped)\n")
+        assert say.repl.conversation.to_dict() == before
+        assert not say.repl.conversation.waiting
+
+
+def test_ctrl_c_ends_a_pipe(toybox: ChatEngine) -> None:
+    session = Session(toybox)
+    hook = at_call(toybox.model.llm_model.model.layers[2], 3, press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        session.run("Hello.")
+    hook.remove()
+
+
+def test_memory_that_runs_out_ends_no_conversation(say: Session, toybox: ChatEngine) -> None:
+    say("图里有几个物体？")
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError
+
+    hook = at_call(toybox.model.llm_model.model.layers[2], 1, fail)
+    done, out, err = say("Hello.")
+    hook.remove()
+    assert (done, out) == (False, "Assistant: \n") and err.startswith("error: out of memory")
+    say(":undo")
+    assert say("图里有几个物体？")[1] == "Assistant: 三个。\n"
 
 
 def test_what_the_window_dropped_is_told(say: Session) -> None:
@@ -153,6 +247,20 @@ def test_a_saved_conversation(say: Session, tmp_path: Path) -> None:
     assert saved == say.repl.conversation.to_dict()
     assert "三个。" in path.read_text(encoding="utf-8")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_saving_keeps_links_and_takes_any_image_name(say: Session, tmp_path: Path) -> None:
+    image = tmp_path / os.fsdecode(b"\xd6\xd0.png")  # a name in GBK
+    image.write_bytes(Path(SCENE).read_bytes())
+    assert say(":new")[0]
+    say.repl.show([str(image)])
+    assert say("图里有几个物体？")[0]
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    assert say(f":save {link}")[0]
+    assert link.is_symlink()
+    saved = json.loads(target.read_text(encoding="utf-8"))
+    assert saved["exchanges"][0]["images"] == [image.name]
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ pexpect = pytest.importorskip("pexpect")
 COMMAND = [str(REPO / "cli_demo.py"), "--cpu-only"]
 LONG = ":conf do_sample=True temperature=5.0 max_new_tokens=5000 max_window_size=500"
 ASKS, ANSWERS = "\x1b[?2004h", "\x1b[?2004l"  # the line editor begins and ends bracketed paste
+COLOURS = re.compile(r"\x1b\[(?:0;)?3[0-7]m")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r")
 
 
@@ -41,6 +44,7 @@ class Terminal:
     """A program on a pseudo-terminal."""
 
     def __init__(self, tmp_path: Path, *arguments: str, **env: str) -> None:
+        self.shown = io.StringIO()
         self.child: Any = pexpect.spawn(
             sys.executable,
             [*COMMAND, *arguments],
@@ -50,7 +54,8 @@ class Terminal:
             timeout=90,
             dimensions=(40, 200),
         )
-        self.wait_for("Ctrl-D leaves.")
+        self.child.logfile_read = self.shown
+        self.greeting = self.wait_for("Ctrl-D leaves.")
         self.ready()
 
     def wait_for(self, text: str) -> str:
@@ -61,7 +66,7 @@ class Terminal:
     def ready(self) -> str:
         """Read until the program asks for the next line; return what it said."""
         said = self.wait_for(ASKS)
-        self.wait_for("User: ")
+        self.wait_for("User:")
         return said
 
     def enter(self, keys: str = "") -> str:
@@ -81,6 +86,8 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
 def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
     shutil.copy(TOYBOX / "image" / "four.png", tmp_path / "four of them.png")
     send = terminal.enter
+    assert "Talking to toybox about scene.png." in terminal.greeting
+    assert COLOURS.search(terminal.shown.getvalue())
     for name in (":help", ":h"):
         said = send(name)
         for command in (":img", ":clear-his, :clh", ":conf [NAME=VALUE...]", ":save FILE"):
@@ -129,7 +136,19 @@ def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
     assert terminal.child.exitstatus == 0  # mistakes at a terminal are no failure
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None:
+@pytest.fixture()
+def bare_terminal(tmp_path: Path) -> Iterator[Terminal]:
+    """Without colours, and without a place for the lines that were typed."""
+    state = tmp_path / "no folder"
+    state.touch()
+    running = Terminal(tmp_path, XDG_STATE_HOME=str(state), NO_COLOR="1")
+    yield running
+    running.child.close(force=True)
+    assert not COLOURS.search(running.shown.getvalue())
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(bare_terminal: Terminal) -> None:
+    terminal = bare_terminal
     terminal.enter(LONG)
     terminal.child.sendline("Describe this image in detail.")
     terminal.wait_for("Assistant: ")
@@ -138,8 +157,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.wait_for("(stopped)")
     terminal.ready()
     assert "(stopped)" in terminal.enter(":his")
+    terminal.child.sendline("Describe this image in detail.")
+    terminal.wait_for("Assistant: ")
+    terminal.child.expect(".")
+    terminal.child.sendintr()
+    terminal.child.sendintr()  # impatient
+    terminal.wait_for("(stopped)")
+    terminal.ready()
     terminal.enter(":reset-conf")
-    terminal.enter(":undo")
+    assert "taken back: Describe" in terminal.enter(":undo")
+    assert "taken back: Describe" in terminal.enter(":undo")
     assert "Assistant: 三个。" in terminal.enter("图里有几个物体？")
     terminal.child.send("half a li")
     terminal.child.sendintr()  # at the prompt: begins a new line
@@ -171,10 +198,10 @@ def test_completion_and_the_lines_before(terminal: Terminal, tmp_path: Path) -> 
     assert history.stat().st_mode & 0o077 == 0
 
 
-def piped(tmp_path: Path, lines: str, *arguments: str, **env: str) -> Any:
+def piped(tmp_path: Path, lines: str | bytes, *arguments: str, **env: str) -> Any:
     return subprocess.run(
         [sys.executable, *COMMAND, *arguments],
-        input=lines.encode(),
+        input=lines.encode() if isinstance(lines, str) else lines,
         capture_output=True,
         cwd=tmp_path,
         env=environment(tmp_path, **env),
@@ -187,8 +214,9 @@ def piped(tmp_path: Path, lines: str, *arguments: str, **env: str) -> Any:
 def test_from_a_pipe(tmp_path: Path, locale: str) -> None:
     done = piped(
         tmp_path,
-        ":help\n图里有几个物体？\n\n:seed 3\n:conf top_p=0.9\n:undo\n:retry\n"
-        "Describe this image in detail.\n:his\n:img\n:clear\n:save talk.json\n:clh\n:exit\nlate\n",
+        ":help\n图里有几个物体？\n\n:seed 3\n:conf top_p=0.9\n:undo\n:retry\n".encode()
+        + b"\xd6\xd0?\nDescribe this image in detail.\n:his\n:img\n:clear\n:save talk.json\n"
+        b":clh\n:exit\nlate\n",
         LC_ALL=locale,
         PYTHONCOERCECLOCALE="0",
         PYTHONUTF8="0",
@@ -196,6 +224,7 @@ def test_from_a_pipe(tmp_path: Path, locale: str) -> None:
     out, err = done.stdout.decode(), done.stderr.decode()
     assert done.returncode == 1  # :retry, when nothing was asked
     assert "error: nothing was asked yet" in err
+    assert "error: this line is not text in UTF-8" in err
     assert "Answering with the toybox" in err
     assert out.count("Assistant: 三个。\n") == 1
     assert "seed=3\n" in out and "top_p=0.9\n" in out
@@ -212,18 +241,26 @@ def test_a_pipe_without_mistakes(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.decode()) == (0, "Assistant: 四个。\n")
 
 
-def test_bytes_that_are_not_text(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, *COMMAND],
-        input=b"\xff\xfe\xd6\xd0?\n",
-        capture_output=True,
+def test_ctrl_c_ends_a_pipe(tmp_path: Path) -> None:
+    command = [sys.executable, *COMMAND]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         cwd=tmp_path,
         env=environment(tmp_path),
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0
-    assert done.stdout.startswith(b"Assistant: ")
+    ) as child:
+        assert child.stdin and child.stdout and child.stderr
+        child.stdin.write(f"Hello.\n{LONG}\nDescribe this image in detail.\n".encode())
+        child.stdin.flush()
+        while not child.stdout.readline().startswith(b"max_window_size="):
+            pass
+        assert child.stdout.read(12).startswith(b"Assistant: ")  # and it speaks
+        child.send_signal(signal.SIGINT)
+        child.stdout.read()
+        assert b"Traceback" not in child.stderr.read()
+    assert child.returncode == 130
 
 
 @pytest.mark.parametrize(
@@ -232,8 +269,8 @@ def test_bytes_that_are_not_text(tmp_path: Path) -> None:
         (["--image", "nowhere.png"], "error: nowhere.png cannot be read"),
         (["--checkpoint", "nowhere.pth"], "error: no checkpoint nowhere.pth"),
         (["--model-type", "qwen7b_chat"], "error: --model-type needs --checkpoint"),
-        (["--max-new-tokens", "0"], "error: generation setting max_new_tokens must be a positive"),
-        (["--seed", "-3"], "error: seed must be an integer from 0"),
+        (["--max-new-tokens", "0"], "max-new-tokens: must be an integer from 1 to"),
+        (["--seed", "-3"], "--seed/-s: must be an integer from 0 to"),
         (["--llm_device_map", "gpu"], "invalid choice: 'gpu'"),
     ],
 )
