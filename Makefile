@@ -13,7 +13,7 @@ ASSETS = examples/toybox
 help:
 	@echo "make demo    train the toybox's projection on a CPU, score it, show its answers"
 	@echo "make test    lint, types and tests"
-	@echo "make toybox  make the toybox's weights ($(ASSETS)) again, from nothing: hours"
+	@echo "make toybox  make the toybox's weights ($(ASSETS)) again, from nothing: an hour and more"
 	@echo "make clean   remove .venv and caches"
 
 $(VENV)/.installed: pyproject.toml requirements.txt

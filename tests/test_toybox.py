@@ -27,7 +27,7 @@ MEGABYTE = 1_000_000
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """New pictures: no seed of the shipped weights drew them."""
     out = tmp_path_factory.mktemp("world")
-    for split, count in (("train", 800), ("test", 144)):
+    for split, count in (("train", 1200), ("test", 144)):
         write_split(out, split, count, seed=5)
     return out
 

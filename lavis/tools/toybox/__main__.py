@@ -46,7 +46,7 @@ SIZES = {
     "val": 1_000,
     "test": 2_000,
     "test_pairs": 1_000,
-    "vision": 30_000,
+    "vision": 60_000,
     "text_first": 20_000,
     "text_second": 36_000,
     "text_chat": 24_000,
