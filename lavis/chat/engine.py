@@ -155,7 +155,7 @@ class ChatEngine:
                 generation_config=GenerationConfig(
                     num_beams=settings.num_beams,
                     max_new_tokens=settings.max_new_tokens,
-                    repetition_penalty=settings.repetition_penalty,
+                    repetition_penalty=float(settings.repetition_penalty),
                     eos_token_id=list(self.stops[:2]),
                     pad_token_id=self.tokenizer.eod_id,
                 ),
@@ -184,12 +184,15 @@ class TokenChooser:
         else:
             self.seed = settings.seed
         self._generator.manual_seed(self.seed)
+        # Transformers refuses whole numbers that are no float.
         self._processors = LogitsProcessorList()
         if settings.repetition_penalty != 1:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+            self._processors.append(
+                RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
+            )
         if settings.do_sample:
             if settings.temperature != 1:
-                self._processors.append(TemperatureLogitsWarper(settings.temperature))
+                self._processors.append(TemperatureLogitsWarper(float(settings.temperature)))
             if settings.top_k:
                 self._processors.append(TopKLogitsWarper(settings.top_k))
             if settings.top_p < 1:
