@@ -1,0 +1,55 @@
+"""Talk to a model about images in a browser: ``python webui_demo.py --checkpoint PTH``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import socket
+
+from lavis.chat.command import add_chat_arguments, load_chat
+from lavis.common.cli import run_cli, setup_logging
+from lavis.common.errors import ConfigError
+
+
+def main() -> int:
+    """Load the model, serve the page until Ctrl-C."""
+    parser = argparse.ArgumentParser(description="Chat about images in a browser.")
+    add_chat_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: all networks (%(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    parser.add_argument(
+        "--share", action="store_true", help="a public address through gradio.live, for all to use"
+    )
+    parser.add_argument("--lang", default="auto", choices=["zh", "en", "auto"])
+    args = parser.parse_args()
+    setup_logging()
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError("the web page needs Gradio: pip install 'lavis-minigpt4qwen[web]'")
+    check_address(args.host, args.port)
+    engine, settings, toybox = load_chat(args)
+
+    from lavis.chat.web import WebChat
+
+    web = WebChat(engine, settings, language=args.lang, toybox=toybox)
+    print(f"{web.launch(args.host, args.port, share=args.share)}  (Ctrl-C ends)", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service's stop is a Ctrl-C
+    web.wait()
+    return 0
+
+
+def check_address(host: str, port: int) -> None:
+    """Find out before the weights are loaded whether the address is free.
+
+    Raises:
+        ConfigError: it is not, or is no address of this machine.
+    """
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--host {host} --port {port} cannot be used: {error}") from error
+
+
+if __name__ == "__main__":
+    run_cli(main)
