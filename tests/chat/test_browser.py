@@ -116,6 +116,7 @@ def test_ask_undo_and_show_a_second_image(visit: Any) -> None:
     expect(page.locator("#chat .bot-row")).to_have_count(1)
 
     upload(page, PICTURES / "pair.png")
+    expect(waiting(page)).to_have_count(1)
     page.locator("#example-1").click()
     expect(waiting(page)).to_have_count(2)
     ask(page, "How many objects are there?")
