@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from lavis.chat import Answer, Conversation
 
 GIB = 1024**3
-QUESTION, ANSWER = (20, 30), (40, 100)
-"""Words of a question and of an answer, drawn evenly; most words are one token."""
+QUESTION, ANSWER = (25, 25), (40, 100)
+"""Words of a question and of an answer, drawn evenly; most words are one token. Questions are of one
+length, so that turns can be compared."""
 
 
 @dataclass(frozen=True)

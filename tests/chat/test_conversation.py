@@ -104,6 +104,31 @@ def test_images_keep_their_order(conversation: Conversation) -> None:
     assert conversation.waiting == [first, second, third]
 
 
+def test_half_precision(toy_yaml: Any) -> None:
+    """The cache lies otherwise there; a prompt in parts gives what it gives at once."""
+    from lavis.chat.cache import ConversationCache
+    from lavis.models import load_model
+
+    model = load_model(
+        "minigpt4qwen",
+        "qwen7b_chat",
+        is_eval=True,
+        cfg_path=toy_yaml,
+        options=["model.llm_precision=bf16"],
+    )
+    assert model.llm_model.lm_head.weight.dtype == torch.bfloat16
+    engine = ChatEngine(model, lambda image: image)
+    content = [(7 * i) % 1100 for i in range(300)]
+    parts, whole = ConversationCache(), ConversationCache()
+    wanted = engine.extend(whole, content, [])
+    for end in (100, 101, 250, 280, 281):  # past the first block of the buffers
+        engine.extend(parts, content[:end], [])
+    parts.truncate(270)
+    got = engine.extend(parts, content, [])
+    assert parts.layers[0].get_seq_length() == 300
+    assert (got - wanted).norm() / wanted.norm() < 0.03
+
+
 # --- streaming ------------------------------------------------------------------------------
 
 
