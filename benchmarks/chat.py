@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 QUESTION, ANSWER = (25, 25), (40, 100)
-"""Words of a question and of an answer, drawn evenly; most words are one token. Questions are of one
-length, so that turns can be compared."""
+"""Words of a question and of an answer, drawn evenly; most words are one token.
+
+Questions are of one length, so that turns can be compared.
+"""
 
 
 @dataclass(frozen=True)
