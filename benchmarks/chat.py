@@ -7,7 +7,6 @@ the same tokens: the engine's choice of a token costs what it costs, and the scr
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import random
 import statistics
@@ -26,7 +25,7 @@ from lavis.common.errors import LavisError
 if TYPE_CHECKING:
     from lavis.chat import Answer, Conversation
 
-GIB = 1024**3
+GIB, MIB = 1024**3, 1024**2
 QUESTION, ANSWER = (25, 25), (40, 100)
 """Words of a question and of an answer, drawn evenly; most words are one token.
 
@@ -42,6 +41,7 @@ class Job:
     device: str
     turns: int
     repeats: int
+    new_tokens: int
     conversations: int
 
     @property
@@ -104,9 +104,33 @@ class Bench:
         self._synchronize()
         started = time.perf_counter()
         prompt = self.model.encoder.prompt(turns[:-1])
-        (ids,) = self.model.generate_ids([prompt], self.pixels[None], max_new_tokens=new_tokens)
+        (ids,) = self.model.generate_ids(
+            [prompt],
+            self.pixels[None],
+            max_new_tokens=new_tokens,
+            # generate_ids sets its own stop tokens; a random model must not happen on one.
+            suppress_tokens=list(self.engine.stops),
+        )
         self._synchronize()
         return time.perf_counter() - started, ids
+
+    def anew_rate(self, turn: int) -> float:
+        """Tokens/s after the first one: from the end of the first forward pass to the last one's.
+
+        Not the difference to the time of one token, most of which is the prompt's, and noise.
+        """
+        ends: list[float] = []
+
+        def note(*_: Any) -> None:
+            self._synchronize()
+            ends.append(time.perf_counter())
+
+        hook = self.model.llm_model.register_forward_hook(note)
+        try:
+            self.anew(turn, self.job.new_tokens + 1)
+        finally:
+            hook.remove()
+        return (len(ends) - 1) / (ends[-1] - ends[0])
 
     def talk(self) -> list[dict[str, Any]]:
         """A whole conversation, timed turn by turn."""
@@ -151,23 +175,23 @@ def measure_time(job: Job) -> dict[str, Any]:
 
     bench = Bench(job)
     dtype = bench.model.llm_model.lm_head.weight.dtype
-    if not job.shape.single:
-        bench.anew(1, 2)  # warm up
     talks: list[list[dict[str, Any]]] = []
     anew: dict[int, list[float]] = {turn: [] for turn in job.shown}
-    decode: dict[int, float] = {}
+    rates: dict[int, list[float]] = {turn: [] for turn in {1, job.turns}}
     ids: dict[int, int] = {}
+    if not job.shape.single:  # warms up, too
+        bench.anew(1, 2)
+        same = same_first(job, bench.talk(), {t: bench.anew(t, 1)[1][0] for t in job.shown})
+        report(f"first token the same at {same} of {len(job.shown)} turns")
     for number in range(job.repeats):
         talks.append(bench.talk())
         report(f"conversation {number + 1} of {job.repeats}: done")
         for turn in job.shown:
             seconds, (ids[turn],) = bench.anew(turn, 1)
             anew[turn].append(seconds)
+        for turn, found in rates.items():
+            found.append(bench.anew_rate(turn))
         report(f"anew, {number + 1} of {job.repeats}: done")
-    for turn in (job.shown[0], job.shown[-1]):
-        tokens = 4 if job.shape.single else 32
-        seconds, made = bench.anew(turn, tokens)
-        decode[turn] = (len(made) - 1) / (seconds - statistics.median(anew[turn]))
     middle = [dict(steps[0]) for steps in zip(*talks, strict=True)]
     for step in middle:
         for key in ("first_s", "tokens_per_s"):
@@ -175,10 +199,14 @@ def measure_time(job: Job) -> dict[str, Any]:
     return {
         "engine": middle,
         "anew": [
-            {"turn": t, "first_s": statistics.median(s), "tokens_per_s": decode.get(t)}
+            {
+                "turn": t,
+                "first_s": statistics.median(s),
+                "tokens_per_s": statistics.median(rates[t]) if t in rates else None,
+            }
             for t, s in anew.items()
         ],
-        "same_first_token": sum(middle[t - 1]["first_id"] == ids[t] for t in job.shown),
+        "same_first_token": same_first(job, talks[0], ids),
         "compared": len(job.shown),
         "prefill_flops": prefill_flops(bench, middle[-1]["prompt"]),
         "peak_flop_per_s": max(matmul_peak(bench.device, dtype, n) for n in job.shape.matrix),
@@ -186,6 +214,18 @@ def measure_time(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def same_first(job: Job, talk: list[dict[str, Any]], anew: dict[int, int]) -> int:
+    """At how many turns both sides choose the same first token.
+
+    Raises:
+        LavisError: not at all of them in single precision, in which nothing is near a tie.
+    """
+    same = sum(talk[turn - 1]["first_id"] == token for turn, token in anew.items())
+    if job.shape.precision == "fp32" and same < len(anew):
+        raise LavisError(f"the first token is the same at only {same} of {len(anew)} turns")
+    return same
 
 
 def prefill_flops(bench: Bench, tokens: int) -> float:
@@ -225,23 +265,29 @@ def measure_conversations(job: Job) -> dict[str, int]:
     bench = Bench(job)
     cuda = bench.device.type == "cuda"
     memory = Memory()
+    loaded = torch.cuda.memory_allocated(bench.device) if cuda else memory.restart()
     after: dict[int, int] = {}
+    peak = 0
     for number in range(1, job.conversations + 1):
         conversation = bench.begin()
         for turn in range(1, min(3, job.turns) + 1):
             answer, _ = bench.ask(conversation, turn)
-            for _ in zip(range(12), answer, strict=False):
+            # One whole answer, so that the buffers grow; parts of the others, to save time.
+            for _ in answer if turn == 1 else zip(range(12), answer, strict=False):
                 pass
+        # No garbage collection: reference counts must do.
         del conversation, answer
-        gc.collect()
+        peak = max(peak, memory.peaks("talk")["talk_anonymous_bytes"])
         after[number] = torch.cuda.memory_allocated(bench.device) if cuda else memory.restart()
     report(f"{job.conversations} conversations: done")
     few = min(5, job.conversations)
     return {
         "conversations": job.conversations,
         "few": few,
+        "loaded_bytes": loaded,
         "few_bytes": after[few],
         "all_bytes": after[job.conversations],
+        "peak_bytes": torch.cuda.max_memory_allocated(bench.device) if cuda else peak,
     }
 
 
@@ -250,7 +296,7 @@ def measure(job: Job) -> dict[str, Any]:
     found: dict[str, Any] = in_child(measure_time, job)
     engine, anew = found["engine"], {a["turn"]: a for a in found["anew"]}
     last = engine[-1]
-    found["last_over_second"] = last["first_s"] / engine[min(1, job.turns - 1)]["first_s"]
+    found["last_over_second"] = last["first_s"] / engine[1]["first_s"]
     found["anew_over_engine"] = anew[job.turns]["first_s"] / last["first_s"]
     found["prefill_share_of_peak"] = (
         found["prefill_flops"] / anew[job.turns]["first_s"] / found["peak_flop_per_s"]
@@ -286,11 +332,11 @@ def table(r: dict[str, Any]) -> str:
     last = r["engine"][-1]
     memory = r["memory_bytes"]
     lines += [
-        f"engine: turn {last['turn']} takes {r['last_over_second']:.2f} x turn 2, "
-        f"{r['anew_over_engine']:.1f} x less than anew; first token the same at "
-        f"{r['same_first_token']} of {r['compared']} turns",
-        f"peak memory over the model: engine {memory['engine'] / GIB:.2f} GiB "
-        f"(keys and values {last['cache_bytes'] / GIB:.2f}), anew {memory['anew'] / GIB:.2f} GiB",
+        f"engine: turn {last['turn']} takes {r['last_over_second']:.2f} x turn 2 (target: 1.3 at "
+        f"most), {r['anew_over_engine']:.1f} x less than anew (target: 8 at least); first token "
+        f"the same at {r['same_first_token']} of {r['compared']} turns",
+        f"peak memory over the model: engine {memory['engine'] / MIB:.0f} MiB "
+        f"(keys and values {last['cache_bytes'] / MIB:.1f}), anew {memory['anew'] / MIB:.0f} MiB",
         f"anew computes turn {last['turn']} at {r['prefill_share_of_peak']:.0%} of the peak of "
         f"{r['peak_flop_per_s'] / 1e9:.0f} GFLOP/s ({r['precision']} matrix product), "
         f"{r['threads']} threads, torch {r['torch']}; weights {r['weights_bytes'] / GIB:.2f} GiB",
@@ -299,7 +345,9 @@ def table(r: dict[str, Any]) -> str:
         s = r["sequence"]
         lines.append(
             f"after {s['conversations']} conversations {s['all_bytes'] / s['few_bytes'] - 1:+.1%} "
-            f"memory of what it was after {s['few']} ({s['few_bytes'] / GIB:.2f} GiB)"
+            f"memory of the {s['few_bytes'] / GIB:.2f} GiB after {s['few']} (target: within 5%), "
+            f"{(s['all_bytes'] - s['few_bytes']) / MIB:+.1f} MiB; loaded "
+            f"{s['loaded_bytes'] / GIB:.2f} GiB, peak {s['peak_bytes'] / GIB:.2f} GiB"
         )
     return "\n".join(lines)
 
@@ -340,18 +388,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3, help="medians; default: %(default)s")
     parser.add_argument(
+        "--new-tokens", type=int, metavar="N",
+        help="of an answer computed anew, for tokens/s; default: 32, or 4 for 7b",
+    )  # fmt: skip
+    parser.add_argument(
         "--conversations", type=int, default=50, metavar="N",
         help="in sequence, to see what memory stays; 0: none; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the first tokens")
+    parser.add_argument(
+        "--picture", "--plot", type=Path, metavar="FILE", help="draw seconds to the first token"
+    )
     args = parser.parse_args(argv)
     shape = SHAPES[args.shape]
-    if args.turns < 1 or args.repeats < 1:
-        raise LavisError("--turns and --repeats are 1 at least")
-    job = Job(
-        shape, args.device, args.turns, 1 if shape.single else args.repeats, args.conversations
-    )
+    new_tokens = (4 if shape.single else 32) if args.new_tokens is None else args.new_tokens
+    if args.turns < 2 or args.repeats < 1 or new_tokens < 1 or args.conversations < 0:
+        raise LavisError("--turns is 2 at least, --repeats and --new-tokens 1, --conversations 0")
+    repeats = 1 if shape.single else args.repeats
+    job = Job(shape, args.device, args.turns, repeats, new_tokens, args.conversations)
     numbers = measure(job)
     print(table(numbers))
     if args.json:
