@@ -80,7 +80,9 @@ class Terminal:
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
     running = Terminal(tmp_path)
     yield running
-    running.child.close(force=True)
+    if running.child.isalive():
+        running.child.kill(signal.SIGKILL)
+        running.child.wait()
 
 
 def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
         terminal.ready()
     terminal.child.sendline(":exit")
     terminal.child.expect(pexpect.EOF)
-    terminal.child.close()
+    terminal.child.wait()
     assert terminal.child.exitstatus == 0  # mistakes at a terminal are no failure
 
 
@@ -143,7 +145,9 @@ def bare_terminal(tmp_path: Path) -> Iterator[Terminal]:
     state.touch()
     running = Terminal(tmp_path, XDG_STATE_HOME=str(state), NO_COLOR="1")
     yield running
-    running.child.close(force=True)
+    if running.child.isalive():
+        running.child.kill(signal.SIGKILL)
+        running.child.wait()
     assert not COLOURS.search(running.shown.getvalue())
 
 
@@ -174,7 +178,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(bare_terminal: Terminal) ->
     assert "三个。" in terminal.enter(":his")
     terminal.child.sendeof()
     terminal.child.expect(pexpect.EOF)
-    terminal.child.close()
+    terminal.child.wait()
     assert terminal.child.exitstatus == 0
 
 
