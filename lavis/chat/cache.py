@@ -34,13 +34,17 @@ class _Layer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append (1, heads, N, head_dim) keys and values; return all of them, as views."""
+        """Append (1, heads, N, head_dim) keys and values.
+
+        Returns:
+            The buffers: all keys and values, and room that attention knows of by ``row_length``.
+        """
         end = self.length + key_states.shape[2]
         self.keys = self._append(self.keys, key_states, end, along=_lies_along(key_states))
         self.values = self._append(self.values, value_states, end)
         self.is_initialized = True
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys, self.values
 
     def _append(
         self, buffer: Tensor | None, new: Tensor, end: int, *, along: bool = False
@@ -49,9 +53,9 @@ class _Layer(DynamicLayer):
             capacity = -(-end // _BLOCK) * _BLOCK
             batch, heads, _, width = new.shape
             if along:
-                grown = new.new_empty(batch, heads, width, capacity).transpose(2, 3)
+                grown = new.new_zeros(batch, heads, width, capacity).transpose(2, 3)
             else:
-                grown = new.new_empty(batch, heads, capacity, width)
+                grown = new.new_zeros(batch, heads, capacity, width)
             if buffer is not None:
                 grown[:, :, : self.length] = buffer[:, :, : self.length]
             buffer = grown
@@ -90,6 +94,11 @@ class ConversationCache(Cache):
         del self.content[length:]
         for layer in self.layers:
             layer.truncate(length)
+
+    def clear(self) -> None:
+        """Forget everything, and give the buffers back."""
+        self.content.clear()
+        self.layers.clear()
 
     def repeated(self, times: int) -> DynamicCache:
         """A copy with ``times`` equal rows, for beam search."""

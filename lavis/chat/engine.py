@@ -118,10 +118,12 @@ class ChatEngine:
                 cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                row_length=len(content),
             )
             cache.content.extend(content[start:])
             logits: Tensor = output.logits[0, -1].float()
         if bool(logits.isnan().any()):
+            cache.clear()  # whatever is in there must not spoil what follows
             raise WeightsError(
                 "the language model's output is not a number: its weights are damaged, or its "
                 "precision is too small (model.llm_precision: bf16 or fp32 instead of fp16)"

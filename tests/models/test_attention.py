@@ -57,20 +57,20 @@ def test_a_prefix_and_half_precision(dtype: torch.dtype, prefix: int, lengths: l
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("new", [1, 7, 64])
 @pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("along", [True, False])
-def test_a_turn_of_chat(dtype: torch.dtype, new: int, padding: int, along: bool) -> None:
+@pytest.mark.parametrize("room", [0, 56])
+def test_a_turn_of_chat(dtype: torch.dtype, new: int, padding: int, room: int) -> None:
     """Few queries after a long past: as products what the fused kernel gives, padding included."""
     batch, heads, width, length = 1 + (padding > 0), 4, 16, 200
     draw = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(batch, heads, n, width, generator=draw).to(dtype) for n in (new, length, length)
     )
-    if along:
-        k = k.transpose(2, 3).contiguous().transpose(2, 3)
+    along = F.pad(k, (0, 0, 0, room), value=3.0).transpose(2, 3).contiguous().transpose(2, 3)
+    roomy = F.pad(v, (0, 0, 0, room), value=7.0)
     mask = torch.ones(batch, 1, new, length, dtype=torch.bool).tril_(length - new)
     mask[0, ..., :padding] = False
     module, given = torch.nn.Identity(), None if new == 1 and not padding else mask
-    got, _ = packed_attention(module, q, k, v, given, scaling=0.25)
+    got, _ = packed_attention(module, q, along, roomy, given, scaling=0.25, row_length=length)
     wanted = F.scaled_dot_product_attention(
         q.float(), k.float(), v.float(), attn_mask=mask, scale=0.25
     )
