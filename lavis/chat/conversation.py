@@ -175,7 +175,7 @@ class Conversation:
         with self._lock:
             self.clear_history()
             self.waiting = []
-            self._cache = ConversationCache()
+            self._cache.clear()
 
     def cancel(self) -> None:
         """End an answer that is being made; what there is of it stays."""
@@ -337,8 +337,7 @@ class Answer(Iterator[str]):
         for token in found:
             if not self.finished:
                 piece += self._add(token)
-        if not self.finished and self._cancelled.is_set():
-            self.finished = True
+        self.finished = True  # without a stop: cancelled
         return piece
 
     def _add(self, token: int) -> str:

@@ -143,8 +143,7 @@ class ChatEngine:
         Args:
             stopped: asked at every token whether to end with the best answer so far.
         """
-        if len(content) > 1:
-            self.extend(cache, content[:-1], images)
+        self.extend(cache, content[:-1], images)
         with self._lock, torch.no_grad():
             last = self._embed(content[-1:], images)
             # Transformers wants the whole prompt and computes what is not in the cache of it.

@@ -20,9 +20,9 @@ from lavis.chat.conversation import Answer
 from lavis.chat.engine import ChatEngine
 from lavis.chat.settings import ChatSettings
 from lavis.chat.web_guard import MAX_FILE_BYTES, MAX_FILES, Guard, Uploads, client_of
-from lavis.chat.web_page import CSS, EXAMPLES, SETTINGS, Page, chat_html, theme
+from lavis.chat.web_page import CSS, EXAMPLES, SETTINGS, WHOLE, Page, chat_html, theme
 from lavis.chat.web_sessions import Session, Sessions, history, strip
-from lavis.chat.web_texts import LANGUAGES, TEXTS, accepted_language
+from lavis.chat.web_texts import TEXTS, accepted_language
 from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.images import open_image
 
@@ -31,7 +31,6 @@ MAX_PIXELS = 50_000_000
 MAX_BEAMS = 8
 MAX_QUEUED = 64
 _EVERY = 0.05  # seconds between two updates of a growing answer
-_WHOLE = ("top_k", "max_new_tokens", "seed", "num_beams")
 
 
 class WebChat:
@@ -272,7 +271,7 @@ class WebChat:
 
     def _settings(self, values: tuple[Any, ...], texts: dict[str, str]) -> dict[str, Any]:
         chosen = dict(zip(SETTINGS, values, strict=True))
-        for name in _WHOLE:
+        for name in WHOLE:
             value = chosen[name]
             if isinstance(value, float):
                 if not value.is_integer():
@@ -371,6 +370,3 @@ def _names(uploaded: str) -> list[str]:
         names = [uploaded]
     names = names if isinstance(names, list) else [names]
     return [name if isinstance(name, str) else "" for name in names[:MAX_FILES]]
-
-
-__all__ = ["LANGUAGES", "WebChat"]

@@ -15,7 +15,7 @@ SETTINGS = (
     "do_sample", "temperature", "top_p", "top_k",
     "repetition_penalty", "max_new_tokens", "seed", "num_beams",
 )  # fmt: skip
-_WHOLE = ("top_k", "max_new_tokens", "seed", "num_beams")
+WHOLE = ("top_k", "max_new_tokens", "seed", "num_beams")
 
 EXAMPLES = {
     path.name: path
@@ -119,7 +119,7 @@ class Page:
                 kind: Any = gr.Checkbox if name == "do_sample" else gr.Number
                 extra: dict[str, Any] = {}
                 if kind is gr.Number:
-                    extra = {"step": 1 if name in _WHOLE else 0.05}
+                    extra = {"step": 1 if name in WHOLE else 0.05}
                 made[name] = kind(
                     value=value, label=texts[name], min_width=150, elem_id=f"set-{name}", **extra
                 )

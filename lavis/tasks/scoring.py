@@ -76,9 +76,7 @@ def predict(
         DataError: an image cannot be read.
     """
     records = dataset.records
-    source = list(range(len(records)))
-    if blind:
-        source = _shuffled(records, seed)
+    source = _shuffled(records, seed) if blind else range(len(records))
     predictions: dict[int, Prediction] = {}
     # Prompts of like length are answered together, so that little is padded.
     prompts = [model.encoder.prompt(dataset.turns(r)[:-1]) for r in records]
