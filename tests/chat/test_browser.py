@@ -99,6 +99,9 @@ def choose(page: Any, **settings: Any) -> None:
             box.set_checked(value)
         else:
             box.fill(str(value))
+            box.blur()
+    # The page takes a value over in its own time: let it be idle once before it is sent.
+    page.evaluate("() => new Promise(done => requestIdleCallback(() => setTimeout(done, 300)))")
 
 
 def test_ask_undo_and_show_a_second_image(visit: Any) -> None:
