@@ -16,10 +16,13 @@ help:
 	@echo "make toybox  make the toybox's weights ($(ASSETS)) again, from nothing: an hour and more"
 	@echo "make clean   remove .venv and caches"
 
-$(VENV)/.installed: pyproject.toml requirements.txt
+# The demo needs little; what the tests and the toybox's making need on top comes with them.
+$(VENV)/.installed: EXTRAS = evaluation
+$(VENV)/.installed-dev: EXTRAS = dev
+$(VENV)/.installed $(VENV)/.installed-dev: pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
-	@touch $@
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $(VENV)/.installed $@
 
 # train.py's last line is the path of its last checkpoint; it is kept under the run's name.
 train = mkdir -p $(TOYBOX) && $(BIN)/python train.py --cfg-path lavis/projects/toybox/$(1).yaml \
@@ -39,7 +42,7 @@ demo: $(VENV)/.installed
 
 # The toybox from nothing. Every stage leaves a file, so a second `make toybox` goes on where the
 # first one stopped. The two language models learn side by side, a thread each.
-toybox: $(VENV)/.installed
+toybox: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(MAKE) -j 2 $(TOYBOX)/first/llm/config.json $(ASSETS)/llm/config.json
 	$(MAKE) $(ASSETS)/scores.json
 
@@ -87,11 +90,11 @@ $(ASSETS)/scores.json: $(ASSETS)/blip2.pth $(ASSETS)/llm/config.json
 test: lint types
 	$(BIN)/python -m pytest -n $(TEST_WORKERS)
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed
+types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 clean:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lavis.common.config import add_config_arguments
 from lavis.common.errors import ConfigError, LavisError
+from lavis.common.packages import check_packages
 
 REPOSITORY = Path(__file__).parents[2]
 TOYBOX = REPOSITORY / "examples" / "toybox"
@@ -21,6 +22,9 @@ TOYBOX = REPOSITORY / "examples" / "toybox"
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit: 2 for an error the user can mend, 130 for Ctrl-C.
+
+    Packages of untried versions are refused first: an older Transformers takes this package's
+    calls without a word and computes something else.
 
     What goes to a file or a pipe is UTF-8, whatever the locale says. A terminal gets what it can
     show.
@@ -31,6 +35,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
             own = stream.isatty() and not ascii_only
             stream.reconfigure(encoding=None if own else "utf-8", errors="replace")
     try:
+        check_packages()
         status = main()
     except LavisError as error:
         where = "" if is_main_process() else f" (process {os.environ['RANK']})"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lavis.common.config import default_model_config
 from lavis.common.errors import WeightsError
+from lavis.common.packages import check_packages
 from lavis.common.paths import is_file
 from lavis.common.registry import MODELS, PROCESSORS
 from lavis.common.schema import Config, SplitProcessors
@@ -76,6 +77,7 @@ def load_model_and_preprocess(
 def _build(
     config: Config, is_eval: bool, device: str | torch.device, checkpoint: str | Path | None
 ) -> MiniGPT4Qwen:
+    check_packages()
     config.model.check_files(config.env.cache_root)  # before PyTorch is imported
     if checkpoint is not None and not is_file(Path(checkpoint)):
         raise WeightsError(f"no checkpoint {checkpoint}")
