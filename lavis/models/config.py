@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.packages import check_packages
 from lavis.common.paths import cache_path, require
 from lavis.common.schema import ModelConfig
 from lavis.common.typed import only, require_range
@@ -195,11 +196,16 @@ class MiniGPT4QwenConfig(ModelConfig):
             yield require(self.path("finetuned", cache_root), "model.finetuned", WeightsError)
 
     def check_files(self, cache_root: str) -> None:
-        """Check every path before any weight is read.
+        """Check every path, and the packages that some settings need, before any weight is read.
 
         Raises:
-            WeightsError: one is missing.
+            WeightsError: a file is missing.
+            ConfigError: a package is.
         """
+        if self.get_lora:
+            check_packages("lora", "model.get_lora: true")
+        if self.llm_device_map == "auto":
+            check_packages("multi-gpu-chat", "model.llm_device_map: auto")
         for _ in self.files(cache_root):
             pass
 

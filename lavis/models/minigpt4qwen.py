@@ -312,11 +312,7 @@ def _dispatch(llm: nn.Module) -> None:
         if torch.cuda.is_available():
             llm.to("cuda")
         return
-    try:
-        from accelerate import dispatch_model, infer_auto_device_map
-    except ImportError as error:
-        raise ConfigError(
-            "model.llm_device_map: auto needs Accelerate: pip install 'accelerate>=1.0'"
-        ) from error
+    from accelerate import dispatch_model, infer_auto_device_map
+
     device_map = infer_auto_device_map(llm, no_split_module_classes=["Qwen2DecoderLayer"])
     dispatch_model(llm, device_map)

@@ -166,15 +166,9 @@ def new_llm(
 
 
 def add_lora(llm: Qwen2ForCausalLM, options: LoraOptions) -> None:
-    """Put trainable low-rank adapters on the query and value projections, in place.
+    """Put trainable low-rank adapters on the query and value projections, in place."""
+    from peft import LoraConfig, inject_adapter_in_model
 
-    Raises:
-        ConfigError: PEFT is not installed.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError("model.get_lora needs PEFT: pip install 'peft>=0.17'") from error
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,
