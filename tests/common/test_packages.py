@@ -57,7 +57,7 @@ def test_a_missing_package_of_an_extra_names_the_extra(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError) as caught:
         check_packages("lora", "model.get_lora: true")
     assert str(caught.value) == (
-        "model.get_lora: true needs peft>=0.17, which is not installed. Install with: "
+        "model.get_lora: true needs peft>=0.18, which is not installed. Install with: "
         "pip install -e '.[lora]'"
     )
 
@@ -66,7 +66,7 @@ def test_an_installed_copy_reads_its_metadata(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(packages, "_TOP", tmp_path)  # no pyproject.toml
-    wanted = ["torch>=2.14.1", 'peft>=0.17; extra == "lora"', 'av>=99; extra == "video"']
+    wanted = ["torch>=2.14.1", 'peft>=0.18; extra == "lora"', 'av>=99; extra == "video"']
     monkeypatch.setattr(metadata, "requires", lambda name: wanted)
     check_packages()
     check_packages("lora")
