@@ -11,11 +11,18 @@ image span, whose words' embeddings are added up;
 
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                           {"from": "gpt", "value": "A cat."}]}
+
+In both, ``images`` and ``videos`` are read as ``image`` and ``video``; in the first also Alpaca's
+``input``, which ends the question, and ``history``, pairs of earlier questions and answers. A key
+that would change what is learned and cannot be read makes its record unusable; others are named in
+the log.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +31,28 @@ from typing import Any
 from lavis.common.errors import DataError
 from lavis.common.paths import is_file
 from lavis.common.types import IMAGE_PLACEHOLDER, BadSample
-from lavis.processors.conversation import Turn
+from lavis.processors.conversation import SYSTEM_PROMPT, Turn
 
+logger = logging.getLogger(__name__)
 _NOT_JSON = (ValueError, RecursionError)  # what `json.loads` raises
 _IMAGE_SPAN = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
+_READ = ("id", "image", "images", "video", "videos", "words", "kind", "language", "system")
+_OWN = {
+    "minigpt4qwen": ("instruction", "output", "input", "history"),
+    "llava": ("conversations",),
+}  # keys of each format's turns, the first of which must be there
+_TURNS = {"minigpt4qwen": "a text or a list of texts", "llava": "a list of messages"}
+_FOREIGN = {
+    "messages": "turns with `role` and `content`",
+    "conversation": "turns of another format",
+    "chosen": "a pair of answers",
+    "rejected": "a pair of answers",
+    "tools": "tools",
+    "audio": "sound",
+    "audios": "sound",
+    "objects": "places in the image",
+    "bbox": "places in the image",
+}  # what would be lost
 
 
 @dataclass(frozen=True)
@@ -72,6 +97,7 @@ def read_annotations(
         DataError: if the file as a whole cannot be read.
     """
     to_record = _FORMATS[record_format]
+    unread: Counter[str] = Counter()
     for number, raw in _read_json(path):
         sample_id = f"{path.name}[{number}]"
         if isinstance(raw, dict) and "id" in raw:
@@ -80,9 +106,13 @@ def read_annotations(
             yield BadSample(sample_id, str(raw))
             continue
         try:
-            yield _check_media(to_record(sample_id, _object(raw), media_root))
+            unread.update(_check_keys(_object(raw), record_format))
+            yield _check_media(to_record(sample_id, raw, media_root))
         except DataError as error:
             yield BadSample(sample_id, str(error))
+    if unread:
+        listed = ", ".join(f"{key} ({count} records)" for key, count in unread.most_common(8))
+        logger.info("%s: keys that are not read: %s", path, listed)
 
 
 def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
@@ -91,6 +121,11 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
     if path.suffix.lower() == ".jsonl":
+        if text.lstrip().startswith("["):
+            raise DataError(
+                f"{path} holds a list, where a .jsonl file has an object on each line; rename it "
+                "to .json"
+            )
         return list(_read_lines(text))
     try:
         data = json.loads(text)
@@ -120,34 +155,92 @@ def _object(raw: Any) -> dict[str, Any]:
     return raw
 
 
-def _from_minigpt4qwen(sample_id: str, raw: dict[str, Any], root: Path | None) -> Record:
-    if "conversations" in raw and "instruction" not in raw:
+def _check_keys(raw: dict[str, Any], record_format: str) -> list[str]:
+    """The keys of a record that are not read.
+
+    Raises:
+        DataError: one of them would change what is learned.
+    """
+    own = _OWN[record_format]
+    given = [key for key, value in raw.items() if value not in (None, "", [], {})]
+    for other, keys in _OWN.items():
+        if other != record_format and keys[0] in raw and own[0] not in raw:
+            raise DataError(
+                f"has `{keys[0]}` but no `{own[0]}`: set the data set's format: {other}"
+            )
+    known = (*own, *_READ)
+    unread = [key for key in given if key not in known]
+    for key in unread:
+        if key in _FOREIGN or any(key in keys for keys in _OWN.values()):
+            raise DataError(
+                f"`{key}` ({_FOREIGN.get(key, 'turns')}) is not read in format {record_format} and "
+                f"would be lost; write it into {_names(own)}, or remove the key"
+            )
+    if own[0] not in raw:
         raise DataError(
-            "has `conversations` but no `instruction`: set the data set's format: llava"
+            f"`{own[0]}` must be {_TURNS[record_format]}, not None; the record has "
+            f"{_names(raw) or 'no keys'}, format {record_format} reads {_names(known)}"
         )
+    if raw.get("system") not in (None, "", SYSTEM_PROMPT):
+        raise DataError(
+            f"has a `system` prompt of its own, but every conversation begins with "
+            f"{SYSTEM_PROMPT!r}; write it into the question"
+        )
+    return unread
+
+
+def _names(keys: Iterable[str]) -> str:
+    return ", ".join(f"`{key!s:.30}`" for key in list(keys)[:12])
+
+
+def _from_minigpt4qwen(sample_id: str, raw: dict[str, Any], root: Path | None) -> Record:
     questions, answers = _texts(raw, "instruction"), _texts(raw, "output")
     if len(questions) != len(answers):
         raise DataError(f"{len(questions)} instructions but {len(answers)} outputs")
+    if more := raw.get("input"):
+        if not isinstance(more, str) or len(questions) > 1:
+            raise DataError(f"`input` must be a text, and `instruction` one too, not {more!r:.60}")
+        questions = [f"{questions[0]}\n{more}"]
     turns: list[Turn] = []
-    for question, answer in zip(questions, answers, strict=True):
-        turns += [Turn("user", question), Turn("assistant", answer)]
+    for pair in [*_history(raw), *zip(questions, answers, strict=True)]:
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     return _record(sample_id, turns, raw, root)
+
+
+def _history(raw: dict[str, Any]) -> list[tuple[str, str]]:
+    pairs = raw.get("history") or []
+    if not isinstance(pairs, list):
+        raise DataError(f"`history` must be a list of pairs of texts, not {pairs!r:.60}")
+    for pair in pairs:
+        whole = isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+        if not whole:
+            raise DataError(f"`history` must hold pairs [question, answer], not {pair!r:.60}")
+    return [(question, answer) for question, answer in pairs]
 
 
 def _from_llava(sample_id: str, raw: dict[str, Any], root: Path | None) -> Record:
     messages = raw.get("conversations")
     if not isinstance(messages, list) or not messages:
-        raise DataError("`conversations` must be a list of messages")
+        raise DataError(f"`conversations` must be {_TURNS['llava']}")
+    marks = ("<image>", "<video>") if raw.get("video") or raw.get("videos") else ("<image>",)
     turns: list[Turn] = []
     for i, message in enumerate(messages):
         expected = "human" if i % 2 == 0 else "gpt"
         source, text = _object(message).get("from"), _object(message).get("value")
         if source != expected or not isinstance(text, str):
+            why = ""
+            if source == "system":
+                why = f"; every conversation begins with {SYSTEM_PROMPT!r}, remove the message"
+            elif "role" in message or "content" in message:
+                why = "; it has `role` and `content`: rename them"
             raise DataError(
-                f"message {i} must have `from: {expected}` and a text `value`, not from {source!r}"
+                f"message {i} must have `from: {expected}` and a text `value`, not from "
+                f"{source!r:.30}{why}"
             )
         if expected == "human":
-            turns.append(Turn("user", text.replace("<image>", _IMAGE_SPAN)))
+            for mark in marks:
+                text = text.replace(mark, _IMAGE_SPAN)
+            turns.append(Turn("user", text))
         else:
             turns.append(Turn("assistant", text))
     if len(turns) % 2:
@@ -165,7 +258,7 @@ def _texts(raw: dict[str, Any], key: str) -> list[str]:
     value = raw.get(key)
     texts: list[Any] = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(t, str) for t in texts):
-        raise DataError(f"`{key}` must be a text or a list of texts, not {value!r:.60}")
+        raise DataError(f"`{key}` must be {_TURNS['minigpt4qwen']}, not {value!r:.60}")
     return texts
 
 
@@ -173,9 +266,11 @@ def _record(sample_id: str, turns: list[Turn], raw: dict[str, Any], root: Path |
     for number, turn in enumerate(turns):
         if turn.role == "assistant" and not turn.text.strip():
             raise DataError(f"the answer of turn {number // 2 + 1} is empty")
-    names = raw.get("image") or []
-    names = names if isinstance(names, list) else [names]
-    video = raw.get("video")
+    names = _media(raw, "image")
+    videos = _media(raw, "video")
+    if len(videos) > 1:
+        raise DataError(f"has {len(videos)} videos; one can be read")
+    video = videos[0] if videos else None
     for name in [*names, *([video] if video else [])]:
         if not isinstance(name, str):
             raise DataError(f"an image or video must be a file name, not {name!r:.60}")
@@ -191,9 +286,12 @@ def _record(sample_id: str, turns: list[Turn], raw: dict[str, Any], root: Path |
     media = 1 if video or words else len(names)
     if placeholders != media:
         what = "video" if video else "image" if media == 1 else "images"
+        llava = "conversations" in raw
+        mark = ("<video>" if video else "<image>") if llava else IMAGE_PLACEHOLDER
         raise DataError(
-            f"{placeholders} {IMAGE_PLACEHOLDER} placeholder{'s' * (placeholders != 1)} in the "
-            f"instruction but {media} {what}; the numbers must be equal"
+            f"{placeholders} {mark} placeholder{'s' * (placeholders != 1)} in the "
+            f"{'questions' if llava else 'instruction'} but {media} {what}; the numbers must be "
+            f"equal{_misspelt(turns) if not placeholders and not llava else ''}"
         )
     return Record(
         sample_id,
@@ -203,6 +301,21 @@ def _record(sample_id: str, turns: list[Turn], raw: dict[str, Any], root: Path |
         words=tuple(words),
         tags={k: raw[k] for k in ("kind", "language") if isinstance(raw.get(k), str)},
     )
+
+
+def _media(raw: dict[str, Any], key: str) -> list[Any]:
+    """Files of ``key`` or of its plural, one or a list."""
+    one, many = raw.get(key) or [], raw.get(f"{key}s") or []
+    if one and many and one != many:
+        raise DataError(f"has both `{key}` and `{key}s`; give one of them")
+    files = one or many
+    return files if isinstance(files, list) else [files]
+
+
+def _misspelt(turns: Iterable[Turn]) -> str:
+    tags = ("<image>", "<video>", "<ImageHere", "<imagehere>", "<|image_pad|>", "<img>")
+    found = next((tag for tag in tags for t in turns if tag in t.text), None)
+    return f" ({found} is no placeholder; write {IMAGE_PLACEHOLDER})" if found else ""
 
 
 def _check_media(record: Record) -> Record:

@@ -13,7 +13,7 @@ from lavis.common.schema import DatasetConfig, PreprocessConfig, ProcessorConfig
 from lavis.common.types import BadSample
 from lavis.datasets.annotations import Record, read_annotations
 from lavis.datasets.instruction import InstructionDataset
-from lavis.datasets.lengths import count_tokens
+from lavis.datasets.lengths import Length, count_tokens
 from lavis.processors.config import BaseInstructionConfig
 from lavis.processors.conversation import ConversationEncoder
 
@@ -89,11 +89,11 @@ class InstructionBuilder:
         )
         good: list[Record] = []
         bad: list[BadSample] = []
-        lengths: list[int] = []
+        lengths: list[Length] = []
         for path in self._annotation_files(split):
             records = list(read_annotations(path, media_root, self.config.format))
             readable = [r for r in records if isinstance(r, Record)]
-            counts = iter(count_tokens(readable, dataset, path))
+            counts = iter(count_tokens(readable, dataset, path.name))
             for record in records:
                 if isinstance(record, BadSample):
                     bad.append(record)
@@ -103,7 +103,14 @@ class InstructionBuilder:
                     good.append(record)
                     lengths.append(count)
         report_bad(self.name, split, good, bad, on_bad)
-        dataset.records, dataset.lengths = good, tuple(lengths)
+        if cut := [n for n in lengths if n.cut]:
+            logger.warning(
+                "datasets.%s, %s: %d of %d records are longer than model.max_txt_len %d: %d tokens "
+                "and %d whole answers at their ends are left out",
+                self.name, split, len(cut), len(good), encoder.max_txt_len,
+                sum(n.cut for n in cut), sum(n.cut_answers for n in cut),
+            )  # fmt: skip
+        dataset.records, dataset.lengths = good, tuple(n.kept for n in lengths)
         return dataset
 
     @property
@@ -125,8 +132,9 @@ class InstructionBuilder:
         return chosen
 
     def _text(self, train: bool) -> ProcessorConfig:
-        own = self.config.text_processor
-        return (own.train if train else own.eval) or BaseInstructionConfig("base_instruction")
+        own, default = self.config.text_processor, self.preprocess.text_processor
+        chosen = (own.train or default.train) if train else (own.eval or default.eval)
+        return chosen or BaseInstructionConfig("base_instruction")
 
 
 def report_bad(

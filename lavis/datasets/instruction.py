@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from lavis.datasets.annotations import Record
 from lavis.datasets.features import CachedFeatures
 from lavis.datasets.media import count_frames, frame_indices, open_frames
 from lavis.processors.conversation import ConversationEncoder, Turn
+from lavis.processors.text import process_around_images
 
 
 class InstructionDataset(Dataset[Sample | BadSample]):
@@ -105,12 +107,13 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         if record.video is not None:
             images = len(frame_indices(count_frames(record.video), self.max_frames))
             turns = record.with_frames(images)
-        turns = [Turn(r, self.text_processor(x)) if r == "user" else Turn(r, x) for r, x in turns]
+        process = partial(process_around_images, self.text_processor)
+        turns = [Turn(r, process(x)) if r == "user" else Turn(r, x) for r, x in turns]
         left = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns if t.role == "user")
         if left != images:
             raise DataError(
-                f"the text processor leaves {left} of {images} image placeholders; "
-                "use base_instruction"
+                f"the text processor leaves {left} of {images} image placeholders: an image stands "
+                "past its max_words, or it removes them; use base_instruction"
             )
         return turns
 

@@ -1,57 +1,48 @@
-"""Tokens of every record, counted once: in parallel, and kept on disk by content."""
+"""Tokens of every record, counted in parallel before a run begins."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import multiprocessing
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-import lavis
 from lavis.common.errors import DataError
-from lavis.common.paths import user_cache
 from lavis.datasets.annotations import Record
 from lavis.datasets.instruction import InstructionDataset
 
-logger = logging.getLogger(__name__)
 _PARALLEL_FROM = 20_000  # records; fewer are counted before other processes have started
 
-Counted = list[int | str]
-"""Tokens of each record, or why it cannot be used."""
+
+class Length(NamedTuple):
+    """Tokens of a record.
+
+    Attributes:
+        kept: that are trained on.
+        cut: that lie past ``model.max_txt_len``.
+        cut_answers: answers that lie wholly among these.
+    """
+
+    kept: int
+    cut: int
+    cut_answers: int
 
 
-def count_tokens(records: Sequence[Record], dataset: InstructionDataset, path: Path) -> Counted:
-    """Encode every record to learn its length, or read the lengths of an earlier run.
-
-    Kept in the user's cache under a name that is a hash of all that they depend on: the annotation
-    file, which of its records can be read, the vocabulary, the encoder's and the text processor's
-    settings and this package's version. A video's length depends on the video, and a third party's
-    text processor on its code, so these are counted anew.
+def count_tokens(
+    records: Sequence[Record], dataset: InstructionDataset, name: str
+) -> list[Length | str]:
+    """Encode every record to learn its length.
 
     Args:
-        records: of the annotation file ``path``, in order.
         dataset: encodes them.
+        name: of their file, for the progress bar.
+
+    Returns:
+        For each record its length, or why it cannot be used.
     """
-    kept = None
-    own = type(dataset.text_processor).__module__.startswith("lavis.")
-    if own and not any(r.video for r in records):
-        kept = user_cache() / "lengths" / f"{_fingerprint(records, dataset, path)}.json"
-        counted = _read(kept, len(records))
-        if counted is not None:
-            return counted
-    counted = _count(records, dataset, path.name)
-    if kept is not None:
-        _write(kept, counted)
-    return counted
-
-
-def _count(records: Sequence[Record], dataset: InstructionDataset, name: str) -> Counted:
     global _dataset
     _dataset = dataset
     bar = partial(tqdm, desc=f"checking {name}", unit=" records", total=len(records))
@@ -65,46 +56,9 @@ def _count(records: Sequence[Record], dataset: InstructionDataset, name: str) ->
 _dataset: InstructionDataset
 
 
-def _length(record: Record) -> int | str:
+def _length(record: Record) -> Length | str:
     try:
-        return len(_dataset.encode(record).input_ids)
+        encoded = _dataset.encode(record)
     except DataError as error:
         return str(error)
-
-
-def _fingerprint(records: Sequence[Record], dataset: InstructionDataset, path: Path) -> str:
-    encoder = dataset.encoder
-    settings = [
-        lavis.__version__,
-        encoder.num_query_token,
-        encoder.max_txt_len,
-        encoder.label_mask,
-        encoder.system,
-        type(dataset.text_processor).__qualname__,
-        repr(getattr(dataset.text_processor, "config", None)),
-    ]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for file in (encoder.tokenizer.path, path):
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    for record in records:  # images come and go, and `format` says how a record is read
-        digest.update(repr((record.sample_id, record.turns)).encode())
-    return digest.hexdigest()[:32]
-
-
-def _read(path: Path, count: int) -> Counted | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(content, list) and len(content) == count
-    return content if whole and all(isinstance(x, int | str) for x in content) else None
-
-
-def _write(path: Path, counted: Counted) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(counted), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        logger.info("token counts are not kept for the next run: %s", error)
+    return Length(len(encoded.input_ids), encoded.cut_tokens, encoded.cut_answers)

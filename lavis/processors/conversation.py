@@ -81,15 +81,22 @@ class ConversationEncoder:
                 f"{spans[number - 1] + self.num_query_token}, past max_txt_len "
                 f"{self.max_txt_len}; raise model.max_txt_len or shorten the text before it"
             )
-        if not any(answers[: self.max_txt_len]):
-            first = answers.index(True) if True in answers else None
+        kept = set(answers[: self.max_txt_len]) - {0}
+        if not kept:
+            first = next((i for i, answer in enumerate(answers) if answer), None)
             raise DataError(
                 "no answer to learn from: every answer is empty"
                 if first is None
                 else f"no answer to learn from: the first answer starts at token {first}, past "
                 f"max_txt_len {self.max_txt_len}; raise model.max_txt_len or shorten the question"
             )
-        return Encoded(ids[: self.max_txt_len], labels[: self.max_txt_len], len(spans))
+        return Encoded(
+            ids[: self.max_txt_len],
+            labels[: self.max_txt_len],
+            len(spans),
+            cut_tokens=max(len(ids) - self.max_txt_len, 0),
+            cut_answers=len(set(answers) - {0} - kept),
+        )
 
     def constant_prefix(self) -> tuple[list[int], list[int]]:
         """Ids and labels that every conversation begins with, up to the user's first word."""
@@ -143,20 +150,20 @@ class ConversationEncoder:
             ids += self.tokenizer.encode_markup(part)
         return ids
 
-    def _render(self, turns: Sequence[Turn]) -> tuple[list[int], list[int], list[bool], list[int]]:
-        """Ids, labels, whether each id belongs to an answer, and where the images start."""
+    def _render(self, turns: Sequence[Turn]) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Ids, labels, the turn of the answer that each id belongs to (or 0), image starts."""
         t = self.tokenizer
         ids: list[int] = []
         labels: list[int] = []
-        answers: list[bool] = []
+        answers: list[int] = []
         spans: list[int] = []
 
-        def add(new: list[int], *, learn: bool = False, answer: bool = False) -> None:
+        def add(new: list[int], *, learn: bool = False, answer: int = 0) -> None:
             ids.extend(new)
             labels.extend(new if learn else [IGNORE_INDEX] * len(new))
             answers.extend([answer] * len(new))
 
-        for role, text in [("system", self.system), *turns]:
+        for number, (role, text) in enumerate([("system", self.system), *turns]):
             is_answer = role == "assistant"
             delimiters = self.label_mask == "chatml_delimiters"
             add([t.im_start_id], learn=delimiters)
@@ -165,7 +172,7 @@ class ConversationEncoder:
                 if i > 0:
                     spans.append(len(ids))
                     add(self._image())
-                add(t.encode(part), learn=is_answer, answer=is_answer)
+                add(t.encode(part), learn=is_answer, answer=number * is_answer)
             add([t.im_end_id, *t.newline_ids], learn=is_answer or delimiters)
         return ids, labels, answers, spans
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
+from lavis.common.types import IMAGE_PLACEHOLDER
 from lavis.processors.config import BaseInstructionConfig, BaseTextConfig, BlipCaptionConfig
 
 
@@ -37,6 +39,17 @@ class BlipCaption:
         text = re.sub(r"""([.!"()*#:;~])""", " ", text.lower())
         text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
         return self.config.prompt + _first_words(text, self.config.max_words)
+
+
+_IMAGES = re.compile(rf"(?:<Img>)?(?:{IMAGE_PLACEHOLDER})+(?:</Img>)?")
+_STAND_IN = "\ue000"  # no letter, no space, no punctuation: processors pass it on
+
+
+def process_around_images(processor: Callable[[str], str], text: str) -> str:
+    """Apply a text processor to a question, but not to what marks its images in it."""
+    images = iter(_IMAGES.findall(text))
+    processed = processor(_IMAGES.sub(_STAND_IN, text))
+    return re.sub(_STAND_IN, lambda _: next(images, _STAND_IN), processed)
 
 
 def _first_words(text: str, count: int) -> str:

@@ -272,3 +272,130 @@ def test_unreadable_file(media: Path, content: bytes, message: str) -> None:
 
 def test_empty_list(media: Path) -> None:
     assert read(media, []) == []
+
+
+# --- keys of other formats ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["images", "image"])
+@pytest.mark.parametrize("names", ["a.png", ["a.png"]])
+def test_images_is_image(media: Path, key: str, names: Any) -> None:
+    talk = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "A."}]
+    llava = {"conversations": talk}
+    for record, kind in (({"instruction": ASK, "output": "A."}, "minigpt4qwen"), (llava, "llava")):
+        (read_one,) = read(media, [{**record, key: names}], kind)
+        assert isinstance(read_one, Record)
+        assert read_one.images == (media / "a.png",)
+        assert read_one.turns == (Turn("user", ASK), Turn("assistant", "A."))
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<video>"])
+@pytest.mark.parametrize("videos", [{"video": "v.mp4"}, {"videos": ["v.mp4"]}])
+def test_a_video_of_llava_stands_at_its_mark(media: Path, mark: str, videos: Any) -> None:
+    talk = [{"from": "human", "value": f"{mark}\nWhat?"}, {"from": "gpt", "value": "A."}]
+    (record,) = read(media, [{**videos, "conversations": talk}], "llava")
+    assert isinstance(record, Record)
+    assert record.video == media / "v.mp4"
+    assert record.turns[0].text == "<Img><ImageHere></Img>\nWhat?"
+
+
+def test_alpaca(media: Path) -> None:
+    record = {
+        "instruction": "Translate.",
+        "input": "A cat.",
+        "output": "猫。",
+        "history": [["Hi", "Hello."], ["Ready?", "Yes."]],
+        "system": "You are a helpful assistant.",
+    }
+    (read_one,) = read(media, [record])
+    assert isinstance(read_one, Record)
+    assert [t.text for t in read_one.turns] == [
+        "Hi", "Hello.", "Ready?", "Yes.", "Translate.\nA cat.", "猫。",
+    ]  # fmt: skip
+    plain = {
+        "instruction": "Translate.",
+        "output": "猫。",
+        "input": "",
+        "history": [],
+        "system": "",
+    }
+    (read_one,) = read(media, [plain])
+    assert isinstance(read_one, Record)
+    assert [t.text for t in read_one.turns] == ["Translate.", "猫。"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"system": "You translate."}, "has a `system` prompt of its own, but every conversation "),
+        ({"messages": [{"role": "user"}]}, "`messages` (turns with `role` and `content`) is not "),
+        ({"conversations": [1]}, "`conversations` (turns) is not read in format minigpt4qwen and "),
+        ({"audio": "a.wav"}, "`audio` (sound) is not read in format minigpt4qwen and would be "),
+        ({"tools": "[]"}, "`tools` (tools) is not read in format minigpt4qwen and would be lost; "),
+        ({"rejected": "no"}, "`rejected` (a pair of answers) is not read in format minigpt4qwen "),
+        ({"videos": ["v.mp4", "w.mp4"]}, "has 2 videos; one can be read"),
+        ({"image": "a.png", "images": ["猫.png"]}, "has both `image` and `images`; give one of "),
+        ({"history": ["Hi", "Hello"]}, "`history` must hold pairs [question, answer], not 'Hi'"),
+        ({"history": "Hi"}, "`history` must be a list of pairs of texts, not 'Hi'"),
+        ({"input": ["a"]}, "`input` must be a text, and `instruction` one too, not ['a']"),
+        ({"image": "a.png", "instruction": "<image> q"}, "0 <ImageHere> placeholders in the "
+         "instruction but 1 image; the numbers must be equal (<image> is no placeholder; write "),
+    ],
+)  # fmt: skip
+def test_keys_that_would_be_lost(media: Path, more: Any, message: str) -> None:
+    assert reason(media, {"instruction": "q", "output": "a", **more}).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"query": "q", "response": "a"}, "`instruction` must be a text or a list of texts, not "
+         "None; the record has `query`, `response`, format minigpt4qwen reads `instruction`, "),
+        ({"messages": [{"role": "user", "content": "q"}]}, "`messages` (turns with `role` and `co"),
+    ],
+)  # fmt: skip
+def test_a_record_of_another_format_lists_what_it_has(
+    media: Path, record: Any, message: str
+) -> None:
+    assert reason(media, record).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("talk", "more", "message"),
+    [
+        ([("system", "Be kind."), ("human", "q"), ("gpt", "a")], {}, "message 0 must have `from: "
+         "human` and a text `value`, not from 'system'; every conversation begins with 'You are "),
+        ([("human", "q"), ("gpt", "a")], {"image": "a.png"}, "0 <image> placeholders in the "
+         "questions but 1 image; the numbers must be equal"),
+        ([("human", "<image> q"), ("gpt", "a")], {}, "1 <image> placeholder in the questions but 0 "
+         "images; the numbers must be equal"),
+        ([("human", "q"), ("gpt", "a")], {"video": "v.mp4"}, "0 <video> placeholders in the "
+         "questions but 1 video; the numbers must be equal"),
+        ([("human", "q"), ("gpt", "a")], {"input": "x"}, "`input` (turns) is not read in format l"),
+    ],
+)  # fmt: skip
+def test_llava_speaks_of_its_own_marks(media: Path, talk: Any, more: Any, message: str) -> None:
+    said = [{"from": role, "value": text} for role, text in talk]
+    assert reason(media, {"conversations": said, **more}, "llava").startswith(message)
+
+
+def test_role_and_content_in_llava(media: Path) -> None:
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert reason(media, {"conversations": said}, "llava") == (
+        "message 0 must have `from: human` and a text `value`, not from None; it has `role` and "
+        "`content`: rename them"
+    )
+
+
+def test_other_keys_are_named_in_the_log(media: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        read(media, [{"instruction": "q", "output": "a", "source": "web", "none": None}] * 3)
+    assert caplog.messages == [
+        f"{media.parent / 'ann.json'}: keys that are not read: source (3 records)"
+    ]
+
+
+@pytest.mark.parametrize("text", ['[{"instruction": "q", "output": "a"}]', '\n[\n {"a": 1}\n]'])
+def test_a_list_in_a_jsonl_file(media: Path, text: str) -> None:
+    with pytest.raises(DataError, match=r"ann\.jsonl holds a list, where .*; rename it to \.json"):
+        read(media, text, name="ann.jsonl")

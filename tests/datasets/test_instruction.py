@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,13 @@ from lavis.datasets.builders import InstructionBuilder
 from lavis.datasets.collate import collate
 from lavis.datasets.instruction import InstructionDataset, augmentation_seed
 from lavis.datasets.plan import BatchPlan, PlanSampler
-from lavis.processors.config import BlipCaptionConfig, ImageEvalConfig, ImageTrainConfig
-from lavis.processors.conversation import ConversationEncoder
+from lavis.processors.config import (
+    BaseTextConfig,
+    BlipCaptionConfig,
+    ImageEvalConfig,
+    ImageTrainConfig,
+)
+from lavis.processors.conversation import ConversationEncoder, Turn
 
 ASK = "<Img><ImageHere></Img> a"
 
@@ -67,15 +73,24 @@ def builder(root: Path, *files: str, **block: Any) -> InstructionBuilder:
 
 
 def build(
-    root: Path, tokenizer: Any, *files: str, on_bad: str = "error", **block: Any
+    root: Path,
+    tokenizer: Any,
+    *files: str,
+    on_bad: str = "error",
+    max_txt_len: int = 64,
+    **block: Any,
 ) -> InstructionDataset:
-    encoder = ConversationEncoder(tokenizer, num_query_token=2, max_txt_len=64)
+    encoder = ConversationEncoder(tokenizer, num_query_token=2, max_txt_len=max_txt_len)
     return builder(root, *files, **block).build("train", encoder, train=True, seed=3, on_bad=on_bad)
 
 
 def add(root: Path, *records: dict[str, Any]) -> None:
     path = root / "ann.json"
     path.write_text(json.dumps(json.loads(path.read_text()) + list(records)))
+
+
+def write(root: Path, *records: dict[str, Any]) -> None:
+    (root / "ann.json").write_text(json.dumps(records))
 
 
 # --- samples --------------------------------------------------------------------------------
@@ -234,10 +249,58 @@ def test_image_damaged_after_the_check(root: Path, tokenizer: Any) -> None:
 
 
 def test_text_processor_that_loses_the_placeholder(root: Path, tokenizer: Any) -> None:
-    """Lower case turns ``<ImageHere>`` into ordinary text."""
-    lower = SplitProcessors(train=BlipCaptionConfig("blip_caption"))
-    with pytest.raises(DataError, match="the text processor leaves 0 of 1 image placeholders; use"):
-        build(root, tokenizer, text_processor=lower)
+    short = SplitProcessors(train=BaseTextConfig("base_text", max_words=1))
+    write(root, {"image": "0.png", "instruction": "WHAT is <ImageHere>?", "output": "a"})
+    with pytest.raises(DataError, match="the text processor leaves 0 of 1 image placeholders: an"):
+        build(root, tokenizer, text_processor=short)
+
+
+@pytest.mark.parametrize(
+    ("config", "question"),
+    [
+        (
+            BlipCaptionConfig("blip_caption", prompt="say: "),
+            "say: <Img><ImageHere></Img> what is it",
+        ),
+        (BaseTextConfig("base_text", max_words=3), "<Img><ImageHere></Img> what is"),
+    ],
+)
+def test_text_processors_leave_images_alone(
+    root: Path, tokenizer: Any, config: Any, question: str
+) -> None:
+    ask = "<Img><ImageHere></Img> What IS it"
+    write(root, {"image": "0.png", "instruction": ask, "output": "A Cat"})
+    dataset = build(root, tokenizer, text_processor=SplitProcessors(train=config))
+    assert dataset.turns(dataset.records[0]) == [Turn("user", question), Turn("assistant", "A Cat")]
+
+
+@pytest.mark.parametrize(("train", "question"), [(True, "what"), (False, "WHAT is it")])
+def test_the_models_text_processor_is_the_default(
+    root: Path, tokenizer: Any, train: bool, question: str
+) -> None:
+    write(root, {"instruction": "WHAT is it", "output": "a"})
+    image = SplitProcessors(train=ImageEvalConfig("blip_image_eval", 14))
+    image = SplitProcessors(image.train, image.train)
+    texts = SplitProcessors(train=BaseTextConfig("base_text", max_words=1))
+    made = replace(builder(root), preprocess=PreprocessConfig(image, texts))
+    encoder = ConversationEncoder(tokenizer, num_query_token=2)
+    dataset = made.build("train", encoder, train=train, seed=0, on_bad="error")
+    assert dataset.turns(dataset.records[0])[0].text == question
+
+
+def test_what_is_cut_is_told(root: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    write(
+        root,
+        {"instruction": ["a", "a", "a"], "output": ["b", "b" * 40, "b"]},
+        {"instruction": "a", "output": "b"},
+    )
+    whole = build(root, tokenizer, max_txt_len=999).lengths
+    assert not caplog.messages
+    assert build(root, tokenizer, max_txt_len=50).lengths == (50, whole[1])
+    assert caplog.messages == [
+        "datasets.demo, train: 1 of 2 records are longer than model.max_txt_len 50: "
+        f"{whole[0] - 50} tokens and 1 whole answers at their ends are left out"
+    ]
 
 
 # --- paths and settings ---------------------------------------------------------------------

@@ -145,8 +145,19 @@ def test_truncation_keeps_what_fits(tokenizer: Any, length: int) -> None:
     whole = encoder(tokenizer).encode(dialog("<ImageHere>a", "b"))
     cut = encoder(tokenizer, max_txt_len=length).encode(dialog("<ImageHere>a", "b"))
     assert len(whole.input_ids) == 36
-    assert cut == Encoded(whole.input_ids[:length], whole.labels[:length], 1)
+    lost = max(36 - length, 0)
+    assert cut == Encoded(whole.input_ids[:length], whole.labels[:length], 1, cut_tokens=lost)
     assert cut.labels[33] == B[0]
+
+
+@pytest.mark.parametrize(("length", "lost"), [(50, 0), (48, 0), (47, 1), (44, 1), (36, 1), (35, 1)])
+def test_answers_that_are_cut_are_counted(tokenizer: Any, length: int, lost: int) -> None:
+    """The second answer stands at 47 of 50 ids."""
+    talk = dialog("<ImageHere>a", "b", "a", "b")
+    whole = encoder(tokenizer).encode(talk)
+    assert (len(whole.input_ids), whole.labels[47], whole.cut_answers) == (50, B[0], 0)
+    cut = encoder(tokenizer, max_txt_len=length).encode(talk)
+    assert (cut.cut_tokens, cut.cut_answers) == (50 - length, lost)
 
 
 @pytest.mark.parametrize(
