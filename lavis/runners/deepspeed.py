@@ -40,8 +40,13 @@ class DeepSpeedStrategy(Strategy):
                 "run.on_nonfinite: skip does not work with ZeRO stages above 0, which have merged "
                 "a gradient before it can be taken back; use on_nonfinite: error or strategy: fsdp2"
             )
-        for section in ("optimizer", "train_batch_size"):
-            given.pop(section, None)  # the runner's
+        given.pop("optimizer", None)  # the runner's
+        whole = run.batch_size_train * run.accum_grad_iters * dist.world_size()
+        if given.pop("train_batch_size", "auto") not in ("auto", None, whole):
+            raise ConfigError(
+                "run.deepspeed_config.train_batch_size is not the batch_size_train * "
+                f"accum_grad_iters * processes of this run, {whole}; remove it"
+            )
         if self.stage == 0 and (fp16 or (given.get("bf16") or {}).get("enabled")):
             # Of a half-precision stage 0 DeepSpeed does not hand out whole moments.
             logger.info("ZeRO stage 0 in half precision runs as stage 1: the same numbers")
@@ -54,6 +59,11 @@ class DeepSpeedStrategy(Strategy):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+        try:
+            _import_deepspeed(device).DeepSpeedConfig(self.deepspeed_config)
+        except Exception as error:  # assertions, pydantic's and others
+            reason = " ".join(str(error).split("\n    For further")[0].split())
+            raise ConfigError(f"run.deepspeed_config: DeepSpeed refuses it: {reason}") from error
 
     def setup(self, model: nn.Module, groups: Groups) -> None:
         deepspeed = _import_deepspeed(self.device)
