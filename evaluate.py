@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from lavis.common.cli import print_once, run_cli, setup_logging
+from lavis.common.cli import output_folder, print_once, run_cli, setup_logging
 from lavis.common.config import add_config_arguments, load_config
-from lavis.common.errors import ConfigError
-from lavis.common.paths import require_checkpoint, require_writable, user_path
+from lavis.common.paths import require_checkpoint
 
 
 def main() -> int:
@@ -22,14 +20,13 @@ def main() -> int:
         "--baselines", action="store_true",
         help="also score shuffled images (blind) and an untrained projection",
     )  # fmt: skip
-    parser.add_argument("--out", type=user_path, default=Path("output/evaluation"), help="folder")
+    parser.add_argument("--out", type=output_folder, default="output/evaluation", help="folder")
     args = parser.parse_args()
     setup_logging()
     config = load_config(args.cfg_path, args.options)
     splits = tuple(dict.fromkeys(args.splits or ["test"]))
     if args.checkpoint is not None:
         args.checkpoint = require_checkpoint(args.checkpoint, "--checkpoint")
-    require_writable(args.out, "--out", ConfigError)
 
     from lavis.common.registry import TASKS
     from lavis.models.weights import open_pth

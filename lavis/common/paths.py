@@ -74,24 +74,31 @@ def require(path: Path, key: str, error: type[LavisError], *, directory: bool = 
     )
 
 
-def require_checkpoint(path: str | Path, key: str) -> Path:
-    """The checkpoint file that a user names.
+def require_checkpoint(path: str | Path, key: str = "") -> Path:
+    """Return the path of a checkpoint if it is a file.
+
+    Args:
+        key: dotted name of the setting that led here, if there is one, for the message.
 
     Raises:
-        WeightsError: it is missing; or it is a folder, whose newest checkpoint is offered.
+        WeightsError: it is missing, or a folder, in which the message offers the newest.
     """
-    path = user_path(path)
-    if is_file(path):
+    if is_file(path := user_path(path)):
         return path
-    if not _answers(path.is_dir):
-        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.pth")))
-        raise WeightsError(f"{key}: no checkpoint {path}{near}")
-    name = "checkpoint_*.pth"  # of a run's folder, or of the folder that holds runs
-    found = [p for pattern in (name, f"*/{name}") for p in path.glob(pattern)]
+    at = f"{key}: " if key else ""
+    if _answers(path.is_dir):
+        raise WeightsError(f"{at}{path} is a folder, not a checkpoint{_checkpoint_in(path)}")
+    near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.pth")))
+    raise WeightsError(f"{at}no checkpoint {path}{near}")
+
+
+def _checkpoint_in(folder: Path) -> str:
+    """What to name in place of a run's folder, or of the folder that holds runs."""
+    found = [*folder.glob("checkpoint_*.pth"), *folder.glob("*/checkpoint_*.pth")]
     if not found:
-        raise WeightsError(f"{key}: {path} is a folder without any {name}; name a .pth file")
-    best = max(found, key=lambda p: (p.name == "checkpoint_latest.pth", p.stat().st_mtime))
-    raise WeightsError(f"{key}: {path} is a folder; its newest checkpoint is {best}, name that")
+        return ", and holds no checkpoint_*.pth"
+    latest = max(found, key=lambda p: (p.name == "checkpoint_latest.pth", p.stat().st_mtime))
+    return f"; it holds {latest}"
 
 
 def require_writable(
@@ -102,24 +109,23 @@ def require_writable(
     Raises:
         LavisError: the message names what is in the way.
     """
+    at = f"{key}: " if key else ""
     if not directory and _answers(target.is_dir):
-        raise error(f"{key}: {target} is a folder; name a file")
-    folder = (target if directory else target.parent).absolute()
-    nearest = folder
+        raise error(f"{at}{target} is a folder; name a file")
+    folder = nearest = (target if directory else target.parent).absolute()
     try:
         while not os.path.lexists(nearest):
             nearest = nearest.parent
         if not nearest.is_dir():
-            link = nearest.is_symlink()
-            kind = f"a link to {os.readlink(nearest)}, no folder" if link else "a file"
-            raise error(f"{key}: {target} cannot be a folder, since {nearest} is {kind}")
+            kind = f"a link to {nearest.readlink()}" if nearest.is_symlink() else "a file"
+            raise error(f"{at}{folder} cannot be a folder, since {nearest} is {kind}")
         for part in folder.relative_to(nearest).parts:
             with suppress(FileNotFoundError):
                 (nearest / part).lstat()  # or its name is too long
         with tempfile.TemporaryFile(dir=nearest):  # asks for more than the permission bits say
             pass
     except (OSError, ValueError) as reason:
-        raise error(f"{key}: {target} cannot be written: {reason}") from reason
+        raise error(f"{at}{target} cannot be written: {reason}") from reason
 
 
 def _answers(probe: Callable[[], bool]) -> bool:

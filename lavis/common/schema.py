@@ -291,6 +291,23 @@ class Config:
         ratios = self.run.train_dataset_ratios
         return None if ratios is None else tuple(ratios[name] for name in self.datasets)
 
+    def check_image_size(self, path: str, processor: ProcessorConfig | None) -> None:
+        """Check that the model takes what an image processor gives.
+
+        Args:
+            path: dotted name of the processor.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        wanted = getattr(self.model, "image_size", None)
+        size = getattr(processor, "image_size", wanted)
+        if size != wanted:
+            raise ConfigError(
+                f"{self.source}: {path}.image_size is {size}, but model.image_size is {wanted}; "
+                "they must be equal"
+            )
+
     def __post_init__(self) -> None:
         ratios = self.run.train_dataset_ratios
         if ratios is None:

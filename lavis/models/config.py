@@ -134,7 +134,9 @@ class MiniGPT4QwenConfig(ModelConfig):
                 f"image_size {self.image_size} is not divisible by vit_config.patch_size "
                 f"{self.vit_config.patch_size}"
             )
-        require_range(self, 1, "image_size", "num_query_token", "max_txt_len", "lora_r", "lora_alpha")
+        require_range(
+            self, 1, "image_size", "num_query_token", "max_txt_len", "lora_r", "lora_alpha"
+        )
         require_range(self, 0, "drop_path_rate", "lora_dropout", below=1)
         require_range(self, 0, "llm_embedding_std")
         if self.load_finetuned and not self.finetuned:

@@ -124,7 +124,9 @@ class MiniGPT4Qwen(TrainingStep, GenerationMixin, VisionSide):
         """
         encoder = cls.build_encoder(config, cache_root)
         need_file = not config.is_from_scratch("llm")
-        spec = read_spec(config.path("llm_model", cache_root), config.llm_config, need_file=need_file)
+        spec = read_spec(
+            config.path("llm_model", cache_root), config.llm_config, need_file=need_file
+        )
         _check_fit(config, spec, encoder.tokenizer)
         return encoder, spec, resolve_qformer(config, cache_root)
 

@@ -42,9 +42,7 @@ class ImageTextPretrainTask:
     _features: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     metric: ClassVar[Metric] = Metric("valid_loss", higher_is_better=False)
 
-    def check_paths(
-        self, splits: Sequence[str] | None = None, trained: Sequence[str] = ()
-    ) -> None:
+    def check_paths(self, splits: Sequence[str] | None = None, trained: Sequence[str] = ()) -> None:
         """Check all settings, and that every file that the run needs exists.
 
         Args:
@@ -64,9 +62,14 @@ class ImageTextPretrainTask:
             self._check_run()
         for builder in self._builders():
             builder.check_paths((*trained, *splits))
-        self._check_image_sizes(train=bool(trained), evaluate=bool(splits))
+        for side in ("train",) * bool(trained) + ("eval",) * bool(splits):
+            for name, block in config.datasets.items():
+                own = getattr(block.vis_processor, side)
+                path = f"{f'datasets.{name}' if own else 'preprocess'}.vis_processor.{side}"
+                default = getattr(config.preprocess.vis_processor, side)
+                config.check_image_size(path, own or default)
         self._check_packages()
-        self._check_model(answers=bool(splits))
+        self._check_model(answers=run.evaluate or bool({*splits} - {*run.valid_splits}))
         if run.feature_cache.enabled:
             FeatureCache(config).check()
 
@@ -215,10 +218,7 @@ class ImageTextPretrainTask:
     def _check_packages(self) -> None:
         run = self.config.run
         deepspeed = run.strategy == "deepspeed" or run.runner == "deepspeed_runner"
-        lora = getattr(self.config.model, "get_lora", False)
-        for wanted, package in (
-            (deepspeed, "deepspeed"), (run.wandb_project, "wandb"), (lora, "peft"),
-        ):  # fmt: skip
+        for wanted, package in ((deepspeed, "deepspeed"), (run.wandb_project, "wandb")):
             if wanted and find_spec(package) is None:
                 raise ConfigError(
                     f"this run needs {package}: pip install 'lavis-minigpt4qwen[{package}]', or "
@@ -233,26 +233,8 @@ class ImageTextPretrainTask:
         if describe is None:
             return
         _, spec, _ = describe(model, root)
-        tokens = self.config.run.max_new_tokens
-        if answers and tokens >= spec.context:
-            raise ConfigError(
-                f"run.max_new_tokens is {tokens}, which leaves no room for a question in this "
-                f"language model's context of {spec.context} tokens"
-            )
-
-    def _check_image_sizes(self, *, train: bool, evaluate: bool) -> None:
-        wanted = getattr(self.config.model, "image_size", None)
-        default = self.config.preprocess.vis_processor
-        for side in ["train"] * train + ["eval"] * evaluate:
-            for name, block in self.config.datasets.items():
-                own = getattr(block.vis_processor, side)
-                size = getattr(own or getattr(default, side), "image_size", wanted)
-                if size != wanted:
-                    section = f"datasets.{name}" if own else "preprocess"
-                    raise ConfigError(
-                        f"{self.config.source}: {section}.vis_processor.{side}.image_size is "
-                        f"{size}, but model.image_size is {wanted}; they must be equal"
-                    )
+        if answers:
+            spec.require_room(self.config.run.max_new_tokens, "run.max_new_tokens")
 
     def _builders(self) -> list[Any]:
         return [

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lavis.common.cli import run_cli, setup_logging
+from lavis.common.cli import output_folder, run_cli, setup_logging
 from lavis.common.config import load_config
-from lavis.common.errors import ConfigError, WeightsError
-from lavis.common.paths import require, require_checkpoint, require_writable, user_path
+from lavis.common.errors import WeightsError
+from lavis.common.paths import require, require_checkpoint
 from lavis.models.config import MiniGPT4QwenConfig
 from lavis.models.qwen import read_spec
 from lavis.models.weights import load_pickle
@@ -29,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="checkpoint_*.pth of a run")
     parser.add_argument(
-        "--out", required=True, type=user_path,
+        "--out", required=True, type=output_folder,
         help="folder to write: eva_vit_g.pth, blip2.pth, llm/, each if it was trained",
     )  # fmt: skip
     parser.add_argument("--dtype", default="fp16", choices=_DTYPES, help="default: %(default)s")
@@ -48,12 +48,11 @@ def export(checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
 
     Raises:
         WeightsError: the checkpoint is damaged, or holds no part as a whole.
-        ConfigError: the run's configuration is missing, or the folder cannot be written.
+        ConfigError: the run's configuration is missing.
     """
     checkpoint = require_checkpoint(checkpoint, "--checkpoint")
     config = load_config(checkpoint.parent / "config.yaml")
     assert isinstance(config.model, MiniGPT4QwenConfig)
-    require_writable(out, "--out", ConfigError)
     content = load_pickle(checkpoint)
     if not isinstance(content, dict) or "config" not in content or "model" not in content:
         raise WeightsError(f"{checkpoint} is not a checkpoint of a run")

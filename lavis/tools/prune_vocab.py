@@ -18,9 +18,9 @@ from typing import Any
 import regex
 from tqdm import tqdm
 
-from lavis.common.cli import run_cli, setup_logging
+from lavis.common.cli import output_file, run_cli, setup_logging
 from lavis.common.errors import DataError
-from lavis.common.paths import require, require_writable, user_path
+from lavis.common.paths import require, user_path
 from lavis.processors.conversation import SYSTEM_PROMPT
 from lavis.processors.tokenizer import SPLIT_PATTERN, normalize, read_ranks
 
@@ -29,14 +29,13 @@ def main() -> int:
     """Read a corpus and a vocabulary, write the pruned vocabulary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab", required=True, type=user_path, help="a qwen.tiktoken file")
-    parser.add_argument("--out", required=True, type=user_path, help="the file to write")
+    parser.add_argument("--out", required=True, type=output_file, help="the file to write")
     parser.add_argument(
         "--corpus", required=True, nargs="+", action="extend", type=user_path,
         help="texts: .json or .jsonl (every string value counts) or plain text",
     )  # fmt: skip
     args = parser.parse_args()
     setup_logging()
-    require_writable(args.out, "--out", DataError, directory=False)
     for path in args.corpus:
         require(path, "--corpus", DataError)
     ranks = read_ranks(args.vocab)
