@@ -70,9 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture()
-def fails(
-    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Fails:
+def fails(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
     """Run a command that must fail; return what it says."""
 
     def run(command: Any, *arguments: object) -> str:
@@ -128,9 +126,12 @@ SETTINGS = [  # (--options, the message)
     (f"run.output_dir=DATA/new/{LONG}", "cannot be written: [Errno 36] File name too long"),
     ("run.output_dir=/proc/none/a", "run.output_dir: /proc/none/a cannot be written: "),
     ("run.output_dir=~no-such-user/a", "run.output_dir: ~no-such-user/a: no such user has a home"),
-    ("run.output_dir=$HOME/a", "run.output_dir: $HOME/a: no shell has put in $HOME; in YAML and -"),
+    ("run.output_dir=$HOME/a", "run.output_dir: $HOME/a: for an environment variable write ${oc.e"),
     ("run.output_dir=${HOME}/a", "the environment variable is ${oc.env:HOME}"),
-    ("run.output_dir=123", "--options: run.output_dir must be a string, not 123 (int); text that l"),
+    (
+        "run.output_dir=123",
+        "--options: run.output_dir must be a string, not 123 (int); text that l",
+    ),
     ("run.output_dir=@a", """needs quotes: --options 'run.output_dir="@a"'"""),
 ]
 EVALUATED = [
@@ -210,9 +211,12 @@ def test_folders_of_features(fails: Fails) -> None:
 CHECKPOINTS = [
     ("DATA/none.pth", "no checkpoint DATA/none.pth"),
     ("DATA/runs/job/checkpoint_9.pth", "checkpoint_9.pth; did you mean 'checkpoint_0.pth'?"),
-    ("DATA/runs/job", "DATA/runs/job is a folder, not a checkpoint; it holds DATA/runs/job/checkpoi"),
+    (
+        "DATA/runs/job",
+        "DATA/runs/job is a folder, not a checkpoint; it holds DATA/runs/job/checkpoi",
+    ),
     ("DATA/other.pth", "DATA/other.pth is damaged"),
-    ("~no-such-user/a.pth", "~no-such-user/a.pth: no such user has a home folder here"),
+    ("~no-such-user/a.pth", "~no-such-user/a.pth: no such user has a home folder"),
 ]
 CHAT = (
     "--checkpoint", TOYBOX / "checkpoint.pth", "--image", TOYBOX / "image" / "scene.png",
@@ -239,7 +243,7 @@ def test_checkpoints(fails: Fails, data: Path, checkpoint: str, message: str) ->
         ("DATA/file", "argument --out: DATA/file cannot be a folder, since DATA/file is a file"),
         ("DATA/dangling/a", "argument --out: DATA/dangling/a cannot be a folder, since DATA/dangl"),
         (f"DATA/{LONG}", "File name too long"),
-        ("~no-such-user", "~no-such-user: no such user has a home folder here"),
+        ("~no-such-user", "~no-such-user: no such user has a home folder"),
     ],
 )
 def test_folders_to_write(fails: Fails, out: str, message: str) -> None:

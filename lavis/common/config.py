@@ -138,28 +138,15 @@ def _without_comment(text: str) -> str:
 
 
 class AddOptions(argparse.Action):
-    """Collects ``--options``, which may be given several times; ``const`` where it takes none."""
+    """Collects ``--options``, given once or several times, and refuses contradictions."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        """Add the settings.
-
-        Raises:
-            ConfigError: one of them has been given another value before.
-        """
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Add the settings, or ``const`` for an argument that takes none."""
         items = [*getattr(namespace, self.dest), *(values or self.const or ())]
         given: dict[str, str] = {}
-        for item in items:
-            key, _, value = item.partition("=")
+        for key, _, value in (item.partition("=") for item in items):
             if given.setdefault(key, value) != value:
-                raise ConfigError(
-                    f"--options: {key} is given twice, as {given[key]!r} and as {value!r}"
-                )
+                raise ConfigError(f"--options: {key} is given as {given[key]!r} and as {value!r}")
         setattr(namespace, self.dest, items)
 
 
@@ -280,16 +267,11 @@ def _apply_deepspeed_config(run: Any, where: Where) -> None:
 def _said_by_deepspeed(
     section: dict[str, Any], path: str, where: Where
 ) -> Iterator[tuple[str, str, Any]]:
-    """Key of ``run``, path and value of what a DeepSpeed section says; the rest is checked."""
+    """Key of ``run``, path and value of what a DeepSpeed section says about the step."""
 
     def part(of: dict[str, Any], path: str) -> dict[str, Any]:
         return convert(dict[str, Any], of.get(path.rpartition(".")[2], {}), path, where)
 
-    zero = part(section, f"{path}.zero_optimization")
-    convert(Literal[0, 1, 2, 3], zero.get("stage", 0), f"{path}.zero_optimization.stage", where)
-    for half in ("fp16", "bf16"):
-        enabled = part(section, f"{path}.{half}").get("enabled", False)
-        convert(bool, enabled, f"{path}.{half}.enabled", where)
     for theirs, ours in (
         ("gradient_accumulation_steps", "accum_grad_iters"),
         ("train_micro_batch_size_per_gpu", "batch_size_train"),

@@ -27,18 +27,12 @@ def user_path(text: str | Path) -> Path:
     Raises:
         ConfigError: there is no such user, or an environment variable was left to a shell.
     """
-    variable = re.match(r"\$(\w+)", str(text))
-    if variable and variable[1] in os.environ:
-        raise ConfigError(
-            f"{text}: no shell has put in ${variable[1]}; in YAML and --options write "
-            f"${{oc.env:{variable[1]}}}"
-        )
+    if re.match(r"\$\w", str(text)):
+        raise ConfigError(f"{text}: for an environment variable write ${{oc.env:NAME}}")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ConfigError(
-            f"{text}: no such user has a home folder here; ./{text} is below the working directory"
-        ) from error
+        raise ConfigError(f"{text}: no such user has a home folder (a file: ./{text})") from error
 
 
 def user_cache() -> Path:

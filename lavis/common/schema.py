@@ -103,11 +103,6 @@ class ModelConfig:
 
     arch: str
 
-    @property
-    def trained(self) -> tuple[str, ...] | None:
-        """The settings by which something is trained; ``None`` if the class does not know."""
-        return None
-
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
         return _selected(MODELS, str(data.get("arch", "")), f"{path}.arch", where)
@@ -292,14 +287,7 @@ class Config:
         return None if ratios is None else tuple(ratios[name] for name in self.datasets)
 
     def check_image_size(self, path: str, processor: ProcessorConfig | None) -> None:
-        """Check that the model takes what an image processor gives.
-
-        Args:
-            path: dotted name of the processor.
-
-        Raises:
-            ConfigError: it does not.
-        """
+        """Refuse the processor at a dotted path if the model does not take its images."""
         wanted = getattr(self.model, "image_size", None)
         size = getattr(processor, "image_size", wanted)
         if size != wanted:

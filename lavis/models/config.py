@@ -171,14 +171,14 @@ class MiniGPT4QwenConfig(ModelConfig):
         return tuple(setting for setting, is_frozen in frozen.items() if not is_frozen)
 
     @property
-    def trained(self) -> tuple[str, ...]:
-        """The settings by which something is trained."""
-        frozen = {
-            "freeze_proj: false": self.freeze_proj,
-            "freeze_llm: false": self.freeze_llm,
-            "get_lora: true": not self.get_lora,
-        }
-        return (*self.trained_vision, *(s for s, is_frozen in frozen.items() if not is_frozen))
+    def trains(self) -> bool:
+        """Whether any part is trained."""
+        return (
+            bool(self.trained_vision)
+            or not self.freeze_proj
+            or not self.freeze_llm
+            or self.get_lora
+        )
 
     def vision_files(self, cache_root: str) -> Iterator[Path]:
         """The weight files of the vision side, checked.

@@ -61,11 +61,7 @@ class QwenSpec:
     original: dict[str, Any]
 
     def require_room(self, new_tokens: int, key: str) -> None:
-        """Check that an answer leaves room for a question.
-
-        Raises:
-            ConfigError: naming the setting ``key``.
-        """
+        """Refuse a setting by which an answer leaves no room for a question."""
         if new_tokens >= self.context:
             raise ConfigError(
                 f"{key} {new_tokens} leaves no room for a question in this language model's "

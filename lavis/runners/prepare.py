@@ -80,15 +80,6 @@ def without_effect(config: Config, *, answers: bool) -> Iterator[str]:
     vit = not getattr(model, "freeze_vit", False) or getattr(model, "unfreeze_pos_embed", False)
     if run.lr_layer_decay != 1 and not vit:
         yield "run.lr_layer_decay: no effect, since the ViT is frozen"
-    if run.fsdp_cpu_offload and not (run.fsdp or run.strategy == "fsdp2"):
-        yield "run.fsdp_cpu_offload: no effect without run.strategy: fsdp2"
-    if run.memory_budget_gb is not None and run.recompute != "auto":
-        yield f"run.memory_budget_gb: no effect with run.recompute: {run.recompute}"
-    if run.world_size not in (1, world := dist.launched_world_size()):
-        yield (
-            f"run.world_size: no effect, {world} processes were started; start others with "
-            f"python -m torch.distributed.run --nproc_per_node={run.world_size}"
-        )
 
 
 def build_plan(config: Config, dataset: Any, content: dict[str, Any] | None) -> BatchPlan:

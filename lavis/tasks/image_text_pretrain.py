@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,12 +98,12 @@ class ImageTextPretrainTask:
         Raises:
             DataError: as :meth:`build_datasets`.
         """
-        run, parts = self.config.run, []
+        run, model = self.config.run, self.config.model
+        encoder = MODELS.get(model.arch).build_encoder(model, self.config.env.cache_root)
+        parts = []
         for builder in self._builders():
             parts.append(
-                builder.build(
-                    split, self._encoder, train=train, seed=run.seed, on_bad=run.on_bad_sample
-                )
+                builder.build(split, encoder, train=train, seed=run.seed, on_bad=run.on_bad_sample)
             )
             logger.info("datasets.%s, %s: %d samples", builder.name, split, len(parts[-1]))
             parts[-1].records = parts[-1].records[:limit]
@@ -200,14 +199,9 @@ class ImageTextPretrainTask:
             return run.test_splits or run.valid_splits
         return (*run.valid_splits, *run.test_splits)
 
-    @cached_property
-    def _encoder(self) -> Any:
-        model = self.config.model
-        return MODELS.get(model.arch).build_encoder(model, self.config.env.cache_root)
-
     def _check_run(self) -> None:
         run = self.config.run
-        if not run.evaluate and self.config.model.trained == ():
+        if not run.evaluate and not getattr(self.config.model, "trains", True):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
         if run.resume_ckpt_path is not None:
             path = require_checkpoint(run.resume_ckpt_path, "run.resume_ckpt_path")
@@ -229,12 +223,10 @@ class ImageTextPretrainTask:
         model, root = self.config.model, self.config.env.cache_root
         if getattr(model, "load_finetuned", False):
             open_pth(cache_path(model.finetuned, root))  # its table of contents
-        describe = getattr(MODELS.get(model.arch), "describe", None)
-        if describe is None:
-            return
-        _, spec, _ = describe(model, root)
-        if answers:
-            spec.require_room(self.config.run.max_new_tokens, "run.max_new_tokens")
+        if describe := getattr(MODELS.get(model.arch), "describe", None):
+            _, spec, _ = describe(model, root)
+            if answers:
+                spec.require_room(self.config.run.max_new_tokens, "run.max_new_tokens")
 
     def _builders(self) -> list[Any]:
         return [
