@@ -29,10 +29,10 @@ def user_path(text: str | Path) -> Path:
     """
     if re.match(r"\$\w", str(text)):
         raise ConfigError(f"{text}: for an environment variable write ${{oc.env:NAME}}")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{text}: no such user has a home folder (a file: ./{text})") from error
+    expanded = os.path.expanduser(text)  # noqa: PTH111 - a Path would forget the ./ of ./~
+    if str(expanded).startswith("~"):
+        raise ConfigError(f"{text}: no such user has a home folder (a file: ./{text})")
+    return Path(expanded)
 
 
 def user_cache() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -221,7 +222,7 @@ class RunConfig:
         require_range(
             self, 1, "max_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters",
             "log_freq", "max_tokens_per_batch", "eval_freq", "save_every_steps", "keep_last",
-            "max_new_tokens", "max_len", "num_beams", "world_size",
+            "max_len", "max_new_tokens", "num_beams", "world_size",
         )  # fmt: skip
         require_range(
             self, 0, "init_lr", "min_lr", "warmup_steps", "weight_decay", "grad_norm_clip",
@@ -250,9 +251,10 @@ class RunConfig:
         for name in ("output_dir", "resume_ckpt_path"):
             if (path := getattr(self, name)) is not None:
                 try:
-                    object.__setattr__(self, name, str(user_path(path)))
+                    user_path(path)
                 except ConfigError as error:
                     raise ConfigError(f"{name}: {error}") from error
+                object.__setattr__(self, name, os.path.expanduser(path))  # noqa: PTH111
         if self.evaluate and not (self.test_splits or self.valid_splits):
             raise ConfigError("evaluate: true needs test_splits (or valid_splits) to score")
 

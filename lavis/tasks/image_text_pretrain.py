@@ -220,7 +220,8 @@ class ImageTextPretrainTask:
                 )
 
     def _check_model(self, *, answers: bool) -> None:
-        model, root = self.config.model, self.config.env.cache_root
+        model: Any = self.config.model
+        root = self.config.env.cache_root
         if getattr(model, "load_finetuned", False):
             open_pth(cache_path(model.finetuned, root))  # its table of contents
         if describe := getattr(MODELS.get(model.arch), "describe", None):
