@@ -272,6 +272,10 @@ def _said_by_deepspeed(
     def part(of: dict[str, Any], path: str) -> dict[str, Any]:
         return convert(dict[str, Any], of.get(path.rpartition(".")[2], {}), path, where)
 
+    part(section, f"{path}.zero_optimization")  # what it holds, DeepSpeed will check
+    for half in ("fp16", "bf16"):
+        enabled = part(section, f"{path}.{half}").get("enabled", False)
+        convert(bool, enabled, f"{path}.{half}.enabled", where)
     for theirs, ours in (
         ("gradient_accumulation_steps", "accum_grad_iters"),
         ("train_micro_batch_size_per_gpu", "batch_size_train"),

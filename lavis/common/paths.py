@@ -111,7 +111,7 @@ def require_writable(
         while not os.path.lexists(nearest):
             nearest = nearest.parent
         if not nearest.is_dir():
-            kind = f"a link to {nearest.readlink()}" if nearest.is_symlink() else "a file"
+            kind = f"a broken link to {nearest.readlink()}" if nearest.is_symlink() else "a file"
             raise error(f"{at}{folder} cannot be a folder, since {nearest} is {kind}")
         for part in folder.relative_to(nearest).parts:
             with suppress(FileNotFoundError):

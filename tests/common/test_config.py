@@ -506,6 +506,9 @@ def test_what_a_deepspeed_section_says(write: Any) -> None:
     [
         ("[1]", "must be a mapping, not [1] (list)"),
         ("{optimizer: AdamW}", ".optimizer must be a mapping, not 'AdamW' (str)"),
+        ("{bf16: {enabled: auto}}", ".bf16.enabled must be true or false, not 'auto' (str)"),
+        ("{fp16: true}", ".fp16 must be a mapping, not True (bool)"),
+        ("{zero_optimization: [1]}", ".zero_optimization must be a mapping, not [1] (list)"),
         ("{optimizer: null}", ".optimizer must be a mapping, not nothing"),
         ("{optimizer: [AdamW]}", ".optimizer must be a mapping, not ['AdamW'] (list)"),
         ("{optimizer: {type: Lion}}", ".optimizer.type: 'Lion' is not one of AdamW, Adam"),

@@ -77,14 +77,14 @@ def test_what_can_be_written(tmp_path: Path) -> None:
         (
             "dangling",
             True,
-            "TMP/dangling cannot be a folder, since TMP/dangling is a link to no/wh",
+            "TMP/dangling cannot be a folder, since TMP/dangling is a broken link to no/wh",
         ),
         (
             "dangling/a",
             False,
-            "TMP/dangling cannot be a folder, since TMP/dangling is a link to no",
+            "TMP/dangling cannot be a folder, since TMP/dangling is a broken link to no",
         ),
-        ("loop/a", True, "TMP/loop/a cannot be a folder, since TMP/loop is a link to loop"),
+        ("loop/a", True, "TMP/loop/a cannot be a folder, since TMP/loop is a broken link to loop"),
         ("x" * 300, True, "cannot be written: [Errno 36] File name too long"),
         ("new/" + "x" * 300, True, "cannot be written: [Errno 36] File name too long"),
         ("a\0b", True, "cannot be written: embedded null byte"),
