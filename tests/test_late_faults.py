@@ -6,6 +6,7 @@ The vision encoder's weights are junk here: whoever reads them fails with anothe
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ import evaluate
 import test_model_chat
 import train
 from lavis.common.cli import run_cli
-from lavis.tools import cache_features, export
+from lavis.tools import cache_features, export, prune_vocab
+from lavis.tools.toybox import __main__ as toybox
 from lavis.tools.toybox.__main__ import write_split
 from tests.conftest import REPO
 
@@ -277,3 +279,51 @@ def test_export_of_a_checkpoint_without_its_configuration(fails: Fails) -> None:
 )
 def test_chat(fails: Fails, command: Any, arguments: tuple[str, ...], message: str) -> None:
     assert message in fails(command, *CHAT, *arguments)
+
+
+SCENE = TOYBOX / "image" / "scene.png"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (train, ("--options", "run.eps=0", "--options", "run.seed=1"), "run.eps must be positive"),
+        (train, ("--options", "run.seed=2", "--options", "run.seed=1"), "run.seed is given as '2'"),
+        (evaluate, ("--splits", "none", "--splits", "test"), "annotations has no split 'none'"),
+        (evaluate, ("--splits", "test", "--splits", "none"), "annotations has no split 'none'"),
+        (cache_features, ("--splits", "none", "--splits", "val"), "has no split 'none'"),
+        (cli_demo, ("--image", "DATA/file", "--image", SCENE), "DATA/file is not an image"),
+        (prune_vocab, ("--corpus", "DATA/none.txt", "--corpus", "DATA/file"), "no file DATA/none."),
+    ],
+)
+def test_an_argument_given_twice(
+    fails: Fails, command: Any, arguments: tuple[Any, ...], message: str
+) -> None:
+    others = {
+        cli_demo: CHAT[:2] + CHAT[4:],
+        prune_vocab: ("--vocab", "DATA/file", "--out", "DATA/out/x"),
+    }
+    assert message in fails(command, *others.get(command, CONFIG), *arguments)
+
+
+def test_splits_given_twice_are_written_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--splits", "val", "--splits", "test", "--val", "1", "--test", "1"]
+    monkeypatch.setattr(sys, "argv", ["toybox", "--out", str(tmp_path), *arguments])
+    assert toybox.main() == 0
+    assert {p.name for p in tmp_path.glob("*.json")} == {"val.json", "test.json"}
+
+
+def test_a_deepspeed_section_that_deepspeed_refuses(data: Path) -> None:
+    """In a process of its own: DeepSpeed changes much of the one that imports it."""
+    pytest.importorskip("deepspeed")
+    section = "run.deepspeed_config={zero_optimization: {stage: 2, bogus: 1}}"
+    done = subprocess.run(
+        [sys.executable, "train.py", "--cfg-path", str(data / "run.yaml"),
+         "--use-deepspeed", "--options", section],
+        cwd=REPO, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: run.deepspeed_config: DeepSpeed refuses it: " in done.stderr
+    assert "bogus" in done.stderr.splitlines()[-1]
