@@ -56,6 +56,7 @@ class ImageTextPretrainTask:
         if not config.datasets:
             raise ConfigError("datasets is empty: name at least one data set")
         config.model.check_files(config.env.cache_root)
+        answers = splits is not None or run.evaluate or bool(run.test_splits)
         if splits is None:
             splits, trained = self._evaluated, () if run.evaluate else run.train_splits
             self._check_run()
@@ -68,7 +69,7 @@ class ImageTextPretrainTask:
                 default = getattr(config.preprocess.vis_processor, side)
                 config.check_image_size(path, own or default)
         self._check_packages()
-        self._check_model(answers=run.evaluate or bool({*splits} - {*run.valid_splits}))
+        self._check_model(answers=answers)
         if run.feature_cache.enabled:
             FeatureCache(config).check()
 
