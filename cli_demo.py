@@ -8,6 +8,7 @@ import sys
 from lavis.chat.command import TOYBOX_IMAGE, add_chat_arguments, load_chat
 from lavis.common.cli import printable, run_cli, setup_logging
 from lavis.common.images import open_image
+from lavis.common.paths import user_path
 
 EXAMPLES = """examples:
   python cli_demo.py                                     the toybox, a tiny model that is included
@@ -25,7 +26,14 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_chat_arguments(parser)
-    parser.add_argument("--image", nargs="*", default=[], help="images of the first question")
+    parser.add_argument(
+        "--image",
+        nargs="*",
+        action="extend",
+        type=user_path,
+        default=[],
+        help="images of the first question",
+    )
     args = parser.parse_args()
     setup_logging()
     for path in args.image:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from lavis.common.cli import print_once, run_cli, setup_logging
+from lavis.common.cli import output_folder, print_once, run_cli, setup_logging
 from lavis.common.config import add_config_arguments, load_config
+from lavis.common.paths import require_checkpoint
 
 
 def main() -> int:
@@ -14,29 +14,37 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Answer the questions of a split and score them.")
     add_config_arguments(parser)
     parser.add_argument("--checkpoint", help="trained projection; default: as the YAML builds it")
-    parser.add_argument("--splits", nargs="+", default=["test"], help="default: test")
+    parser.add_argument("--splits", nargs="+", action="extend", help="default: test")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N records of each")
     parser.add_argument(
         "--baselines", action="store_true",
         help="also score shuffled images (blind) and an untrained projection",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("output/evaluation"), help="folder")
+    parser.add_argument("--out", type=output_folder, default="output/evaluation", help="folder")
     args = parser.parse_args()
     setup_logging()
     config = load_config(args.cfg_path, args.options)
+    splits = tuple(dict.fromkeys(args.splits or ["test"]))
+    if args.checkpoint is not None:
+        args.checkpoint = require_checkpoint(args.checkpoint, "--checkpoint")
 
     from lavis.common.registry import TASKS
+    from lavis.models.weights import open_pth
     from lavis.runners.launch import distributed
+    from lavis.runners.prepare import log_notes, without_effect
     from lavis.tasks.evaluate import evaluate
 
     task = TASKS.get(config.run.task)(config)
-    task.check_paths(tuple(args.splits))
+    task.check_paths(splits)
+    if args.checkpoint is not None:
+        open_pth(args.checkpoint)
     with distributed(config.run) as device:
+        log_notes(without_effect(config, answers=True))
         print_once(
             evaluate(
                 task,
                 checkpoint=args.checkpoint,
-                splits=args.splits,
+                splits=splits,
                 limit=args.limit,
                 baselines=args.baselines,
                 out=args.out,

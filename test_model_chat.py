@@ -10,6 +10,7 @@ from lavis.chat.command import TOYBOX_IMAGE, add_chat_arguments, load_chat
 from lavis.common.cli import printable, run_cli, setup_logging
 from lavis.common.errors import DataError
 from lavis.common.images import open_image
+from lavis.common.paths import user_path
 
 FIRST = "Describe this image in detail."
 SECOND = "Is there a refrigerator in the picture? Answer yes or no."
@@ -20,7 +21,7 @@ def main() -> int:
     """Load the model, ask two questions in one conversation, print the answers."""
     parser = argparse.ArgumentParser(description="Ask two questions about an image.")
     add_chat_arguments(parser)
-    parser.add_argument("--image", help="image file; the toybox has one of its own")
+    parser.add_argument("--image", type=user_path, help="image file; the toybox has one of its own")
     parser.add_argument("--question", default=FIRST, help="default: %(default)s")
     parser.add_argument("--second-question", help=f"default: {SECOND}; empty: only one question")
     args = parser.parse_args()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from lavis.common.cli import print_once, run_cli, setup_logging
-from lavis.common.config import add_config_arguments, load_config
+from lavis.common.config import AddOptions, add_config_arguments, load_config
 
 
 def main() -> int:
@@ -16,12 +16,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train what a YAML file leaves unfrozen.")
     add_config_arguments(parser)
     parser.add_argument(
-        "--use-deepspeed", action="store_true", help="short for --options run.strategy=deepspeed"
-    )
+        "--use-deepspeed", dest="options", action=AddOptions, nargs=0,
+        const=["run.strategy=deepspeed"], help="short for --options run.strategy=deepspeed",
+    )  # fmt: skip
     args = parser.parse_args()
     setup_logging()
-    if args.use_deepspeed:
-        args.options = [*args.options, "run.strategy=deepspeed"]
     config = load_config(args.cfg_path, args.options)
 
     from lavis.common.registry import RUNNERS, TASKS
@@ -33,11 +32,14 @@ def main() -> int:
 
     from lavis.common import dist
     from lavis.runners.launch import distributed, new_job_id
+    from lavis.runners.prepare import RunPlan, log_notes, without_effect
 
     with distributed(config.run) as device:
-        if not config.run.evaluate:
-            with dist.main_first():
-                dataset = task.build_datasets()
+        with dist.main_first():
+            dataset = task.build_datasets()
+        plan = None if config.run.evaluate else RunPlan.of(config, dataset, device)
+        answers = config.run.evaluate or bool(config.run.test_splits)
+        log_notes(without_effect(config, answers=answers))
         torch.manual_seed(config.run.seed)
         model = task.build_model(device)
         job_id = new_job_id(config.run)
@@ -46,7 +48,7 @@ def main() -> int:
                 model.load_checkpoint(config.run.resume_ckpt_path)
             print_once(task.test(model, job_id))
             return 0
-        runner = RUNNERS.get(config.run.runner)(config, task, model, dataset, job_id)
+        runner = RUNNERS.get(config.run.runner)(config, task, model, dataset, job_id, plan)
         checkpoint = runner.train()
         print_once(checkpoint)
         return 130 if runner.interrupted else 0

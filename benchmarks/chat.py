@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.process import Memory, in_child
 from benchmarks.random_model import SHAPES, WORDS, Shape, build_model
-from lavis.common.cli import run_cli
+from lavis.common.cli import output_file, run_cli
 from lavis.common.errors import LavisError
 
 if TYPE_CHECKING:
@@ -394,9 +394,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--conversations", type=int, default=50, metavar="N",
         help="in sequence, to see what memory stays; 0: none; default: %(default)s",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument(
-        "--picture", "--plot", type=Path, metavar="FILE", help="draw seconds to the first token"
+        "--json", type=output_file, metavar="FILE", help="write the numbers there too"
+    )
+    parser.add_argument(
+        "--picture",
+        "--plot",
+        type=output_file,
+        metavar="FILE",
+        help="draw seconds to the first token",
     )
     args = parser.parse_args(argv)
     shape = SHAPES[args.shape]

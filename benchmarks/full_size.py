@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.process import Memory, in_child
 from benchmarks.random_weights import MARKER, SHAPES, claim, forget, model_options, write_weights
-from lavis.common.cli import run_cli, setup_logging
+from lavis.common.cli import output_file, output_folder, run_cli, setup_logging
+from lavis.common.config import AddOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -280,16 +281,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--dir",
-        type=Path,
+        type=output_folder,
         help="folder for the weights, by default a temporary one; complete ones are used again",
     )
     parser.add_argument(
         "--keep", action="store_true", help="leave what was written; otherwise it is deleted"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the numbers there too"
+    )
     parser.add_argument(
         "--options",
         nargs="+",
+        action=AddOptions,
         default=[],
         metavar="KEY=VALUE",
         help="settings of the model, e.g. model.vit_precision=fp32 model.llm_grad_ckpt=true",

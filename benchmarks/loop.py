@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis.common.cli import REPOSITORY, run_cli
+from lavis.common.cli import REPOSITORY, output_file, run_cli
 
 if TYPE_CHECKING:
     from torch import nn
@@ -203,10 +203,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument(
-        "--workers", type=int, nargs="+", default=[0, 1], help="run.num_workers; default: 0 1"
+        "--workers", type=int, nargs="+", action="extend", help="run.num_workers; default: 0 1"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the numbers there too"
+    )
     args = parser.parse_args(argv)
+    args.workers = args.workers or [0, 1]
     numbers = measure(args.steps, args.repeats, args.workers, args.batch_size)
     print(table(numbers, args.workers))
     if args.json:

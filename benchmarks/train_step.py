@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.process import Memory, in_child
 from benchmarks.random_model import SHAPES, Shape, build_model, draw_samples
-from lavis.common.cli import run_cli
+from lavis.common.cli import output_file, run_cli
 from lavis.common.errors import LavisError
 
 if TYPE_CHECKING:
@@ -421,7 +421,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tiny: a check in seconds; default: %(default)s",
     )
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--only", nargs="+", choices=RUNGS, metavar="NAME", help=", ".join(RUNGS))
+    parser.add_argument(
+        "--only", nargs="+", action="extend", choices=RUNGS, metavar="NAME", help=", ".join(RUNGS)
+    )
     parser.add_argument("--compile", action="store_true", help="the last rung too")
     parser.add_argument("--samples", type=int, help="of a step; default: 16, or 1 for 7b")
     parser.add_argument(
@@ -436,8 +438,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--precision", choices=("bf16", "fp32"), help="of frozen weights; default: the shape's"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw samples/s of each rung")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the numbers there too"
+    )
+    parser.add_argument(
+        "--picture", type=output_file, metavar="FILE", help="draw samples/s of each rung"
+    )
     args = parser.parse_args(argv)
     shape = SHAPES[args.shape]
     if args.precision:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavis.common.cli import TOYBOX, add_model_arguments, resolve_model_arguments
-from lavis.common.errors import DataError, WeightsError
-from lavis.common.paths import is_file
+from lavis.common.config import default_model_config
+from lavis.common.errors import DataError
+from lavis.common.paths import require_checkpoint
 
 if TYPE_CHECKING:
     from lavis.chat.engine import ChatEngine
@@ -67,14 +68,25 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
         DataError: the configuration has no image processor for chat.
     """
     toybox = resolve_model_arguments(args)
-    if not is_file(Path(args.checkpoint)):
-        raise WeightsError(f"no checkpoint {args.checkpoint}")
+    args.checkpoint = str(require_checkpoint(args.checkpoint))
+    config = default_model_config("minigpt4qwen", args.model_type, args.options, args.cfg_path)
+    processor = config.preprocess.vis_processor.eval
+    if processor is None:
+        raise DataError("the configuration's preprocess.vis_processor has no `eval`")
+    config.check_image_size("preprocess.vis_processor.eval", processor)
+    config.model.check_files(config.env.cache_root)
 
     from lavis.chat.engine import ChatEngine
     from lavis.chat.settings import ChatSettings
     from lavis.common.device import pick_device
     from lavis.models import load_model_and_preprocess
+    from lavis.models.minigpt4qwen import MiniGPT4Qwen
+    from lavis.models.weights import open_pth
 
+    open_pth(Path(args.checkpoint))
+    if isinstance(config.model, MiniGPT4Qwen.Config):
+        _, spec, _ = MiniGPT4Qwen.describe(config.model, config.env.cache_root)
+        spec.require_room(args.max_new_tokens, "--max-new-tokens")
     logger.info("loading %s with %s", args.cfg_path or args.model_type, args.checkpoint)
     settings = ChatSettings(max_new_tokens=args.max_new_tokens, seed=args.seed)
     model, processors, _ = load_model_and_preprocess(
@@ -86,7 +98,5 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
         cfg_path=args.cfg_path,
         options=args.options,
     )
-    if "eval" not in processors:
-        raise DataError("the configuration's preprocess.vis_processor has no `eval`")
     model.load_checkpoint(args.checkpoint)
     return ChatEngine(model, processors["eval"]), settings, toybox

@@ -15,6 +15,7 @@ from pathlib import Path
 from lavis.common.config import add_config_arguments
 from lavis.common.errors import ConfigError, LavisError
 from lavis.common.packages import check_packages
+from lavis.common.paths import require_writable, user_path
 
 REPOSITORY = Path(__file__).parents[2]
 TOYBOX = REPOSITORY / "examples" / "toybox"
@@ -81,6 +82,22 @@ def setup_logging(level: int = logging.INFO) -> None:
         level=level, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
     logging.captureWarnings(True)
+
+
+def _output(*, directory: bool) -> Callable[[str], Path]:
+    def check(text: str) -> Path:
+        path = user_path(text)
+        try:
+            require_writable(path, "", ConfigError, directory=directory)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return path
+
+    return check
+
+
+output_folder, output_file = _output(directory=True), _output(directory=False)
+"""Types of arguments that name what is written: a wrong one is refused before anything is done."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

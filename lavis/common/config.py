@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import os
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis.common.errors import ConfigError
-from lavis.common.paths import LIBRARY_ROOT, is_file
+from lavis.common.paths import LIBRARY_ROOT, is_file, user_path
 from lavis.common.registry import BUILDERS, MODELS, did_you_mean, import_plugins
-from lavis.common.schema import Config, ModelConfig
-from lavis.common.typed import convert, parse
-
-_AUTOCAST = "autocast_dtype"
+from lavis.common.schema import Config, ModelConfig, RunConfig
+from lavis.common.typed import Where, convert, parse, quoted
 
 
 class _Layers:
@@ -41,6 +43,9 @@ class _Layers:
             plain = OmegaConf.to_container(tree, resolve=resolve, throw_on_missing=resolve)
         except OmegaConfBaseException as error:
             first, path = str(error).splitlines()[0], str(error.full_key or "")
+            name = re.fullmatch(r"Interpolation key '(\w+)' not found", first)
+            if name and name[1] in os.environ:
+                first += f"; the environment variable is ${{oc.env:{name[1]}}}"
             raise ConfigError(f"{self.where(path)}: {path}: {first}") from error
         return cast(dict[str, Any], plain)
 
@@ -63,7 +68,7 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: naming the dotted path, the file that set it and the nearest valid name.
     """
-    return build_config(_read_yaml(Path(path)), str(path), options)
+    return build_config(_read_yaml(user_path(path)), str(path), options)
 
 
 def default_model_config(
@@ -94,7 +99,7 @@ def build_config(user: DictConfig, source: str, options: Sequence[str] = ()) -> 
     tree = layers.merged()
     for section in ("model", "run"):
         tree.setdefault(section, {})
-    _move_autocast_dtype(tree)
+    _move_old_names(tree)
     _apply_deepspeed_config(tree["run"], layers.where)
     config = parse(Config, tree, "", layers.where)
     config.tree.update(tree)
@@ -108,15 +113,41 @@ def parse_options(options: Iterable[str]) -> DictConfig:
     Raises:
         ConfigError: if an item is not of the form ``key=value``.
     """
-    items = list(options)
-    for item in items:
-        key, equals, _ = item.partition("=")
+    tree = OmegaConf.create({})
+    for item in options:
+        key, equals, text = item.partition("=")
         if not equals or not key or any(not part for part in key.split(".")):
             raise ConfigError(f"--options: {item!r} is not of the form a.b=value")
-    try:
-        return OmegaConf.from_dotlist(items)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"--options: {error}") from error
+        try:
+            tree.merge_with_dotlist([f"{key}={_without_comment(text)}"])
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--options: {key}: {text!r} is not valid YAML: {error}\nText that YAML reads "
+                f"otherwise needs quotes: {quoted(key, text, lambda _: '--options')}"
+            ) from error
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"--options: {key}: {error}") from error
+    return tree
+
+
+def _without_comment(text: str) -> str:
+    """YAML of what the user typed, where a ``#`` would cut it short."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    rest = text if node is None else text[node.end_mark.index :]
+    return json.dumps(text, ensure_ascii=False) if rest.strip() else text
+
+
+class AddOptions(argparse.Action):
+    """Collects ``--options``, given once or several times, and refuses contradictions."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Add the settings, or ``const`` for an argument that takes none."""
+        items = [*getattr(namespace, self.dest), *(values or self.const or ())]
+        given: dict[str, str] = {}
+        for key, _, value in (item.partition("=") for item in items):
+            if given.setdefault(key, value) != value:
+                raise ConfigError(f"--options: {key} is given as {given[key]!r} and as {value!r}")
+        setattr(namespace, self.dest, items)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -128,6 +159,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
         "--options",
         nargs="+",
         default=[],
+        action=AddOptions,
         metavar="KEY=VALUE",
         help="override settings, e.g. --options run.max_epoch=1 run.device=cpu",
     )
@@ -190,18 +222,22 @@ def _add_dataset_defaults(layers: _Layers, given: dict[str, Any]) -> None:
         layers.add(source, OmegaConf.create({"datasets": {name: block_defaults}}), first=True)
 
 
-def _move_autocast_dtype(tree: dict[str, Any]) -> None:
+def _move_old_names(tree: dict[str, Any]) -> None:
+    model, run = tree["model"], tree["run"]
+    if not isinstance(model, dict) or not isinstance(run, dict):
+        return
     # Some of the original's files set it under `model`, where it had no effect.
-    if isinstance(tree["model"], dict) and _AUTOCAST in tree["model"]:
-        value = tree["model"].pop(_AUTOCAST)
-        tree["run"].setdefault(_AUTOCAST, value)
+    if "autocast_dtype" in model:
+        run.setdefault("autocast_dtype", model.pop("autocast_dtype"))
+    if run.get("max_len") is not None:
+        run.setdefault("max_new_tokens", run["max_len"])
 
 
-def _apply_deepspeed_config(run: Any, where: Any) -> None:
+def _apply_deepspeed_config(run: Any, where: Where) -> None:
     """Take over what a DeepSpeed section says about the step, as the original's recipes do.
 
     Raises:
-        ConfigError: it says something else than ``run``.
+        ConfigError: it is malformed, or says something else than ``run``.
     """
     section = run.get("deepspeed_config") if isinstance(run, dict) else None
     if not isinstance(section, dict):
@@ -211,26 +247,55 @@ def _apply_deepspeed_config(run: Any, where: Any) -> None:
             f"{where('run.deepspeed_config.scheduler')}: run.deepspeed_config.scheduler: the "
             "learning rate follows run.lr_sched; remove the section"
         )
-    params = (section.get("optimizer") or {}).get("params") or {}
-    betas = list(params.get("betas") or (None, None))
-    said = {
-        "accum_grad_iters": section.get("gradient_accumulation_steps"),
-        "batch_size_train": section.get("train_micro_batch_size_per_gpu"),
-        "grad_norm_clip": section.get("gradient_clipping"),
-        "beta1": betas[0],
-        "beta2": betas[1],
-        "eps": params.get("eps"),
-        "weight_decay": params.get("weight_decay"),
-    }
-    for key, value in said.items():
+    hints = typing.get_type_hints(RunConfig)
+    for key, path, value in _said_by_deepspeed(section, "run.deepspeed_config", where):
         if value in (None, "auto"):
             continue
+        value = convert(hints[key], value, path, where)
+        try:
+            RunConfig(**{key: value})
+        except ConfigError as error:
+            raise ConfigError(f"{where(path)}: {path}: {error}") from error
         if run.get(key, value) != value:
             raise ConfigError(
                 f"{where('run.deepspeed_config')}: run.deepspeed_config says {value} where "
                 f"run.{key} says {run[key]}; leave one of them out"
             )
         run[key] = value
+
+
+def _said_by_deepspeed(
+    section: dict[str, Any], path: str, where: Where
+) -> Iterator[tuple[str, str, Any]]:
+    """Key of ``run``, path and value of what a DeepSpeed section says about the step."""
+
+    def part(of: dict[str, Any], path: str) -> dict[str, Any]:
+        return convert(dict[str, Any], of.get(path.rpartition(".")[2], {}), path, where)
+
+    part(section, f"{path}.zero_optimization")  # what it holds, DeepSpeed will check
+    for half in ("fp16", "bf16"):
+        enabled = part(section, f"{path}.{half}").get("enabled", False)
+        convert(bool, enabled, f"{path}.{half}.enabled", where)
+    for theirs, ours in (
+        ("gradient_accumulation_steps", "accum_grad_iters"),
+        ("train_micro_batch_size_per_gpu", "batch_size_train"),
+        ("gradient_clipping", "grad_norm_clip"),
+    ):
+        yield ours, f"{path}.{theirs}", section.get(theirs)
+    path += ".optimizer"
+    optimizer = part(section, path)
+    convert(Literal["AdamW", "Adam"], optimizer.get("type", "AdamW"), f"{path}.type", where)
+    path += ".params"
+    params = part(optimizer, path)
+    for same in ("eps", "weight_decay"):
+        yield same, f"{path}.{same}", params.get(same)
+    if (betas := params.get("betas", "auto")) == "auto":
+        return
+    betas = convert(tuple[float, ...], betas, f"{path}.betas", where)
+    if len(betas) != 2:
+        raise ConfigError(f"{where(path)}: {path}.betas must have 2 values, not {len(betas)}")
+    for number, beta in enumerate(betas):
+        yield f"beta{number + 1}", f"{path}.betas[{number}]", beta
 
 
 def _has(tree: Any, keys: Sequence[str]) -> bool:

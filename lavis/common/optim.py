@@ -5,10 +5,9 @@ A schedule is a pure function of the step number, so that resuming needs nothing
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +19,13 @@ if TYPE_CHECKING:
 
     from lavis.common.schema import RunConfig
 
-logger = logging.getLogger(__name__)
+STEPWISE = "linear_warmup_cosine_lr_step-wise"
+
+
+def _warmup(run: RunConfig, steps_per_epoch: int) -> int:
+    if run.warmup_ratio is None:
+        return run.warmup_steps
+    return int(run.warmup_ratio * run.max_epoch * steps_per_epoch)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Schedule:
     steps_per_epoch: int
 
     warms_up_across_epochs: ClassVar[bool] = False
+    decays_by_epoch: ClassVar[bool] = False
+    uses: ClassVar[tuple[str, ...]] = ("min_lr", "lr_decay_rate")
 
     @classmethod
     def from_run(cls, run: RunConfig, steps_per_epoch: int) -> Schedule:
@@ -56,21 +63,12 @@ class Schedule:
         Raises:
             ConfigError: if the warm-up does not fit into the run.
         """
-        max_steps = run.max_epoch * steps_per_epoch
-        warmup_steps = run.warmup_steps
-        if run.warmup_ratio is not None:
-            warmup_steps = int(run.warmup_ratio * max_steps)
+        max_steps, warmup_steps = run.max_epoch * steps_per_epoch, _warmup(run, steps_per_epoch)
         if cls.warms_up_across_epochs and warmup_steps >= max_steps:
             raise ConfigError(
                 f"run.warmup_steps: {warmup_steps} steps of warm-up do not fit into a run of "
                 f"{max_steps} steps"
             )
-        if not cls.warms_up_across_epochs and warmup_steps > steps_per_epoch:
-            logger.warning(
-                "run.warmup_steps: %d, but an epoch has %d steps and %s warms up in the first one "
-                "only: the rate jumps at its end. Use linear_warmup_cosine_lr_step-wise, or fewer",
-                warmup_steps, steps_per_epoch, run.lr_sched,
-            )  # fmt: skip
         return cls(
             init_lr=run.init_lr,
             min_lr=run.min_lr,
@@ -81,11 +79,42 @@ class Schedule:
             steps_per_epoch=steps_per_epoch,
         )
 
+    @classmethod
+    def notes(cls, run: RunConfig, steps_per_epoch: int) -> Iterator[str]:
+        """What the settings of a run do that one might not expect of them."""
+        warmup = _warmup(run, steps_per_epoch)
+        if run.warmup_ratio is not None and run.warmup_steps:
+            yield f"run.warmup_steps: run.warmup_ratio decides ({warmup} steps)"
+        if warmup and not 0 <= run.warmup_lr < run.init_lr:
+            yield (
+                f"run.warmup_steps: {warmup} steps warm nothing up, since run.warmup_lr "
+                f"({run.warmup_lr:g}) starts at init_lr; set run.warmup_lr: 0"
+            )
+        elif warmup > steps_per_epoch and not cls.warms_up_across_epochs:
+            then = "the rate jumps at its end" if run.max_epoch > 1 else "init_lr is not reached"
+            other = f", or run.lr_sched: {STEPWISE}" * (warmup < run.max_epoch * steps_per_epoch)
+            yield (
+                f"run.warmup_steps: {warmup}, but an epoch has {steps_per_epoch} steps and "
+                f"{run.lr_sched} warms up in the first one only: {then}. Set run.warmup_steps to "
+                f"at most {steps_per_epoch}{other}"
+            )
+        for key, neutral in (("min_lr", 0), ("lr_decay_rate", 1)):
+            if key not in cls.uses and getattr(run, key) != neutral:
+                yield f"run.{key} has no effect with run.lr_sched: {run.lr_sched}"
+        if cls.decays_by_epoch and run.max_epoch == 1:
+            yield (
+                f"run.lr_sched: {run.lr_sched} decays from epoch to epoch, so a run of one epoch "
+                f"keeps init_lr; {STEPWISE} decays by step"
+            )
+        elif cls.decays_by_epoch and "lr_decay_rate" in cls.uses and run.lr_decay_rate == 1:
+            yield f"run.lr_sched: {run.lr_sched} stays at init_lr with run.lr_decay_rate: 1"
+
     def lr(self, step: int) -> float:
         """Learning rate of optimizer step ``step``, counted from 0 over the whole run."""
         epoch = step // self.steps_per_epoch
-        if step <= self.warmup_steps and (epoch == 0 or self.warms_up_across_epochs):
-            share = step / max(self.warmup_steps, 1)
+        warming = 0 < self.warmup_steps >= step  # not in step 0 of a run without warm-up
+        if warming and (epoch == 0 or self.warms_up_across_epochs):
+            share = step / self.warmup_steps
             return min(self.init_lr, self.warmup_lr + (self.init_lr - self.warmup_lr) * share)
         return self.after_warmup(epoch, step)
 
@@ -103,6 +132,8 @@ class Schedule:
 class ConstantLR(Schedule):
     """``init_lr`` throughout."""
 
+    uses: ClassVar[tuple[str, ...]] = ()
+
     def after_warmup(self, epoch: int, step: int) -> float:
         return self.init_lr
 
@@ -110,6 +141,8 @@ class ConstantLR(Schedule):
 @LR_SCHEDULERS.register("linear_warmup_step_lr")
 class LinearWarmupStepLR(Schedule):
     """``init_lr * decay_rate ** epoch``, not below ``min_lr``."""
+
+    decays_by_epoch: ClassVar[bool] = True
 
     def after_warmup(self, epoch: int, step: int) -> float:
         return max(self.min_lr, self.init_lr * self.decay_rate**epoch)
@@ -119,14 +152,18 @@ class LinearWarmupStepLR(Schedule):
 class LinearWarmupCosineLR(Schedule):
     """Cosine over epochs: constant within an epoch."""
 
+    decays_by_epoch: ClassVar[bool] = True
+    uses: ClassVar[tuple[str, ...]] = ("min_lr",)
+
     def after_warmup(self, epoch: int, step: int) -> float:
         return self._cosine(epoch / self.max_epoch)
 
 
-@LR_SCHEDULERS.register("linear_warmup_cosine_lr_step-wise")
+@LR_SCHEDULERS.register(STEPWISE)
 class StepwiseLinearWarmupCosineLR(Schedule):
     """Warm-up and cosine both by step."""
 
+    uses: ClassVar[tuple[str, ...]] = ("min_lr",)
     warms_up_across_epochs: ClassVar[bool] = True
 
     def after_warmup(self, epoch: int, step: int) -> float:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from lavis.common.errors import LavisError
+from lavis.common.errors import ConfigError, LavisError, WeightsError
+from lavis.common.registry import did_you_mean
 
 LIBRARY_ROOT = Path(__file__).resolve().parent.parent
 """The ``lavis`` package, which holds the default configurations."""
@@ -14,7 +18,21 @@ LIBRARY_ROOT = Path(__file__).resolve().parent.parent
 
 def cache_path(path: str, cache_root: str) -> Path:
     """Resolve a path of a YAML file: absolute, or relative to ``env.cache_root``."""
-    return (Path(cache_root).expanduser() / Path(path).expanduser()).absolute()
+    return (user_path(cache_root) / user_path(path)).absolute()
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user writes it: ``~`` and ``~name`` are home folders.
+
+    Raises:
+        ConfigError: there is no such user, or an environment variable was left to a shell.
+    """
+    if re.match(r"\$\w", str(text)):
+        raise ConfigError(f"{text}: for an environment variable write ${{oc.env:NAME}}")
+    expanded = os.path.expanduser(text)  # noqa: PTH111 - a Path would forget the ./ of ./~
+    if str(expanded).startswith("~"):
+        raise ConfigError(f"{text}: no such user has a home folder (a file: ./{text})")
+    return Path(expanded)
 
 
 def user_cache() -> Path:
@@ -50,17 +68,58 @@ def require(path: Path, key: str, error: type[LavisError], *, directory: bool = 
     )
 
 
-def require_writable(folder: Path, key: str, error: type[LavisError]) -> None:
-    """Check that a folder can be made or written to, without making it.
+def require_checkpoint(path: str | Path, key: str = "") -> Path:
+    """Return the path of a checkpoint if it is a file.
+
+    Args:
+        key: dotted name of the setting that led here, if there is one, for the message.
+
+    Raises:
+        WeightsError: it is missing, or a folder, in which the message offers the newest.
+    """
+    if is_file(path := user_path(path)):
+        return path
+    at = f"{key}: " if key else ""
+    if _answers(path.is_dir):
+        raise WeightsError(f"{at}{path} is a folder, not a checkpoint{_checkpoint_in(path)}")
+    near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.pth")))
+    raise WeightsError(f"{at}no checkpoint {path}{near}")
+
+
+def _checkpoint_in(folder: Path) -> str:
+    """What to name in place of a run's folder, or of the folder that holds runs."""
+    found = [*folder.glob("checkpoint_*.pth"), *folder.glob("*/checkpoint_*.pth")]
+    if not found:
+        return ", and holds no checkpoint_*.pth"
+    latest = max(found, key=lambda p: (p.name == "checkpoint_latest.pth", p.stat().st_mtime))
+    return f"; it holds {latest}"
+
+
+def require_writable(
+    target: Path, key: str, error: type[LavisError], *, directory: bool = True
+) -> None:
+    """Check that a folder or a file can be made or written to, without making it.
 
     Raises:
         LavisError: the message names what is in the way.
     """
-    nearest = next(p for p in (folder, *folder.absolute().parents) if _answers(p.exists))
-    if not nearest.is_dir():
-        raise error(f"{key}: {folder} cannot be a folder, since {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise error(f"{key}: {folder} cannot be written: no permission to write to {nearest}")
+    at = f"{key}: " if key else ""
+    if not directory and _answers(target.is_dir):
+        raise error(f"{at}{target} is a folder; name a file")
+    folder = nearest = (target if directory else target.parent).absolute()
+    try:
+        while not os.path.lexists(nearest):
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            kind = f"a broken link to {nearest.readlink()}" if nearest.is_symlink() else "a file"
+            raise error(f"{at}{folder} cannot be a folder, since {nearest} is {kind}")
+        for part in folder.relative_to(nearest).parts:
+            with suppress(FileNotFoundError):
+                (nearest / part).lstat()  # or its name is too long
+        with tempfile.TemporaryFile(dir=nearest):  # asks for more than the permission bits say
+            pass
+    except (OSError, ValueError) as reason:
+        raise error(f"{at}{target} cannot be written: {reason}") from reason
 
 
 def _answers(probe: Callable[[], bool]) -> bool:

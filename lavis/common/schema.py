@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lavis.common.errors import ConfigError
+from lavis.common.paths import user_path
 from lavis.common.registry import BUILDERS, LR_SCHEDULERS, MODELS, PROCESSORS, RUNNERS, TASKS
 from lavis.common.typed import Where, only, require_range
 
@@ -201,11 +204,11 @@ class RunConfig:
     resume_ckpt_path: str | None = None
     resume_ckpt_load_dir: str | None = only(None, "use run.resume_ckpt_path with a .pth file")
     resume_ckpt_tag: str | None = only(None, "use run.resume_ckpt_path with a .pth file")
-    # generation during evaluation; max_len and min_len are older names
+    # generation during evaluation, which is greedy
     max_new_tokens: int = 100
-    min_new_tokens: int = 1
+    max_len: int | None = None  # of the original's files: max_new_tokens where that is not given
+    min_new_tokens: int = 1  # no effect, as the next two
     num_beams: int = 5
-    max_len: int | None = None
     min_len: int | None = None
 
     def __post_init__(self) -> None:
@@ -219,11 +222,24 @@ class RunConfig:
         require_range(
             self, 1, "max_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters",
             "log_freq", "max_tokens_per_batch", "eval_freq", "save_every_steps", "keep_last",
+            "max_len", "max_new_tokens", "num_beams", "world_size",
         )  # fmt: skip
         require_range(
-            self, 0, "init_lr", "min_lr", "warmup_steps", "lr_decay_rate", "lr_layer_decay",
-            "weight_decay", "grad_norm_clip", "num_workers",
+            self, 0, "init_lr", "min_lr", "warmup_steps", "weight_decay", "grad_norm_clip",
+            "num_workers", "min_new_tokens", "min_len",
         )  # fmt: skip
+        require_range(self, -math.inf, "warmup_lr")
+        require_range(self, 0, "lr_decay_rate", "lr_layer_decay")
+        for name, most, named in (
+            ("min_lr", self.init_lr, " (init_lr)"), ("warmup_lr", self.init_lr, " (init_lr)"),
+            ("lr_decay_rate", 1, ""), ("lr_layer_decay", 1, ""),
+        ):  # fmt: skip
+            if getattr(self, name) > most:
+                raise ConfigError(
+                    f"{name} must be at most {most}{named}, not {getattr(self, name)}"
+                )
+        if not 0 < self.eps < math.inf:  # at 0, a parameter without gradient becomes NaN
+            raise ConfigError(f"eps must be positive, not {self.eps}")
         require_range(self, 0, "seed", below=2**32)
         require_range(self, 0, "beta1", "beta2", "warmup_ratio", below=1)
         every = self.recompute
@@ -232,6 +248,13 @@ class RunConfig:
                 f"recompute must be auto, none, all, or n for every n-th layer, not {every!r}"
             )
         require_range(self, 0, "memory_budget_gb")
+        for name in ("output_dir", "resume_ckpt_path"):
+            if (path := getattr(self, name)) is not None:
+                try:
+                    user_path(path)
+                except ConfigError as error:
+                    raise ConfigError(f"{name}: {error}") from error
+                object.__setattr__(self, name, os.path.expanduser(path))  # noqa: PTH111
         if self.evaluate and not (self.test_splits or self.valid_splits):
             raise ConfigError("evaluate: true needs test_splits (or valid_splits) to score")
 
@@ -264,6 +287,16 @@ class Config:
         """Each data set's share of an epoch, in the order of ``datasets``."""
         ratios = self.run.train_dataset_ratios
         return None if ratios is None else tuple(ratios[name] for name in self.datasets)
+
+    def check_image_size(self, path: str, processor: ProcessorConfig | None) -> None:
+        """Refuse the processor at a dotted path if the model does not take its images."""
+        wanted = getattr(self.model, "image_size", None)
+        size = getattr(processor, "image_size", wanted)
+        if size != wanted:
+            raise ConfigError(
+                f"{self.source}: {path}.image_size is {size}, but model.image_size is {wanted}; "
+                "they must be equal"
+            )
 
     def __post_init__(self) -> None:
         ratios = self.run.train_dataset_ratios

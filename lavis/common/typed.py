@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shlex
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -156,7 +158,19 @@ def _describe(hint: Any) -> str:
 
 def _wrong(expected: str, value: Any, path: str, where: Where) -> ConfigError:
     kind = "nothing" if value is None else f"{value!r} ({type(value).__name__})"
-    return ConfigError(f"{where(path)}: {path} must be {expected}, not {kind}")
+    hint = ""
+    if expected == _EXPECTED[str] and value is not None:
+        text = str(value) if type(value) in (int, float) else "..."
+        hint = f"; text that looks like something else needs quotes: {quoted(path, text, where)}"
+    return ConfigError(f"{where(path)}: {path} must be {expected}, not {kind}{hint}")
+
+
+def quoted(path: str, text: str, where: Where) -> str:
+    """How to write a string where its source would read something else."""
+    value = json.dumps(text, ensure_ascii=False)
+    if where(path) == "--options":
+        return f"--options {shlex.quote(f'{path}={value}')}"
+    return f"{path.rpartition('.')[2]}: {value}"
 
 
 def _join(path: str, key: object) -> str:

@@ -57,7 +57,7 @@ class QFormerConfig:
             "intermediate_size", "cross_attention_frequency",
         )  # fmt: skip
         require_range(self, 0, "hidden_dropout_prob", "attention_probs_dropout_prob", below=1)
-        require_range(self, 0, "initializer_range")
+        require_range(self, 0, "initializer_range", "layer_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ class MiniGPT4QwenConfig(ModelConfig):
                 f"image_size {self.image_size} is not divisible by vit_config.patch_size "
                 f"{self.vit_config.patch_size}"
             )
-        require_range(self, 1, "image_size", "num_query_token", "max_txt_len", "lora_r")
+        require_range(
+            self, 1, "image_size", "num_query_token", "max_txt_len", "lora_r", "lora_alpha"
+        )
         require_range(self, 0, "drop_path_rate", "lora_dropout", below=1)
         require_range(self, 0, "llm_embedding_std")
         if self.load_finetuned and not self.finetuned:
@@ -167,6 +169,16 @@ class MiniGPT4QwenConfig(ModelConfig):
             "freeze_queries: false": self.freeze_queries,
         }
         return tuple(setting for setting, is_frozen in frozen.items() if not is_frozen)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any part is trained."""
+        return (
+            bool(self.trained_vision)
+            or not self.freeze_proj
+            or not self.freeze_llm
+            or self.get_lora
+        )
 
     def vision_files(self, cache_root: str) -> Iterator[Path]:
         """The weight files of the vision side, checked.

@@ -89,14 +89,10 @@ class MiniGPT4Qwen(TrainingStep, GenerationMixin, VisionSide):
         """
         device = torch.device(device)
         config.check_files(cache_root)
+        encoder, spec, qformer = cls.describe(config, cache_root)
         folder = config.path("llm_model", cache_root)
-        encoder = cls.build_encoder(config, cache_root)
-        scratch_llm = config.is_from_scratch("llm")
-        spec = read_spec(folder, config.llm_config, need_file=not scratch_llm)
-        _check_fit(config, spec, encoder.tokenizer)
-        qformer = resolve_qformer(config, cache_root)
         dtype = DTYPES[config.llm_precision]
-        if scratch_llm:
+        if config.is_from_scratch("llm"):
             llm = new_llm(spec, device=device, dtype=dtype, embedding_std=config.llm_embedding_std)
         else:
             target = torch.device("cpu") if config.llm_device_map == "auto" else device
@@ -116,6 +112,23 @@ class MiniGPT4Qwen(TrainingStep, GenerationMixin, VisionSide):
         if config.llm_device_map == "auto":
             _dispatch(llm)
         return model.train(False)
+
+    @classmethod
+    def describe(
+        cls, config: MiniGPT4QwenConfig, cache_root: str
+    ) -> tuple[ConversationEncoder, QwenSpec, Blip2QFormerConfig]:
+        """What the small files beside the weights say.
+
+        Raises:
+            WeightsError, ConfigError: as :meth:`from_config`; no weight has been read.
+        """
+        encoder = cls.build_encoder(config, cache_root)
+        need_file = not config.is_from_scratch("llm")
+        spec = read_spec(
+            config.path("llm_model", cache_root), config.llm_config, need_file=need_file
+        )
+        _check_fit(config, spec, encoder.tokenizer)
+        return encoder, spec, resolve_qformer(config, cache_root)
 
     @classmethod
     def build_encoder(cls, config: MiniGPT4QwenConfig, cache_root: str) -> ConversationEncoder:

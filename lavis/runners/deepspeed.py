@@ -31,6 +31,25 @@ class DeepSpeedStrategy(Strategy):
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         super().__init__(run, device)
         given = dict(run.deepspeed_config or {})
+        given.pop("optimizer", None)  # the runner's
+        whole = run.batch_size_train * run.accum_grad_iters * dist.world_size()
+        if given.pop("train_batch_size", "auto") not in ("auto", None, whole):
+            raise ConfigError(
+                "run.deepspeed_config.train_batch_size is not the batch_size_train * "
+                f"accum_grad_iters * processes of this run, {whole}; remove it"
+            )
+        self.deepspeed_config = given | {
+            "train_micro_batch_size_per_gpu": run.batch_size_train,
+            "gradient_accumulation_steps": 1,  # the runner says where a step ends
+            "gradient_clipping": run.grad_norm_clip or 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        try:
+            _import_deepspeed(device).DeepSpeedConfig(self.deepspeed_config)
+        except Exception as error:  # assertions, pydantic's and others
+            reason = " ".join(str(error).split("\n    For further")[0].split())
+            raise ConfigError(f"run.deepspeed_config: DeepSpeed refuses it: {reason}") from error
         self.stage = int((given.get("zero_optimization") or {}).get("stage", 0))
         fp16 = bool((given.get("fp16") or {}).get("enabled"))
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
@@ -40,20 +59,12 @@ class DeepSpeedStrategy(Strategy):
                 "run.on_nonfinite: skip does not work with ZeRO stages above 0, which have merged "
                 "a gradient before it can be taken back; use on_nonfinite: error or strategy: fsdp2"
             )
-        for section in ("optimizer", "train_batch_size"):
-            given.pop(section, None)  # the runner's
         if self.stage == 0 and (fp16 or (given.get("bf16") or {}).get("enabled")):
             # Of a half-precision stage 0 DeepSpeed does not hand out whole moments.
             logger.info("ZeRO stage 0 in half precision runs as stage 1: the same numbers")
             self.stage = 1
-            given["zero_optimization"] = (given.get("zero_optimization") or {}) | {"stage": 1}
-        self.deepspeed_config = given | {
-            "train_micro_batch_size_per_gpu": run.batch_size_train,
-            "gradient_accumulation_steps": 1,  # the runner says where a step ends
-            "gradient_clipping": run.grad_norm_clip or 0.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
+            zero = (given.get("zero_optimization") or {}) | {"stage": 1}
+            self.deepspeed_config["zero_optimization"] = zero
 
     def setup(self, model: nn.Module, groups: Groups) -> None:
         deepspeed = _import_deepspeed(self.device)

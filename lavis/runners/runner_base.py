@@ -17,18 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavis.common import dist
 from lavis.common.errors import ConfigError, DataError, LavisError
-from lavis.common.optim import build_schedule, parameter_groups
+from lavis.common.optim import parameter_groups
 from lavis.common.schema import Config
 from lavis.common.types import BadSample, Batch
 from lavis.datasets.collate import collate
 from lavis.datasets.instruction import augmentation_seed
-from lavis.datasets.plan import BatchPlan, PlanSampler
+from lavis.datasets.plan import PlanSampler
 from lavis.models.checkpoint import assign_model_state, trainable_state
 from lavis.models.weights import WeightFile
 from lavis.runners.checkpoint import Progress
-from lavis.runners.keeper import Keeper, open_checkpoint
+from lavis.runners.keeper import Keeper
+from lavis.runners.prepare import RunPlan
 from lavis.runners.signals import StopRequest, ignore_interrupt
-from lavis.runners.strategy import build_strategy
 from lavis.runners.watch import StepReport, build_watch
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,13 @@ class RunnerBase:
     """
 
     def __init__(
-        self, config: Config, task: Any, model: nn.Module, dataset: Dataset[Any], job_id: str
+        self,
+        config: Config,
+        task: Any,
+        model: nn.Module,
+        dataset: Dataset[Any],
+        job_id: str,
+        plan: RunPlan | None = None,
     ) -> None:
         """Prepare a run. Every process calls this.
 
@@ -52,15 +58,18 @@ class RunnerBase:
             model: on its device, weights loaded.
             dataset: training samples by ``(epoch, index)``.
             job_id: name of the run's folder under ``run.output_dir``, the same in all processes.
+            plan: what was found to fit before the model was built; by default it is made here.
 
         Raises:
-            ConfigError: nothing is trainable, or the schedule does not fit.
+            ConfigError: nothing is trainable, or as :meth:`RunPlan.of`.
             WeightsError: the checkpoint to resume from cannot be used.
         """
         self.config, self.run = config, config.run
         self.task, self.model, self.dataset = task, model, dataset
         self.device = torch.device(next(model.parameters()).device)
-        self.strategy = build_strategy(self.run, self.device)
+        plan = plan or RunPlan.of(config, dataset, self.device)
+        self.strategy, self.plan, self.schedule = plan.strategy, plan.batches, plan.schedule
+        self.step = plan.step  # optimizer steps done
         groups = parameter_groups(
             model.named_parameters(),
             self.run.weight_decay,
@@ -69,13 +78,8 @@ class RunnerBase:
         )
         if not any(group["params"] for group in groups):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
-        source = self.run.resume_ckpt_path
-        content = None if source is None else open_checkpoint(Path(source))
-        self.plan = build_plan(config, dataset, content)
-        self.schedule = build_schedule(self.run, self.plan.steps_per_epoch)
-        self.step = 0  # optimizer steps done
+        source, content = self.run.resume_ckpt_path, plan.content
         if content is not None:
-            self.step = Progress.of(content, source, self.plan).step
             assign_model_state(model, WeightFile.of(str(source), content["model"]))
         self.strategy.setup(model, groups)
         if content is not None:
@@ -339,47 +343,6 @@ class RunnerBase:
             launcher = f"-m torch.distributed.run --nproc_per_node={dist.world_size()}".split()
             command[1:1] = launcher
         return "resume with: " + shlex.join([*command, "--options", f"run.resume_ckpt_path={path}"])
-
-
-def build_plan(config: Config, dataset: Any, content: dict[str, Any] | None) -> BatchPlan:
-    """The batch plan of a run, or of the rest of one on another number of processes.
-
-    Raises:
-        ConfigError: ``run.train_dataset_ratios`` does not name the data sets, or a sample does not
-            fit into ``run.max_tokens_per_batch``.
-    """
-    run = config.run
-    packed = run.max_tokens_per_batch is not None
-    return BatchPlan(
-        sizes=getattr(dataset, "sizes", (len(dataset),)),
-        samples_per_step=samples_per_step(run, content),
-        batch_size=run.batch_size_train,
-        seed=run.seed,
-        world_size=dist.world_size(),
-        ratios=config.dataset_ratios,
-        lengths=dataset.lengths if packed else None,
-        max_tokens=run.max_tokens_per_batch,
-    )
-
-
-def samples_per_step(run: Any, content: dict[str, Any] | None) -> int:
-    """Samples of an optimizer step over all processes.
-
-    A run that goes on with another number of processes keeps the step of its checkpoint, so that
-    it sees the same samples in the same steps.
-    """
-    each = run.batch_size_train * run.accum_grad_iters
-    own = each * dist.world_size()
-    progress = (content or {}).get("progress") or {}
-    before, world = progress.get("samples_per_step"), progress.get("world_size")
-    if not before or world == dist.world_size() or before != each * world:
-        return own
-    logger.warning(
-        "the run began with %d processes, now there are %d: a step keeps its %d samples "
-        "(batch_size_train * accum_grad_iters * processes would be %d)",
-        world, dist.world_size(), before, own,
-    )  # fmt: skip
-    return int(before)
 
 
 def make_folder(folder: Path, config: Config) -> Path:

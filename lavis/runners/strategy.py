@@ -144,6 +144,11 @@ class FSDP2Strategy(Strategy):
 
     name = "fsdp2"
 
+    def __init__(self, run: RunConfig, device: torch.device) -> None:
+        super().__init__(run, device)
+        if self.scaler.is_enabled():
+            raise ConfigError("run.strategy: fsdp2 needs run.autocast_dtype: bf16, not fp16")
+
     def wrap(self, model: nn.Module) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import (
@@ -154,8 +159,6 @@ class FSDP2Strategy(Strategy):
             register_fsdp_forward_method,
         )
 
-        if self.scaler.is_enabled():
-            raise ConfigError("run.strategy: fsdp2 needs run.autocast_dtype: bf16, not fp16")
         model.uniform_graph = True  # type: ignore[assignment]
         offload = (
             CPUOffloadPolicy(pin_memory=self.device.type == "cuda")

@@ -15,14 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lavis.common import dist
-from lavis.common.errors import ConfigError, WeightsError
-from lavis.common.paths import is_file, require_writable
+from lavis.common.errors import ConfigError
+from lavis.common.paths import cache_path, require_checkpoint, require_writable
 from lavis.common.registry import BUILDERS, MODELS
 from lavis.common.schema import Config
 from lavis.common.types import AUTOCAST, Batch, Metric
 from lavis.datasets.collate import collate
 from lavis.datasets.plan import ConcatDataset, shared_batches
 from lavis.models.schedule import StepSchedule
+from lavis.models.weights import open_pth
 from lavis.tasks.evaluate import answer_splits
 from lavis.tasks.features import Counts, FeatureCache
 
@@ -40,29 +41,37 @@ class ImageTextPretrainTask:
     _features: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     metric: ClassVar[Metric] = Metric("valid_loss", higher_is_better=False)
 
-    def check_paths(self, splits: Sequence[str] | None = None) -> None:
-        """Check that every file that the run needs exists, before anything is read.
+    def check_paths(self, splits: Sequence[str] | None = None, trained: Sequence[str] = ()) -> None:
+        """Check all settings, and that every file that the run needs exists.
 
         Args:
-            splits: default: all that the run reads.
+            splits: to be evaluated. Without, the whole run of ``train.py`` is checked, with its
+                output folder and the checkpoint to resume from.
+            trained: splits whose training samples are needed besides.
 
         Raises:
             ConfigError, WeightsError, DataError: naming the setting and the path.
         """
-        if not self.config.datasets:
+        config, run = self.config, self.config.run
+        if not config.datasets:
             raise ConfigError("datasets is empty: name at least one data set")
-        self.config.model.check_files(self.config.env.cache_root)
-        run = self.config.run
+        config.model.check_files(config.env.cache_root)
+        answers = splits is not None or run.evaluate or bool(run.test_splits)
+        if splits is None:
+            splits, trained = self._evaluated, () if run.evaluate else run.train_splits
+            self._check_run()
         for builder in self._builders():
-            trained = () if run.evaluate else run.train_splits
-            builder.check_paths(tuple(splits or (*trained, *run.valid_splits, *run.test_splits)))
-        self._check_image_sizes()
+            builder.check_paths((*trained, *splits))
+        for side in ("train",) * bool(trained) + ("eval",) * bool(splits):
+            for name, block in config.datasets.items():
+                own = getattr(block.vis_processor, side)
+                path = f"{f'datasets.{name}' if own else 'preprocess'}.vis_processor.{side}"
+                default = getattr(config.preprocess.vis_processor, side)
+                config.check_image_size(path, own or default)
         self._check_packages()
+        self._check_model(answers=answers)
         if run.feature_cache.enabled:
-            FeatureCache(self.config).check()
-        if run.resume_ckpt_path is not None and not is_file(Path(run.resume_ckpt_path)):
-            raise WeightsError(f"run.resume_ckpt_path: no checkpoint {run.resume_ckpt_path}")
-        require_writable(Path(run.output_dir), "run.output_dir", ConfigError)
+            FeatureCache(config).check()
 
     def build_datasets(self) -> Dataset[Any]:
         """Read and check all annotations; the training splits end to end.
@@ -71,10 +80,10 @@ class ImageTextPretrainTask:
             DataError: a record cannot be used and ``run.on_bad_sample`` is ``error``.
         """
         run = self.config.run
-        splits = [self.build_split(s, train=True) for s in run.train_splits]
-        if run.feature_cache.enabled:  # images of all splits are encoded before training
-            for split in (*run.valid_splits, *run.test_splits):
-                self.evaluation_split(split)
+        trained = () if run.evaluate else run.train_splits
+        splits = [self.build_split(s, train=True) for s in trained]
+        for split in self._evaluated:
+            self.evaluation_split(split)
         # One part for each block of `datasets`, whose share train_dataset_ratios may give.
         return ConcatDataset(
             [p[0] if len(p) == 1 else ConcatDataset(p) for p in zip(*splits, strict=True)]
@@ -132,9 +141,6 @@ class ImageTextPretrainTask:
         config, run = self.config.model, self.config.run
         options: dict[str, Any] = {"cache_root": self.config.env.cache_root, "device": device}
         if run.feature_cache.enabled:
-            if run.evaluate:
-                for split in run.test_splits or run.valid_splits:
-                    self.evaluation_split(split)
             self.cache_features(device)
             options["vision"] = False
         model = MODELS.get(config.arch).from_config(config, **options)
@@ -187,6 +193,23 @@ class ImageTextPretrainTask:
         """Summed loss of one micro-batch, a :class:`LossOutput`."""
         return model(batch)
 
+    @property
+    def _evaluated(self) -> tuple[str, ...]:
+        run = self.config.run
+        if run.evaluate:
+            return run.test_splits or run.valid_splits
+        return (*run.valid_splits, *run.test_splits)
+
+    def _check_run(self) -> None:
+        run = self.config.run
+        if not run.evaluate and not getattr(self.config.model, "trains", True):
+            raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
+        if run.resume_ckpt_path is not None:
+            path = require_checkpoint(run.resume_ckpt_path, "run.resume_ckpt_path")
+            if run.evaluate:
+                open_pth(path)
+        require_writable(Path(run.output_dir), "run.output_dir", ConfigError)
+
     def _check_packages(self) -> None:
         run = self.config.run
         deepspeed = run.strategy == "deepspeed" or run.runner == "deepspeed_runner"
@@ -197,17 +220,15 @@ class ImageTextPretrainTask:
                     f"pip install {package}"
                 )
 
-    def _check_image_sizes(self) -> None:
-        wanted = getattr(self.config.model, "image_size", None)
-        for name, block in self.config.datasets.items():
-            chosen = block.vis_processor.train or self.config.preprocess.vis_processor.train
-            size = getattr(chosen, "image_size", wanted)
-            if size != wanted:
-                section = f"datasets.{name}" if block.vis_processor.train else "preprocess"
-                raise ConfigError(
-                    f"{self.config.source}: {section}.vis_processor.train.image_size is {size}, "
-                    f"but model.image_size is {wanted}; they must be equal"
-                )
+    def _check_model(self, *, answers: bool) -> None:
+        model: Any = self.config.model
+        root = self.config.env.cache_root
+        if getattr(model, "load_finetuned", False):
+            open_pth(cache_path(model.finetuned, root))  # its table of contents
+        if describe := getattr(MODELS.get(model.arch), "describe", None):
+            _, spec, _ = describe(model, root)
+            if answers:
+                spec.require_room(self.config.run.max_new_tokens, "run.max_new_tokens")
 
     def _builders(self) -> list[Any]:
         return [

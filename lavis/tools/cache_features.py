@@ -19,12 +19,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config_arguments(parser)
-    parser.add_argument("--splits", nargs="+", help="default: all that the run reads")
+    parser.add_argument(
+        "--splits", nargs="+", action="extend", help="default: all that the run reads"
+    )
     args = parser.parse_args()
     setup_logging()
     config = load_config(args.cfg_path, [*args.options, "run.feature_cache.enabled=true"])
     run = config.run
-    splits = args.splits or [*run.train_splits, *run.valid_splits, *run.test_splits]
+    watched = (*run.valid_splits, *run.test_splits)
+    splits = dict.fromkeys(args.splits or [*run.train_splits, *watched])
+    trained = [s for s in splits if s in run.train_splits]
+    evaluated = [s for s in splits if s not in run.train_splits or s in watched]
 
     from lavis.common import dist
     from lavis.common.registry import TASKS
@@ -32,14 +37,13 @@ def main() -> int:
     from lavis.tasks.features import FeatureCache
 
     task = TASKS.get(run.task)(config)
-    task.check_paths(tuple(splits))
+    task.check_paths(evaluated, trained)
     with distributed(run) as device:
         with dist.main_first():
-            for split in dict.fromkeys(splits):
-                if split in run.train_splits:
-                    task.build_split(split, train=True)
-                if split not in run.train_splits or split in (*run.valid_splits, *run.test_splits):
-                    task.evaluation_split(split)
+            for split in trained:
+                task.build_split(split, train=True)
+            for split in evaluated:
+                task.evaluation_split(split)
         counts = task.cache_features(device)
         folder: Path = FeatureCache(config).folder
         print_once(

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lavis.common.cli import run_cli, setup_logging
+from lavis.common.cli import output_folder, run_cli, setup_logging
 from lavis.common.config import load_config
 from lavis.common.errors import WeightsError
+from lavis.common.paths import require, require_checkpoint
 from lavis.models.config import MiniGPT4QwenConfig
 from lavis.models.qwen import read_spec
 from lavis.models.weights import load_pickle
@@ -26,9 +27,9 @@ _QFORMER = ("query_tokens", "ln_vision.", "Qformer.")
 def main() -> int:
     """Read a run's configuration and checkpoint, write its trained parts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint_*.pth of a run")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint_*.pth of a run")
     parser.add_argument(
-        "--out", required=True, type=Path,
+        "--out", required=True, type=output_folder,
         help="folder to write: eva_vit_g.pth, blip2.pth, llm/, each if it was trained",
     )  # fmt: skip
     parser.add_argument("--dtype", default="fp16", choices=_DTYPES, help="default: %(default)s")
@@ -39,7 +40,7 @@ def main() -> int:
     return 0
 
 
-def export(checkpoint: Path, out: Path, dtype: torch.dtype) -> list[Path]:
+def export(checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
     """Write every part that a checkpoint holds.
 
     Returns:
@@ -47,14 +48,19 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype) -> list[Path]:
 
     Raises:
         WeightsError: the checkpoint is damaged, or holds no part as a whole.
+        ConfigError: the run's configuration is missing.
     """
-    if not checkpoint.is_file():
-        raise WeightsError(f"--checkpoint: no file {checkpoint}")
+    checkpoint = require_checkpoint(checkpoint, "--checkpoint")
+    config = load_config(checkpoint.parent / "config.yaml")
+    assert isinstance(config.model, MiniGPT4QwenConfig)
     content = load_pickle(checkpoint)
     if not isinstance(content, dict) or "config" not in content or "model" not in content:
         raise WeightsError(f"{checkpoint} is not a checkpoint of a run")
-    config = load_config(checkpoint.parent / "config.yaml")
-    assert isinstance(config.model, MiniGPT4QwenConfig)
+    llm = _under(content["model"], "llm_model.")
+    source = config.model.path("llm_model", config.env.cache_root)
+    if llm:  # before anything is written
+        require(source / "qwen.tiktoken", "model.llm_model", WeightsError)
+        original = read_spec(source, config.model.llm_config, need_file=False).original
     state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in content["model"].items()}
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -64,18 +70,16 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype) -> list[Path]:
     if qformer := {k: t for k, t in state.items() if k.startswith(_QFORMER)}:
         written.append(out / "blip2.pth")
         torch.save({"model": qformer}, written[-1])
-    if llm := _under(state, "llm_model."):
-        written += _write_llm(llm, config.model, config.env.cache_root, out / "llm")
+    if llm:
+        written += _write_llm(_under(state, "llm_model."), original, source, out / "llm")
     if not written:
         raise WeightsError(f"{checkpoint} holds neither a vision encoder, a Q-Former nor an LLM")
     return written
 
 
 def _write_llm(
-    state: dict[str, Tensor], config: MiniGPT4QwenConfig, cache_root: str, out: Path
+    state: dict[str, Tensor], original: dict[str, Any], source: Path, out: Path
 ) -> list[Path]:
-    source = config.path("llm_model", cache_root)
-    original: dict[str, Any] = read_spec(source, config.llm_config, need_file=False).original
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: t.contiguous() for k, t in state.items()}, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(original, indent=1) + "\n", encoding="utf-8")

@@ -18,8 +18,9 @@ from typing import Any
 import regex
 from tqdm import tqdm
 
-from lavis.common.cli import run_cli, setup_logging
+from lavis.common.cli import output_file, run_cli, setup_logging
 from lavis.common.errors import DataError
+from lavis.common.paths import require, user_path
 from lavis.processors.conversation import SYSTEM_PROMPT
 from lavis.processors.tokenizer import SPLIT_PATTERN, normalize, read_ranks
 
@@ -27,14 +28,16 @@ from lavis.processors.tokenizer import SPLIT_PATTERN, normalize, read_ranks
 def main() -> int:
     """Read a corpus and a vocabulary, write the pruned vocabulary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocab", required=True, type=Path, help="a qwen.tiktoken file")
-    parser.add_argument("--out", required=True, type=Path, help="the file to write")
+    parser.add_argument("--vocab", required=True, type=user_path, help="a qwen.tiktoken file")
+    parser.add_argument("--out", required=True, type=output_file, help="the file to write")
     parser.add_argument(
-        "--corpus", required=True, nargs="+", type=Path,
+        "--corpus", required=True, nargs="+", action="extend", type=user_path,
         help="texts: .json or .jsonl (every string value counts) or plain text",
     )  # fmt: skip
     args = parser.parse_args()
     setup_logging()
+    for path in args.corpus:
+        require(path, "--corpus", DataError)
     ranks = read_ranks(args.vocab)
     texts = (text for path in args.corpus for text in read_texts(path))
     kept = prune(tqdm(texts, desc="reading", unit=" texts"), ranks)
@@ -82,10 +85,8 @@ def read_texts(path: Path) -> Iterator[str]:
     """Every text in a file.
 
     Raises:
-        DataError: the file is missing or not valid JSON.
+        DataError: the file is not valid JSON.
     """
-    if not path.is_file():
-        raise DataError(f"--corpus: no file {path}")
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".json":

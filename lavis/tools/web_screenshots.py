@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lavis.common.cli import TOYBOX, run_cli
+from lavis.common.cli import TOYBOX, output_folder, run_cli
 from lavis.common.errors import ConfigError
 
 _ENGLISH = ("What colour is the star?", "How many objects are there?")
@@ -23,7 +23,7 @@ _DETAIL = {"en": "Describe this image in detail.", "zh": "请详细描述这张�
 def main() -> int:
     """Write the pictures, print their names."""
     parser = argparse.ArgumentParser(description="Pictures of the web page.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=output_folder, required=True)
     args = parser.parse_args()
     chromium = shutil.which("chromium")
     if chromium is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import shlex
 import subprocess
 import sys
 import typing
@@ -12,7 +14,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lavis.common.config import default_model_config, load_config
+from lavis.common.config import (
+    AddOptions,
+    add_config_arguments,
+    default_model_config,
+    load_config,
+)
 from lavis.common.errors import ConfigError
 from lavis.common.registry import BUILDERS, MODELS, PROCESSORS
 from lavis.common.schema import DatasetConfig, RunConfig
@@ -295,6 +302,115 @@ def test_option_with_a_broken_value(write: Any, item: str) -> None:
     assert refusal(write(MODEL), [item]).startswith("--options: ")
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("/x/run #3", "/x/run #3"),
+        ("#3", "#3"),
+        ('"/x" #3', '"/x" #3'),
+        ("/x/run#3", "/x/run#3"),
+        ("'/x/run #3'", "/x/run #3"),
+        ('"12"', "12"),
+        ("2024-01-01", "2024-01-01"),
+    ],
+)
+def test_an_option_is_not_cut_short(write: Any, text: str, value: str) -> None:
+    assert load_config(write(MODEL), [f"run.output_dir={text}"]).run.output_dir == value
+
+
+@pytest.mark.parametrize("text", ["@x", "*x", "%x", "`x", "[x", "a: b: c", "!x y", "{x", "|x"])
+def test_text_that_is_no_yaml_is_shown_in_quotes(write: Any, text: str) -> None:
+    message = refusal(write(MODEL), [f"run.output_dir={text}"])
+    assert message.startswith(f"--options: run.output_dir: {text!r} is not valid YAML: ")
+    advice = message.rpartition("Text that YAML reads otherwise needs quotes: --options ")[2]
+    (option,) = shlex.split(advice)
+    assert load_config(write(MODEL), [option]).run.output_dir == text
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [("123", "123"), ("1.5", "1.5"), ("yes", "..."), ("a: b", "..."), ("[a]", "...")],
+)
+def test_text_that_yaml_reads_otherwise(write: Any, text: str, quoted: str) -> None:
+    advice = f'; text that looks like something else needs quotes: output_dir: "{quoted}"'
+    assert refusal(write(MODEL + "run: {output_dir: {a: b}}\n")).endswith(
+        'needs quotes: output_dir: "..."'
+    )
+    if ":" not in text:
+        assert refusal(write(MODEL + f"run: {{output_dir: {text}}}\n")).endswith(advice)
+    message = refusal(write(MODEL), [f"run.output_dir={text}"])
+    assert message.endswith(f"needs quotes: --options 'run.output_dir=\"{quoted}\"'")
+
+
+def test_environment_variables(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAVIS_TEST", "/there")
+    path = write(MODEL + "run: {output_dir: '${LAVIS_TEST}/x'}\n")
+    assert refusal(path).endswith("not found; the environment variable is ${oc.env:LAVIS_TEST}")
+    config = load_config(path, ["run.output_dir=${oc.env:LAVIS_TEST}/x"])
+    assert config.run.output_dir == "/there/x"
+    assert "not found" in refusal(path, ["run.output_dir=${oc.env:LAVIS_TEST_NOT}/x"])
+    assert refusal(path, ["run.output_dir=$LAVIS_TEST/x"]) == (
+        "--options: run.output_dir: $LAVIS_TEST/x: for an environment variable write ${oc.env:NAME}"
+    )
+
+
+def test_home_folders(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    path = write(MODEL + "run: {output_dir: ~/out, resume_ckpt_path: ~/a.pth}\n")
+    run = load_config(path).run
+    assert (run.output_dir, run.resume_ckpt_path) == ("/home/me/out", "/home/me/a.pth")
+    assert load_config(path, ["run.output_dir=./~/x"]).run.output_dir == "./~/x"
+
+
+def arguments(*listed: str) -> list[str]:
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser, required=False)
+    short = {"dest": "options", "nargs": 0, "const": ["run.strategy=deepspeed"]}
+    parser.add_argument("--use-deepspeed", action=AddOptions, **short)
+    return parser.parse_args(listed).options
+
+
+def test_options_add_up() -> None:
+    assert arguments() == []
+    assert arguments("--options", "a=1", "b=2", "--options", "c=3", "--options", "a=1") == (
+        ["a=1", "b=2", "c=3", "a=1"]
+    )
+    assert arguments("--options", "a=1", "--use-deepspeed", "--options", "b=2") == (
+        ["a=1", "run.strategy=deepspeed", "b=2"]
+    )
+    assert arguments() == []  # the default is nobody's list
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        ("--options", "a=1", "a=2"),
+        ("--options", "a=1", "--options", "a=2"),
+        ("--options", "b=1", "a=1", "--options", "c=3", "a=2"),
+    ],
+)
+def test_options_that_contradict_each_other(listed: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        arguments(*listed)
+    assert str(caught.value) == "--options: a is given as '1' and as '2'"
+
+
+def test_a_flag_that_contradicts_an_option() -> None:
+    with pytest.raises(ConfigError, match=r"run\.strategy is given as 'ddp' and as 'deepspeed'"):
+        arguments("--options", "run.strategy=ddp", "--use-deepspeed")
+    with pytest.raises(ConfigError, match=r"run\.strategy is given as 'deepspeed' and as 'ddp'"):
+        arguments("--use-deepspeed", "--options", "run.strategy=ddp")
+
+
+@pytest.mark.parametrize("text", ["seed: 1\n  log_freq: 3\n  seed: 2", "{seed: 1, seed: 2}"])
+def test_a_key_that_stands_twice(write: Any, text: str) -> None:
+    path = write(f"{MODEL}run:\n  {text}\n")
+    message = refusal(path)
+    assert message.startswith(f"{path} is not valid YAML: ")
+    assert "found duplicate key seed" in message
+    assert f"line {5 if 'log' in text else 3}, column" in message.splitlines()[-1]
+
+
 def test_defaults_of_data_sets(write: Any) -> None:
     block = load_config(write(MODEL + "datasets: {llava_instruction: {}}\n")).datasets[
         "llava_instruction"
@@ -353,6 +469,98 @@ def test_autocast_dtype_under_model_moves_to_run(write: Any) -> None:
     text = "model: {arch: minigpt4qwen, autocast_dtype: bfloat16}\n"
     assert load_config(write(text)).run.autocast_dtype == "bfloat16"
     assert load_config(write(text + "run: {autocast_dtype: fp16}")).run.autocast_dtype == "fp16"
+
+
+def test_an_older_name_of_the_number_of_new_tokens(write: Any) -> None:
+    path = write(MODEL + "run: {max_len: 30}\n")
+    assert load_config(path).run.max_new_tokens == 30
+    assert load_config(path, ["run.max_new_tokens=7"]).run.max_new_tokens == 7
+    assert refusal(path, ["run.max_len=0"]).startswith("--options: run.max_len must be at least 1")
+
+
+# --- DeepSpeed's section --------------------------------------------------------------------
+
+SECTION = "run.deepspeed_config"
+
+
+def deepspeed(write: Any, text: str) -> Path:
+    path: Path = write(f"{MODEL}run: {{strategy: deepspeed, deepspeed_config: {text}}}\n")
+    return path
+
+
+def test_what_a_deepspeed_section_says(write: Any) -> None:
+    run = load_config(
+        deepspeed(
+            write,
+            "{optimizer: {type: Adam, params: {betas: [0.8, 0.95], eps: 1e-6, weight_decay: 0}},"
+            " gradient_clipping: 2, gradient_accumulation_steps: 3, "
+            "train_micro_batch_size_per_gpu: auto}",
+        )
+    ).run
+    assert (run.beta1, run.beta2, run.eps, run.weight_decay) == (0.8, 0.95, 1e-6, 0.0)
+    assert (run.grad_norm_clip, run.accum_grad_iters, run.batch_size_train) == (2.0, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "must be a mapping, not [1] (list)"),
+        ("{optimizer: AdamW}", ".optimizer must be a mapping, not 'AdamW' (str)"),
+        ("{bf16: {enabled: auto}}", ".bf16.enabled must be true or false, not 'auto' (str)"),
+        ("{fp16: true}", ".fp16 must be a mapping, not True (bool)"),
+        ("{zero_optimization: [1]}", ".zero_optimization must be a mapping, not [1] (list)"),
+        ("{optimizer: null}", ".optimizer must be a mapping, not nothing"),
+        ("{optimizer: [AdamW]}", ".optimizer must be a mapping, not ['AdamW'] (list)"),
+        ("{optimizer: {type: Lion}}", ".optimizer.type: 'Lion' is not one of AdamW, Adam"),
+        ("{optimizer: {type: [AdamW]}}", ".optimizer.type: ['AdamW'] is not one of AdamW, Adam"),
+        ("{optimizer: {params: [1]}}", ".optimizer.params must be a mapping, not [1] (list)"),
+        ("{optimizer: {params: 1e-4}}", ".optimizer.params must be a mapping, not 0.0001 (float)"),
+        (
+            "{optimizer: {params: {betas: [0.9]}}}",
+            ".optimizer.params.betas must have 2 values, not",
+        ),
+        (
+            "{optimizer: {params: {betas: [0.9, 0.9, 0.9]}}}",
+            ".optimizer.params.betas must have 2 v",
+        ),
+        ("{optimizer: {params: {betas: 0.9}}}", ".optimizer.params.betas must be a list, not 0.9"),
+        ("{optimizer: {params: {betas: [a, 0.9]}}}", ".optimizer.params.betas[0] must be a number"),
+        (
+            "{optimizer: {params: {betas: [0.9, 1]}}}",
+            ".optimizer.params.betas[1]: beta2 must be in",
+        ),
+        ("{optimizer: {params: {betas: {a: 1}}}}", ".optimizer.params.betas must be a list, not {"),
+        (
+            "{optimizer: {params: {eps: '1e-4'}}}",
+            ".optimizer.params.eps must be a number, not '1e-",
+        ),
+        (
+            "{optimizer: {params: {eps: -1e-8}}}",
+            ".optimizer.params.eps: eps must be positive, not ",
+        ),
+        ("{optimizer: {params: {eps: 0}}}", ".optimizer.params.eps: eps must be positive, not 0.0"),
+        (
+            "{optimizer: {params: {weight_decay: -1}}}",
+            ".optimizer.params.weight_decay: weight_deca",
+        ),
+        (
+            "{gradient_clipping: -1}",
+            ".gradient_clipping: grad_norm_clip must be at least 0, not -1",
+        ),
+        ("{gradient_clipping: [1]}", ".gradient_clipping must be a number, not [1] (list)"),
+        (
+            "{gradient_accumulation_steps: 1.5}",
+            ".gradient_accumulation_steps must be an integer, n",
+        ),
+        (
+            "{train_micro_batch_size_per_gpu: 0}",
+            ".train_micro_batch_size_per_gpu: batch_size_train",
+        ),
+    ],
+)
+def test_a_malformed_deepspeed_section(write: Any, text: str, message: str) -> None:
+    path = deepspeed(write, text)
+    assert refusal(path).startswith(f"{path}: {SECTION}{'' if message[0] == '.' else ' '}{message}")
 
 
 def _restricted() -> list[Any]:

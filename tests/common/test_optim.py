@@ -11,6 +11,7 @@ from torch import nn
 
 from lavis.common.errors import ConfigError
 from lavis.common.optim import build_schedule, parameter_groups
+from lavis.common.registry import LR_SCHEDULERS
 from lavis.common.schema import RunConfig
 
 RUN: dict[str, Any] = {
@@ -69,6 +70,117 @@ def test_warm_up_by_ratio_and_from_init_lr() -> None:
     name = "linear_warmup_cosine_lr_step-wise"
     assert rates(name, [5, 10], warmup_ratio=0.2) == pytest.approx([0.6, 1.0])
     assert rates(name, [0, 3], warmup_lr=-1.0) == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "constant_lr",
+        "linear_warmup_step_lr",
+        "linear_warmup_cosine_lr",
+        "linear_warmup_cosine_lr_step-wise",
+    ],
+)
+@pytest.mark.parametrize("none", [{"warmup_steps": 0}, {"warmup_ratio": 0.0}])
+def test_no_warm_up_starts_at_init_lr(name: str, none: dict[str, Any]) -> None:
+    assert rates(name, [0], warmup_lr=0.0, max_epoch=1, **none) == [1.0]
+
+
+def notes(name: str, **changes: Any) -> list[str]:
+    run = RunConfig(lr_sched=name, **(RUN | changes))
+    return list(LR_SCHEDULERS.get(name).notes(run, 10))
+
+
+STEPWISE = "linear_warmup_cosine_lr_step-wise"
+EPOCHWISE = "linear_warmup_cosine_lr"
+FIRST = f"but an epoch has 10 steps and {EPOCHWISE} warms up in the first one only: "
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "wanted"),
+    [
+        (STEPWISE, {"lr_decay_rate": 1}, []),
+        (EPOCHWISE, {"lr_decay_rate": 1}, []),
+        ("linear_warmup_step_lr", {}, []),
+        ("constant_lr", {"lr_decay_rate": 1, "min_lr": 0}, []),
+        (STEPWISE, {}, [f"run.lr_decay_rate has no effect with run.lr_sched: {STEPWISE}"]),
+        (
+            "constant_lr",
+            {"lr_decay_rate": 1},
+            ["run.min_lr has no effect with run.lr_sched: constant_lr"],
+        ),
+        (
+            "linear_warmup_step_lr",
+            {"lr_decay_rate": 1},
+            ["run.lr_sched: linear_warmup_step_lr stays at init_lr with run.lr_decay_rate: 1"],
+        ),
+        (
+            EPOCHWISE,
+            {"lr_decay_rate": 1, "max_epoch": 1},
+            [
+                f"run.lr_sched: {EPOCHWISE} decays from epoch to epoch, so a run of one epoch "
+                f"keeps init_lr; {STEPWISE} decays by step"
+            ],
+        ),
+        (
+            EPOCHWISE,
+            {"lr_decay_rate": 1, "warmup_lr": -1},
+            [
+                "run.warmup_steps: 4 steps warm nothing up, since run.warmup_lr (-1) starts at "
+                "init_lr; set run.warmup_lr: 0"
+            ],
+        ),
+        (STEPWISE, {"lr_decay_rate": 1, "warmup_lr": -1, "warmup_steps": 0}, []),
+        (
+            EPOCHWISE,
+            {"lr_decay_rate": 1, "warmup_steps": 20},
+            [
+                f"run.warmup_steps: 20, {FIRST}the rate jumps at its end. Set run.warmup_steps to "
+                f"at most 10, or run.lr_sched: {STEPWISE}"
+            ],
+        ),
+        (  # the step-wise schedule would refuse it
+            EPOCHWISE,
+            {"lr_decay_rate": 1, "warmup_steps": 500},
+            [
+                f"run.warmup_steps: 500, {FIRST}the rate jumps at its end. Set run.warmup_steps to "
+                "at most 10"
+            ],
+        ),
+        (
+            STEPWISE,
+            {"lr_decay_rate": 1, "warmup_ratio": 0.1},
+            ["run.warmup_steps: run.warmup_ratio decides (5 steps)"],
+        ),
+    ],
+)
+def test_notes(name: str, changes: dict[str, Any], wanted: list[str]) -> None:
+    assert notes(name, **changes) == wanted
+
+
+def test_the_advice_of_a_note_works() -> None:
+    """What it recommends is accepted and needs no note."""
+    assert "in the first one only: init_lr is not reached. " in notes(
+        EPOCHWISE, lr_decay_rate=1, max_epoch=1, warmup_steps=11
+    )[0]  # fmt: skip
+    assert rates(STEPWISE, [49], warmup_steps=20)
+    assert notes(EPOCHWISE, lr_decay_rate=1, warmup_steps=10) == []
+    assert notes(STEPWISE, lr_decay_rate=1, warmup_steps=20) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_lr": 1.5}, "min_lr must be at most 1.0 (init_lr), not 1.5"),
+        ({"warmup_lr": 2.0}, "warmup_lr must be at most 1.0 (init_lr), not 2.0"),
+        ({"lr_decay_rate": 1.01}, "lr_decay_rate must be at most 1, not 1.01"),
+        ({"lr_layer_decay": 2.0}, "lr_layer_decay must be at most 1, not 2.0"),
+    ],
+)
+def test_rates_that_would_rise(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(**(RUN | changes))
+    assert str(caught.value) == message
 
 
 def test_warm_up_that_does_not_fit() -> None:

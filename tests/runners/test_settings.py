@@ -20,7 +20,8 @@ from lavis.common.errors import ConfigError, LavisError
 from lavis.common.registry import TASKS
 from lavis.common.schema import RunConfig
 from lavis.runners.launch import new_job_id
-from lavis.runners.runner_base import RunnerBase, samples_per_step
+from lavis.runners.prepare import samples_per_step
+from lavis.runners.runner_base import RunnerBase
 from tests.conftest import DEMO, REPO, TOY
 from tests.runners.test_runner import SHORT, after_steps, final, prepare, progress, same, steps
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lavis.common.cli import run_cli, setup_logging
+from lavis.common.cli import output_folder, run_cli, setup_logging
 from lavis.common.errors import DataError
 from lavis.tools.toybox.questions import DRILLS, KINDS, LANGUAGES, Question, ask
 from lavis.tools.toybox.scenes import Scene, draw, in_words, random_scene
@@ -58,17 +58,15 @@ SIZES = {
 def main() -> int:
     """Parse the command line and write the splits."""
     parser = argparse.ArgumentParser(description="Write the toybox: pictures and annotations.")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--out", required=True, type=output_folder, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--splits", nargs="+", default=list(SIZES), choices=SIZES, help="default: all"
-    )
+    parser.add_argument("--splits", nargs="+", action="extend", choices=SIZES, help="default: all")
     for split, size in SIZES.items():
         parser.add_argument(f"--{split.replace('_', '-')}", type=int, default=size, metavar="N",
                             help=f"records of {split}, default: %(default)s")  # fmt: skip
     args = parser.parse_args()
     setup_logging()
-    for split in args.splits:
+    for split in dict.fromkeys(args.splits or SIZES):
         write_split(args.out, split, getattr(args, split), args.seed)
     return 0
 

@@ -1,0 +1,123 @@
+"""What a run is going to do, decided and checked before any weight is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavis.common import dist
+from lavis.common.optim import Schedule, build_schedule
+from lavis.common.registry import LR_SCHEDULERS
+from lavis.common.schema import Config
+from lavis.datasets.plan import BatchPlan
+from lavis.runners.checkpoint import Progress
+from lavis.runners.keeper import open_checkpoint
+from lavis.runners.strategy import Strategy, build_strategy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a runner needs besides the model.
+
+    Attributes:
+        strategy: not set up yet.
+        batches: the samples of every step.
+        schedule: the learning rate of every step.
+        content: of the checkpoint to resume from.
+        step: optimizer steps that it has done.
+    """
+
+    strategy: Strategy
+    batches: BatchPlan
+    schedule: Schedule
+    content: dict[str, Any] | None
+    step: int
+
+    @classmethod
+    def of(cls, config: Config, dataset: Any, device: torch.device) -> RunPlan:
+        """Plan a run. Every process calls this.
+
+        Raises:
+            ConfigError: the strategy, the token budget or the schedule does not fit.
+            WeightsError: the checkpoint to resume from is damaged or belongs to another run.
+        """
+        run, source = config.run, config.run.resume_ckpt_path
+        strategy = build_strategy(run, device)
+        content = None if source is None else open_checkpoint(Path(source))
+        batches = build_plan(config, dataset, content)
+        schedule = build_schedule(run, batches.steps_per_epoch)
+        step = 0 if content is None else Progress.of(content, source, batches).step
+        log_notes(LR_SCHEDULERS.get(run.lr_sched).notes(run, batches.steps_per_epoch))
+        return cls(strategy, batches, schedule, content, step)
+
+
+def log_notes(notes: Iterable[str]) -> None:
+    """Warn, in one process."""
+    for note in notes if dist.is_main() else ():
+        logger.warning("%s", note)
+
+
+def without_effect(config: Config, *, answers: bool) -> Iterator[str]:
+    """Settings that were given and change nothing.
+
+    Args:
+        answers: whether questions are going to be answered.
+    """
+    run, given = config.run, config.tree.get("run", {})
+    greedy = [k for k in ("num_beams", "min_new_tokens", "min_len") if (given.get(k) or 1) > 1]
+    if greedy and answers:
+        yield f"{', '.join(f'run.{k}' for k in greedy)}: no effect, since answers are greedy"
+    if answers and run.max_len not in (None, run.max_new_tokens):
+        yield f"run.max_len: no effect beside run.max_new_tokens ({run.max_new_tokens})"
+    model: Any = config.model
+    vit = not getattr(model, "freeze_vit", False) or getattr(model, "unfreeze_pos_embed", False)
+    if run.lr_layer_decay != 1 and not vit:
+        yield "run.lr_layer_decay: no effect, since the ViT is frozen"
+
+
+def build_plan(config: Config, dataset: Any, content: dict[str, Any] | None) -> BatchPlan:
+    """The batch plan of a run, or of the rest of one on another number of processes.
+
+    Raises:
+        ConfigError: ``run.train_dataset_ratios`` does not name the data sets, or a sample does not
+            fit into ``run.max_tokens_per_batch``.
+    """
+    run = config.run
+    packed = run.max_tokens_per_batch is not None
+    return BatchPlan(
+        sizes=getattr(dataset, "sizes", (len(dataset),)),
+        samples_per_step=samples_per_step(run, content),
+        batch_size=run.batch_size_train,
+        seed=run.seed,
+        world_size=dist.world_size(),
+        ratios=config.dataset_ratios,
+        lengths=dataset.lengths if packed else None,
+        max_tokens=run.max_tokens_per_batch,
+    )
+
+
+def samples_per_step(run: Any, content: dict[str, Any] | None) -> int:
+    """Samples of an optimizer step over all processes.
+
+    A run that goes on with another number of processes keeps the step of its checkpoint, so that
+    it sees the same samples in the same steps.
+    """
+    each = run.batch_size_train * run.accum_grad_iters
+    own = each * dist.world_size()
+    progress = (content or {}).get("progress") or {}
+    before, world = progress.get("samples_per_step"), progress.get("world_size")
+    if not before or world == dist.world_size() or before != each * world:
+        return own
+    logger.warning(
+        "the run began with %d processes, now there are %d: a step keeps its %d samples "
+        "(batch_size_train * accum_grad_iters * processes would be %d)",
+        world, dist.world_size(), before, own,
+    )  # fmt: skip
+    return int(before)
