@@ -38,8 +38,7 @@ def load_model(
         model_type: ``qwen7b_chat`` (default), ``qwen14b_chat`` or ``toybox``.
         is_eval: evaluation mode.
         device: where the weights go: ``cuda``, ``cuda:N``, ``cpu`` or ``auto``.
-        checkpoint: trained projection to load. The toybox that
-            ships has its own by default, in evaluation mode.
+        checkpoint: trained projection to load; in evaluation mode the toybox has its own.
         cfg_path: a run's YAML to take the ``model`` section from.
         options: ``model.key=value`` overrides.
 

@@ -440,6 +440,7 @@ def test_images_of_every_kind_are_the_same_image(model: Any, tmp_path: Path) -> 
     ("images", "message"),
     [
         ([None], ""),
+        ([["a.png"]], ""),
         (3, ""),
         ("nowhere.png", "nowhere.png"),
         (torch.zeros(3, 56, 56, dtype=torch.uint8), "an image tensor is torch.uint8 of shape (3, "),
