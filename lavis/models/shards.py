@@ -32,7 +32,6 @@ def llm_files(folder: Path, *, weights: bool) -> Iterator[Path]:
         if not path.exists() and (instead := _instead(folder)):
             raise WeightsError(f"{_KEY}: no file {path}{instead}")
         yield require(path, _KEY, WeightsError)
-        check_download(path)
         _check_kind(path, read_json(path))
         yield from find_shards(folder)
     yield require(folder / "qwen.tiktoken", _KEY, WeightsError)
