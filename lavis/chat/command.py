@@ -25,10 +25,16 @@ TOYBOX_IMAGE = TOYBOX / "image" / "scene.png"
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which model answers, where it computes, and how it chooses."""
     add_model_arguments(parser)
-    parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu or auto (default)")
-    parser.add_argument("--cpu-only", action="store_true", help="the same as --device cpu")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--device", default="auto", help="cuda, cuda:N, cpu or auto (default)")
+    device.add_argument(
+        "--cpu-only", action="store_const", const="cpu", dest="device", help="as --device cpu"
+    )
+    device.add_argument(
+        "--gpu_id", "--gpu-id", type=_gpu, dest="device", metavar="N", help="as --device cuda:N"
+    )
     parser.add_argument(
-        "--llm_device_map", "--llm-device-map", default="cpu", choices=["cpu", "auto"],
+        "--llm_device_map", "--llm-device-map", choices=["cpu", "auto"],
         help="auto spreads the language model over all visible GPUs",
     )  # fmt: skip
     parser.add_argument(
@@ -54,6 +60,10 @@ def _whole_number(least: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def _gpu(text: str) -> str:
+    return f"cuda:{_whole_number(0)(text)}"
 
 
 def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]:
@@ -93,7 +103,7 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
         "minigpt4qwen",
         args.model_type,
         is_eval=True,
-        device=pick_device("cpu" if args.cpu_only else args.device),
+        device=pick_device(args.device, "--device", "--device cpu"),
         llm_device_map=args.llm_device_map,
         cfg_path=args.cfg_path,
         options=args.options,

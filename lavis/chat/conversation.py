@@ -217,8 +217,8 @@ class Conversation:
         settings: dict[str, Any],
     ) -> Answer:
         """Check everything, then change the conversation: an error leaves it as it was."""
-        if not text.strip():
-            raise DataError("the question is empty")
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"the question is empty, or no text: {text!r}")
         exchange = Exchange(text, tuple(images))
         chosen = self.settings.changed(**settings)
         before_images = [i for e in before for i in e.images]

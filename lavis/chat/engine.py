@@ -157,7 +157,7 @@ class ChatEngine:
                     num_beams=settings.num_beams,
                     max_new_tokens=settings.max_new_tokens,
                     repetition_penalty=settings.repetition_penalty,
-                    eos_token_id=list(self.stops[:2]),
+                    eos_token_id=list(self.stops),
                     pad_token_id=self.tokenizer.eod_id,
                 ),
             )

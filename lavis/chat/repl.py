@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lavis.chat.engine import ChatEngine, ChatImage
     from lavis.chat.settings import ChatSettings
 
+_COLON = "'::' begins a question that begins with a colon"
 _USER, _MODEL, _NOTE, _ERROR, _PLAIN = "\033[32m", "\033[36m", "\033[2m", "\033[31m", "\033[0m"
 
 
@@ -110,10 +111,10 @@ class Repl:
         try:
             if any("\ud800" <= c <= "\udfff" for c in line):
                 raise DataError("this line is not text in UTF-8")
-            if line.startswith(":"):
+            if line.startswith(":") and not line.startswith("::"):
                 self._command(line)
             elif line:
-                self._answer(self.conversation.ask(line))
+                self._answer(self.conversation.ask(line[line.startswith("::") :]))
         except LavisError as error:
             self._error(str(error))
             return False
@@ -142,7 +143,8 @@ class Repl:
         name, *rest = line.split(maxsplit=1)
         command = _BY_NAME.get(name)
         if command is None:
-            raise DataError(f"unknown command {name}{did_you_mean(name, _BY_NAME)}; :help has all")
+            near = did_you_mean(name, _BY_NAME)
+            raise DataError(f"unknown command {name}{near}; :help has all, and {_COLON}")
         try:
             words = shlex.split(rest[0]) if rest else []
         except ValueError as error:
@@ -179,7 +181,7 @@ class Repl:
         lines = [(f"{', '.join(c.names)} {c.arguments}".rstrip(), c.help) for c in COMMANDS]
         width = max(len(left) for left, _ in lines)
         text = "\n".join(f"{left:{width}}  {right}" for left, right in lines)
-        self._write(self._out, f"{text}\nAnything else is a question.\n")
+        self._write(self._out, f"{text}\nAnything else is a question; {_COLON}.\n")
 
     def _leave(self, words: list[str]) -> None:
         raise Leave
@@ -268,6 +270,11 @@ class Repl:
         self._answer(self.conversation.retry())
 
     def _save(self, words: list[str]) -> None:
+        if len(words) == 1 and _is_foreign(path := _path(words[0])):
+            raise DataError(f"{path} is no saved conversation; :save! FILE writes over it")
+        self._save_over(words)
+
+    def _save_over(self, words: list[str]) -> None:
         if len(words) != 1:
             raise DataError(":save takes one file name")
         path = _path(words[0])
@@ -300,6 +307,15 @@ def _path(word: str) -> Path:
         return Path(word).expanduser()
     except RuntimeError as error:
         raise DataError(f"{word}: there is no such user") from error
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file would be lost that ``:save`` has not written."""
+    try:
+        text = path.read_bytes() if path.is_file() else b""
+        return bool(text) and json.loads(text).keys() != {"system", "settings", "exchanges"}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return True
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -337,6 +353,7 @@ COMMANDS = (
     Command((":undo",), "", "take the last question and its answer back", Repl._undo),
     Command((":retry",), "", "answer the last question again", Repl._retry),
     Command((":save",), "FILE", "write the conversation as JSON", Repl._save),
+    Command((":save!",), "FILE", "the same, over any file", Repl._save_over),
     Command((":conf",), "[NAME=VALUE...]", "show or change generation settings", Repl._conf),
     Command((":reset-conf",), "", "the settings of the beginning", Repl._reset_conf),
     Command((":seed",), "[N]", "show or set the seed that answers are drawn with", Repl._seed),

@@ -8,9 +8,7 @@ from typing import Any
 
 from lavis.common.errors import ConfigError
 from lavis.common.registry import did_you_mean
-from lavis.models.generation import generation_options
-
-_SMALLEST, _LARGEST = 1e-6, 1e6  # beyond, single-precision scores overflow
+from lavis.models.generation_settings import plain_setting
 
 
 @dataclass(frozen=True)
@@ -47,21 +45,11 @@ class ChatSettings:
         Raises:
             ConfigError: naming the setting and what it may be.
         """
-        generation_options(None, self.generation())
-        for name in (f.name for f in dataclasses.fields(self) if f.name != "seed"):
-            if getattr(self, name) is None:
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None:
+                object.__setattr__(self, name, plain_setting(name, value))
+            elif name != "seed":
                 raise ConfigError(f"generation setting {name} has no value")
-        for name in ("temperature", "repetition_penalty"):
-            if not _SMALLEST <= getattr(self, name) <= _LARGEST:
-                raise ConfigError(
-                    f"generation setting {name} must be from {_SMALLEST:g} to {_LARGEST:g}"
-                )
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            # Transformers refuses whole numbers.
-            object.__setattr__(self, name, float(getattr(self, name)))
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        if self.seed is not None and not (whole and 0 <= self.seed < 2**63):
-            raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, not {self.seed!r}")
         if self.do_sample and self.num_beams > 1:
             raise ConfigError(
                 "beam search does not draw tokens: set do_sample to False or num_beams to 1"

@@ -17,7 +17,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from lavis.chat.repl import COMMANDS, setting_names
 
-_TAKES_PATHS = (":img", ":new", ":save")
+_TAKES_PATHS = (":img", ":new", ":save", ":save!")
 _WORD = re.compile(r"""(?:[^\s'"\\]|\\.|\\$|'[^']*(?:'|$)|"(?:[^"\\]|\\.)*\\?(?:"|$))+""")
 
 

@@ -15,10 +15,7 @@ from pathlib import Path
 from lavis.common.config import add_config_arguments
 from lavis.common.errors import ConfigError, LavisError
 from lavis.common.packages import check_packages
-from lavis.common.paths import require_writable, user_path
-
-REPOSITORY = Path(__file__).parents[2]
-TOYBOX = REPOSITORY / "examples" / "toybox"
+from lavis.common.paths import REPOSITORY, TOYBOX, require_writable, user_path
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -30,6 +27,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
     What goes to a file or a pipe is UTF-8, whatever the locale says. A terminal gets what it can
     show.
     """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started us closed it
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115, PTH123
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             ascii_only = codecs.lookup(stream.encoding).name == "ascii"
@@ -126,11 +126,11 @@ def resolve_model_arguments(args: argparse.Namespace) -> bool:
     if toybox:
         args.model_type = "toybox"
         args.checkpoint = str(TOYBOX / "checkpoint.pth")
-        args.options = [f"env.cache_root={REPOSITORY}", *args.options]
         print(
             f"Answering with the toybox ({TOYBOX.relative_to(REPOSITORY)}), a tiny model of "
             "coloured shapes; --checkpoint PTH [--cfg-path YAML] loads real weights.",
             file=sys.stderr,
         )
-    args.model_type = args.model_type or "qwen7b_chat"
+    if args.cfg_path is None:
+        args.model_type = args.model_type or "qwen7b_chat"
     return toybox

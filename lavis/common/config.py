@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis.common.errors import ConfigError
-from lavis.common.paths import LIBRARY_ROOT, is_file, user_path
+from lavis.common.paths import LIBRARY_ROOT, REPOSITORY, is_file, user_path
 from lavis.common.registry import BUILDERS, MODELS, did_you_mean, import_plugins
 from lavis.common.schema import Config, ModelConfig, RunConfig
 from lavis.common.typed import Where, convert, parse, quoted
@@ -72,13 +72,28 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
 
 
 def default_model_config(
-    arch: str, model_type: str, options: Sequence[str] = (), cfg_path: str | Path | None = None
+    arch: str,
+    model_type: str | None,
+    options: Sequence[str] = (),
+    cfg_path: str | Path | None = None,
 ) -> Config:
-    """Configuration of a model alone: its defaults, or those of a run's YAML, with overrides."""
-    if cfg_path is not None:
-        return load_config(cfg_path, options)
-    user = OmegaConf.create({"model": {"arch": arch, "model_type": model_type}})
-    return build_config(user, "the model's defaults", options)
+    """Configuration of a model alone: its defaults, or those of a run's YAML, with overrides.
+
+    The toybox's files are found wherever the program runs.
+
+    Raises:
+        ConfigError: as :func:`load_config`, or the YAML is of another model than is asked for.
+    """
+    asked = {k: v for k, v in (("arch", arch), ("model_type", model_type)) if v}
+    if cfg_path is None:
+        cache = {"cache_root": str(REPOSITORY)} if model_type == "toybox" else {}
+        user = OmegaConf.create({"model": asked, "env": cache})
+        return build_config(user, "the model's defaults", options)
+    config = load_config(cfg_path, options)
+    for key, value in asked.items():
+        if value != (has := getattr(config.model, key, value)):
+            raise ConfigError(f"{cfg_path}: model.{key} is {has}, but {value} is asked for")
+    return config
 
 
 def build_config(user: DictConfig, source: str, options: Sequence[str] = ()) -> Config:

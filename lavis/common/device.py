@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import time
 
@@ -11,28 +12,31 @@ import torch
 from lavis.common.errors import ConfigError
 
 
-def pick_device(name: str) -> torch.device:
-    """Turn ``run.device`` into a device.
+def pick_device(
+    name: str, setting: str = "run.device", cpu: str = "--options run.device=cpu"
+) -> torch.device:
+    """Turn a device's name into a device.
 
     Args:
         name: ``cuda``, ``cuda:N``, ``cpu``, or ``auto`` for a GPU if there is one.
+        setting: where the name comes from, for the message.
+        cpu: how the CPU is chosen there.
 
     Raises:
         ConfigError: the name is unknown or no such device is visible.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"run.device: {name!r} is none of cuda, cuda:N, cpu, auto") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"run.device is {name} but {torch.cuda.device_count()} CUDA devices are visible. "
-            "On a machine without a GPU: --options run.device=cpu"
-        )
-    if device.type not in ("cuda", "cpu"):
-        raise ConfigError(f"run.device: {name!r} is none of cuda, cuda:N, cpu, auto")
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", name):
+        raise ConfigError(f"{setting}: {name!r} is none of cuda, cuda:N, cpu, auto")
+    device, visible = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= visible:
+        advice = f"On a machine without a GPU: {cpu}"
+        if visible:
+            advice = f"The last one is cuda:{visible - 1}"
+        elif torch.version.cuda is None:
+            advice = f"This PyTorch is built without CUDA. {advice}"
+        raise ConfigError(f"{setting} is {name} but {visible} CUDA devices are visible. {advice}")
     return device
 
 

@@ -14,6 +14,9 @@ from lavis.common.registry import did_you_mean
 
 LIBRARY_ROOT = Path(__file__).resolve().parent.parent
 """The ``lavis`` package, which holds the default configurations."""
+REPOSITORY = LIBRARY_ROOT.parent
+TOYBOX = REPOSITORY / "examples" / "toybox"
+"""The embedded model, which an installed package does not have."""
 
 
 def cache_path(path: str, cache_root: str) -> Path:

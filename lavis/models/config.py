@@ -12,7 +12,7 @@ from lavis.common.packages import check_packages
 from lavis.common.paths import cache_path, require
 from lavis.common.schema import ModelConfig
 from lavis.common.typed import only, require_range
-from lavis.models.shards import find_shards
+from lavis.models.shards import check_download, llm_files
 
 Part = Literal["vit", "qformer", "llm"]
 
@@ -192,18 +192,15 @@ class MiniGPT4QwenConfig(ModelConfig):
             yield require(self.path("pretrained", cache_root), "model.pretrained", WeightsError)
 
     def files(self, cache_root: str) -> Iterator[Path]:
-        """Every file and folder that building the model reads, checked.
+        """Every file that building the model reads, checked.
 
         Raises:
-            WeightsError: one is missing; no weight has been read yet.
+            WeightsError, ConfigError: one is missing, or the language model is of another kind;
+                no weight has been read yet.
         """
         yield from self.vision_files(cache_root)
         folder = self.path("llm_model", cache_root)
-        yield require(folder, "model.llm_model", WeightsError, directory=True)
-        if not self.is_from_scratch("llm"):
-            yield require(folder / "config.json", "model.llm_model", WeightsError)
-            yield from find_shards(folder)
-        yield require(folder / "qwen.tiktoken", "model.llm_model", WeightsError)
+        yield from llm_files(folder, weights=not self.is_from_scratch("llm"))
         if self.load_finetuned:
             yield require(self.path("finetuned", cache_root), "model.finetuned", WeightsError)
 
@@ -211,15 +208,15 @@ class MiniGPT4QwenConfig(ModelConfig):
         """Check every path, and the packages that some settings need, before any weight is read.
 
         Raises:
-            WeightsError: a file is missing.
-            ConfigError: a package is.
+            WeightsError: a file is missing or not complete.
+            ConfigError: a package is missing, or the language model is of another kind.
         """
         if self.get_lora:
             check_packages("lora", "model.get_lora: true")
         if self.llm_device_map == "auto":
             check_packages("multi-gpu-chat", "model.llm_device_map: auto")
-        for _ in self.files(cache_root):
-            pass
+        for path in self.files(cache_root):
+            check_download(path)
 
     def path(self, key: str, cache_root: str) -> Path:
         """The path that a key of this section names."""

@@ -1,9 +1,9 @@
-"""``generate`` and ``chat`` with the original's call shapes."""
+"""``generate`` and ``chat`` with the call shapes of the original and of LAVIS."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,37 +11,27 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lavis.common.errors import ConfigError, DataError
-from lavis.common.registry import did_you_mean
-from lavis.common.types import NO_FEATURES, NO_WORDS
-from lavis.processors.conversation import SYSTEM_PROMPT, ConversationEncoder
+from lavis.common.images import as_image
+from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, NO_WORDS
+from lavis.models.generation_settings import generation_options
+from lavis.processors.conversation import SYSTEM_PROMPT, ConversationEncoder, Turn, place_images
 
 if TYPE_CHECKING:
+    from PIL import Image
     from transformers import Qwen2ForCausalLM
 
     from lavis.processors.tokenizer import QwenTokenizer
 
-History = list[tuple[str, str]]
+logger = logging.getLogger(__name__)
 
-GENERATION_DEFAULTS: dict[str, Any] = {
-    "chat_format": "chatml",
-    "max_window_size": 6144,
-    "max_new_tokens": 512,
-    "do_sample": False,
-}
-"""Greedy, as the original's demos; ``max_window_size`` limits prompt and history in ``chat``."""
+History = Sequence[tuple[str, str]] | Sequence[dict[str, str]]
 
-
-_COUNT = ("a positive integer", lambda v: isinstance(v, int) and v >= 1)
-_POSITIVE = ("positive", lambda v: 0 < v < math.inf)
-_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "max_new_tokens": _COUNT,
-    "max_window_size": _COUNT,
-    "num_beams": _COUNT,
-    "temperature": _POSITIVE,
-    "repetition_penalty": _POSITIVE,
-    "top_p": ("more than 0 and at most 1", lambda v: 0 < v <= 1),
-    "top_k": ("0 (all tokens) or a positive integer", lambda v: isinstance(v, int) and v >= 0),
-}
+_TURN, _END = "<|im_start|>", "<|im_end|>"
+_TEXTS = ("text", "prompt", "text_input")
+_HISTORY = (
+    "a history is a list of (question, answer) pairs, or of {'role': .., 'content': ..} with user "
+    "and assistant in turn after at most one system"
+)
 
 
 class GenerationMixin:
@@ -55,80 +45,161 @@ class GenerationMixin:
     embed: Any
     device: Any
     uniform_graph: bool
+    vis_processor: Callable[[Image.Image], Tensor] | None = None
+    """What makes tensors of pictures and files, if the model was loaded with its processors."""
 
     @torch.no_grad()
     def generate(
         self,
-        samples: dict[str, Any],
-        generation_config: GenerationConfig | dict[str, Any] | None = None,
+        samples: Mapping[str, Any],
         chat: bool = False,
+        generation_config: GenerationConfig | dict[str, Any] | None = None,
         **overrides: Any,
     ) -> list[str] | list[list[int]]:
         """Continue prompts.
 
         Args:
-            samples: ``text``, a prompt or a list of them in ChatML markup, with ``<ImageHere>``
-                where an image stands; ``image``, a (N, 3, H, W) tensor with the images of all
-                prompts in order, or ``None``. Special tokens in ``text`` are markup: build it from
-                trusted text, and use :meth:`chat` for what a user typed.
-            generation_config: over :data:`GENERATION_DEFAULTS`.
+            samples: ``text``, a prompt or a list of them, with ``<ImageHere>`` where an image
+                stands; ``image``, those of all prompts in order, as :meth:`pixels` takes them. A
+                text with ``<|im_start|>`` is ChatML markup, special tokens included: build it
+                from trusted text. Any other is a question, as in :meth:`chat`. In LAVIS's
+                spelling, ``prompt`` or ``text_input``, each text has one image, which it need not
+                name, and a single text is asked of every image.
             chat: return token ids, cut before the stop token, instead of text.
-            overrides: single settings, e.g. ``max_new_tokens=64``.
+            generation_config: over ``GENERATION_DEFAULTS``.
+            overrides: single settings, e.g. ``max_new_tokens=64``. The original's
+                ``stop_words_ids``, lists of one token id, end an answer too.
 
         Raises:
-            DataError: images and placeholders do not match.
-            ConfigError: the prompt and the new tokens do not fit into the context.
+            DataError: no prompt, or images and placeholders do not match.
+            ConfigError: a setting cannot be honoured, or the prompt and the new tokens do not fit
+                into the context.
         """
-        text = samples["text"]
-        prompts = [text] if isinstance(text, str) else list(text)
-        if not all(prompts):
-            raise DataError("a prompt is empty")
-        if not prompts:
+        if not isinstance(chat, bool):
+            raise ConfigError(f"generate: its second argument is chat, a bool, not {chat!r}")
+        options = generation_options(generation_config, overrides)
+        texts, images = self._read_samples(samples)
+        if not texts:
             return []
-        ids = self.generate_ids(
-            [self.encoder.prompt_from_markup(prompt) for prompt in prompts],
-            samples.get("image"),
-            generation_config,
-            **overrides,
-        )
-        if chat:
-            return ids
-        return [self.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
+        ids = self.generate_ids([self._prompt(text) for text in texts], images, options)
+        return ids if chat else [self._text(answer) for answer in ids]
 
     @torch.no_grad()
     def chat(
         self,
         query: str,
-        history: History | None,
-        image_tensor: Tensor | None,
+        history: History | None = None,
+        image_tensor: object = None,
         system: str = SYSTEM_PROMPT,
         append_history: bool = True,
         generation_config: GenerationConfig | dict[str, Any] | None = None,
+        *,
+        verbose: bool = False,
         **overrides: Any,
     ) -> tuple[str, History]:
         """Answer a question after earlier turns.
 
         Args:
             query: what the user says; special tokens in it are ordinary characters.
-            history: earlier (question, answer) pairs; the new one is appended to it.
-            image_tensor: (N, 3, H, W), one image per ``<ImageHere>`` of history and query.
+            history: earlier (question, answer) pairs, or ``{"role": .., "content": ..}`` of user
+                and assistant in turn, of which a first one may be the system's. The new turn is
+                appended to it in its own form.
+            image_tensor: one image per ``<ImageHere>`` of history and query, as :meth:`pixels`
+                takes them.
+            verbose: log the prompt and the answer.
 
         Returns:
             The answer and the history.
 
         Raises:
-            DataError: images and placeholders do not match.
+            DataError: images and placeholders do not match, or the history has another form.
             ConfigError: a setting is unknown, or the query alone does not fit into the window.
         """
         options = generation_options(generation_config, overrides)
-        history = [] if history is None else history
+        if not isinstance(query, str) or not query.strip():
+            raise DataError(f"the question is no text: {query!r}")
+        pairs, system = _read_history(history, system)
         encoder = ConversationEncoder(self.tokenizer, self.encoder.num_query_token, system=system)
-        prompt, _ = fit_window(encoder, history, query, options, self.context)
-        ids = self.generate_ids([prompt], image_tensor, options)[0]
-        response = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        prompt, _ = fit_window(encoder, pairs, query, options, self.context)
+        response = self._text(self.generate_ids([prompt], self.pixels(image_tensor), options)[0])
+        if verbose:
+            logger.info("prompt:\n%s\nanswer: %s", self.tokenizer.decode(prompt), response)
+        turns: list[Any] = history if isinstance(history, list) else list(history or ())
         if append_history:
-            history.append((query, response))
-        return response, history
+            if turns and isinstance(turns[-1], Mapping):
+                turns.append({"role": "user", "content": query})
+                turns.append({"role": "assistant", "content": response})
+            else:
+                turns.append((query, response))
+        return response, turns
+
+    def pixels(self, images: object) -> Tensor | None:
+        """(N, 3, H, W) of images, or ``None`` without any.
+
+        Args:
+            images: a (3, H, W) or (N, 3, H, W) tensor that a processor made, a picture, its file,
+                or a list of these.
+
+        Raises:
+            DataError: one is nothing of these, or the model was built without its processors.
+        """
+        if images is None:
+            return None
+        rows = []
+        for image in images if isinstance(images, list | tuple) else [images]:
+            if not isinstance(image, Tensor):
+                picture = as_image(image)
+                if self.vis_processor is None:
+                    raise DataError("this model was built without its processors: use load_model")
+                image = self.vis_processor(picture)
+            if not image.is_floating_point() or image.ndim not in (3, 4):
+                raise DataError(
+                    f"an image tensor is {image.dtype} of shape {tuple(image.shape)}, not what "
+                    "vis_processors['eval'] makes: (3, H, W) or (N, 3, H, W) of floats"
+                )
+            rows.append(image[None].to(self.device) if image.ndim == 3 else image.to(self.device))
+        if len({row.shape[1:] for row in rows}) > 1:
+            raise DataError(f"images of several shapes: {[tuple(row.shape) for row in rows]}")
+        return torch.cat(rows) if rows else None
+
+    def _read_samples(self, samples: Mapping[str, Any]) -> tuple[list[str], Tensor | None]:
+        """Prompts and pixels of what :meth:`generate` takes."""
+        if not isinstance(samples, Mapping):
+            raise DataError(f"samples is a dictionary of text and image, not {samples!r}")
+        key, *more = [key for key in samples if key != "image"] or ["nothing"]
+        if more or key not in _TEXTS:
+            raise DataError(
+                f"samples has {', '.join(map(str, samples)) or 'nothing'}; it needs one of "
+                f"{', '.join(_TEXTS)}, and may have image"
+            )
+        given = samples[key]
+        texts = [given] if isinstance(given, str) else given
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            raise DataError(f"samples: {key} is no text and no list of texts: {given!r}")
+        if not all(text.strip() for text in texts):
+            raise DataError("a prompt is empty")
+        images = self.pixels(samples.get("image"))
+        placed = any(mark in text for text in texts for mark in (IMAGE_PLACEHOLDER, _TURN))
+        if key != "text" and images is not None and not placed:
+            texts = [given] * len(images) if isinstance(given, str) else texts
+            if len(texts) != len(images):
+                raise DataError(f"{len(texts)} prompts, but {len(images)} images: each needs one")
+            texts = [place_images(text, 1) for text in texts]
+        return list(texts), images
+
+    def _prompt(self, text: str) -> list[int]:
+        if _TURN not in text:
+            return self.encoder.prompt([Turn("user", text)])
+        last = text.rpartition(_TURN)[2]
+        if not last.startswith("assistant") or _END in last:
+            raise DataError(f"a prompt in ChatML ends with {_TURN}assistant, not {last[-60:]!r}")
+        return self.encoder.prompt_from_markup(text)
+
+    def _text(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if not text:
+            logger.warning("an answer is empty: the model ended it before its first word")
+        return text
 
     @torch.no_grad()
     def generate_ids(
@@ -148,7 +219,7 @@ class GenerationMixin:
             images: (N, 3, H, W), in order of the spans.
             word_ids: (M, Q, W), for spans described in words, in place of images.
             query_features: (N, Q, D), what ``encode_query`` gave, in place of images.
-            generation_config: over :data:`GENERATION_DEFAULTS`.
+            generation_config: over ``GENERATION_DEFAULTS``.
 
         Raises:
             DataError, ConfigError: as :meth:`generate`.
@@ -170,17 +241,18 @@ class GenerationMixin:
         for i, prompt in enumerate(rows):
             embeds[i, longest - len(prompt) :] = prompt
             mask[i, longest - len(prompt) :] = 1
-        stops = (self.tokenizer.im_end_id, self.tokenizer.im_start_id)
+        t = self.tokenizer
+        stops = [t.im_end_id, t.im_start_id, t.eod_id, *options["eos_token_id"]]
         settings = {k: v for k, v in options.items() if k not in ("chat_format", "max_window_size")}
         generated = self.llm_model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
             synced_gpus=self.uniform_graph,  # all processes generate as long as one of them does
             generation_config=GenerationConfig(
-                **{**settings, "eos_token_id": list(stops), "pad_token_id": self.tokenizer.eod_id}
+                **{**settings, "eos_token_id": stops, "pad_token_id": t.eod_id}
             ),
         )
-        return [_before_stop(ids, (*stops, self.tokenizer.eod_id)) for ids in generated.tolist()]
+        return [_before_stop(ids, stops) for ids in generated.tolist()]
 
 
 def fit_window(
@@ -221,39 +293,31 @@ def fit_window(
     return prompt, dropped
 
 
-def generation_options(
-    config: GenerationConfig | dict[str, Any] | None, overrides: dict[str, Any]
-) -> dict[str, Any]:
-    """Defaults, then ``config``, then ``overrides``.
-
-    Raises:
-        ConfigError: an unknown setting, or another chat format than ChatML.
-    """
-    if isinstance(config, GenerationConfig):
-        config = config.to_diff_dict()
-    given = {k: v for k, v in ((config or {}) | overrides).items() if v is not None}
-    given.pop("transformers_version", None)
-    known = set(GENERATION_DEFAULTS) | set(GenerationConfig().to_dict())
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"unknown generation setting {key!r}{did_you_mean(key, known)}")
-    options = GENERATION_DEFAULTS | given
-    if options["chat_format"] != "chatml":
-        raise ConfigError(
-            f"chat_format {options['chat_format']!r}: only chatml is supported; use a Chat model "
-            "such as Qwen-7B-Chat"
-        )
-    for key, (allowed, fits) in _RANGES.items():
-        value = options.get(key)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and fits(value)):
-            raise ConfigError(f"generation setting {key} must be {allowed}, not {value!r}")
-    if not isinstance(options["do_sample"], bool):
-        raise ConfigError(
-            f"generation setting do_sample must be true or false, not {options['do_sample']!r}"
-        )
-    return options
+def _read_history(history: object, system: str) -> tuple[list[tuple[str, str]], str]:
+    """(question, answer) pairs, and the system prompt: the history's own, if it has one."""
+    turns: list[tuple[object, object]] = []
+    if not isinstance(history, list | tuple | None):
+        history = [history]
+    for i, turn in enumerate(history or ()):
+        if isinstance(turn, Mapping) and turn.keys() == {"role", "content"}:
+            turns.append((turn["role"], turn["content"]))
+        elif isinstance(turn, list | tuple) and len(turn) == 2:
+            turns += [("user", turn[0]), ("assistant", turn[1])]
+        else:
+            raise DataError(f"{_HISTORY}; history[{i}] is {str(turn)[:80]!r}")
+    roles, texts = [role for role, _ in turns], [text for _, text in turns if isinstance(text, str)]
+    has_system = roles[:1] == ["system"]
+    expected = ["user", "assistant"] * (len(turns) // 2)
+    if roles[has_system:] != expected or len(texts) != len(turns):
+        found = [(role, type(text).__name__) for role, text in turns]
+        raise DataError(f"{_HISTORY}; this one has {found}")
+    if has_system:
+        said = texts.pop(0)
+        if system not in (SYSTEM_PROMPT, said):
+            raise DataError("the system prompt is given twice: in the history and as `system`")
+        system = said
+    return list(zip(texts[::2], texts[1::2], strict=True)), system
 
 
-def _before_stop(ids: list[int], stops: tuple[int, ...]) -> list[int]:
+def _before_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
     return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.errors import ConfigError
 from lavis.common.typed import parse
 from lavis.models.config import QFormerConfig
+from lavis.models.shards import read_json
 
 _FROM_BERT = (
     "hidden_size",
@@ -34,12 +34,8 @@ def qformer_config(
     """
     sizes: dict[str, object] = {}
     if bert_config.is_file():
-        try:
-            file = json.loads(bert_config.read_text(encoding="utf-8"))
-            file = {key: value for key, value in dict(**file).items() if key in _FROM_BERT}
-            sizes = dataclasses.asdict(parse(QFormerConfig, file, "", lambda _: str(bert_config)))
-        except (ValueError, TypeError) as error:
-            raise WeightsError(f"{bert_config} is not a JSON object: {error}") from error
+        file = {k: v for k, v in read_json(bert_config).items() if k in _FROM_BERT}
+        sizes = dataclasses.asdict(parse(QFormerConfig, file, "", lambda _: str(bert_config)))
     sizes |= {k: v for k, v in dataclasses.asdict(overrides).items() if v is not None}
     sizes = {k: v for k, v in sizes.items() if v is not None}
     config = Blip2QFormerConfig(**sizes, encoder_hidden_size=encoder_width)

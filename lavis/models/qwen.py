@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lavis.common.registry import did_you_mean
 from lavis.models.attention import PACKED
 from lavis.models.config import LoraOptions
 from lavis.models.keys import QWEN
+from lavis.models.shards import read_json
 from lavis.models.weights import load_weights, open_shards
 
 # What a Qwen-7B-Chat config.json says where a smaller one is made from scratch.
@@ -36,13 +36,7 @@ _QWEN_DEFAULTS: dict[str, Any] = {
     "vocab_size": 151936,
 }
 # Values that Qwen2ForCausalLM cannot express, and the only ones that Qwen's releases have.
-_FIXED = {
-    "model_type": "qwen",
-    "no_bias": True,
-    "rotary_pct": 1.0,
-    "scale_attn_weights": True,
-    "tie_word_embeddings": False,
-}
+_FIXED = ("model_type", "no_bias", "rotary_pct", "scale_attn_weights", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
@@ -79,10 +73,7 @@ def read_spec(folder: Path, overrides: dict[str, Any] | None, *, need_file: bool
     path = folder / "config.json"
     original = dict(_QWEN_DEFAULTS)
     if path.is_file():
-        try:
-            original = {**original, **json.loads(path.read_text(encoding="utf-8"))}
-        except (ValueError, TypeError) as error:
-            raise WeightsError(f"{path} is not a JSON object: {error}") from error
+        original |= read_json(path)
     elif need_file:
         raise WeightsError(f"model.llm_model: no file {path}")
     for key in overrides or {}:
@@ -92,8 +83,8 @@ def read_spec(folder: Path, overrides: dict[str, Any] | None, *, need_file: bool
     _check_types(original, path)
     if overrides and "kv_channels" not in overrides:
         original["kv_channels"] = original["hidden_size"] // original["num_attention_heads"]
-    for key, value in _FIXED.items():
-        if original[key] != value:
+    for key in _FIXED:
+        if original[key] != (value := _QWEN_DEFAULTS[key]):
             raise ConfigError(
                 f"{path}: {key} is {original[key]!r}; only {value!r} is supported "
                 "(a first-generation Qwen such as Qwen-7B-Chat or Qwen-14B-Chat)"
@@ -141,7 +132,7 @@ def load_llm(
     """Build a language model and fill it from a folder of shards.
 
     Args:
-        dtype: ``None`` keeps the type the weights are stored in.
+        dtype: ``None`` keeps the type that most of the weights are stored in.
 
     Raises:
         WeightsError: a shard is missing, damaged or does not fit.

@@ -1,42 +1,146 @@
-"""Find the weight files of a language model, without PyTorch."""
+"""What a language model's folder holds, without PyTorch and before a weight is read."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from lavis.common.errors import WeightsError
+from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.paths import is_file, require
 
 _SHOWN = 8  # names listed in one message
+_KEY = "model.llm_model"
+_LFS = b"version https://git-lfs.github.com/spec/"
+_UNFINISHED = (".incomplete", ".part", ".partial", ".aria2", ".crdownload")
+_FAMILY = "first-generation Qwen such as Qwen-7B-Chat or Qwen-14B-Chat"
+
+
+def llm_files(folder: Path, *, weights: bool) -> Iterator[Path]:
+    """The files of a language model, checked; without ``weights``, only its vocabulary.
+
+    Raises:
+        WeightsError, ConfigError: one is missing, or they are of another kind.
+    """
+    if is_file(folder):
+        raise WeightsError(f"{_KEY}: {folder} is not a folder{_instead(folder)}")
+    require(folder, _KEY, WeightsError, directory=True)
+    if weights:
+        path = folder / "config.json"
+        if not path.exists() and (instead := _instead(folder)):
+            raise WeightsError(f"{_KEY}: no file {path}{instead}")
+        yield require(path, _KEY, WeightsError)
+        _check_kind(path, read_json(path))
+        yield from find_shards(folder)
+    yield require(folder / "qwen.tiktoken", _KEY, WeightsError)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object in UTF-8, with or without a byte order mark.
+
+    Raises:
+        WeightsError: it is none.
+    """
+    try:
+        return dict(**json.loads(path.read_text(encoding="utf-8-sig")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise WeightsError(f"{path} is not a JSON object: {error}") from error
+
+
+def check_download(path: Path) -> None:
+    """Check, without reading it, that all of a file is there.
+
+    Raises:
+        WeightsError: it is empty, a pointer of Git LFS, cannot be read or is being downloaded.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_LFS))
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+    if head == _LFS:
+        raise WeightsError(
+            f"{path} is a Git LFS pointer; fetch the file behind it with: git lfs pull"
+        )
+    if not head:
+        raise WeightsError(
+            f"{path} is damaged or cut short (0 bytes): it is empty. Download it again"
+        )
+    for suffix in _UNFINISHED:
+        if (rest := path.with_name(path.name + suffix)).exists():
+            raise WeightsError(
+                f"{rest}: the download of {path.name} has not ended; end it, or "
+                "remove this file if it is old"
+            )
 
 
 def find_shards(folder: Path) -> list[Path]:
     """Weight files of a language model: safetensors if there are any, else ``.bin``.
 
     Raises:
-        WeightsError: there are none, one that an index names is missing, or an index is damaged.
+        WeightsError: there are none, one of several is missing, or an index is damaged.
     """
     for kind, pattern in (("model", "*.safetensors"), ("pytorch_model", "*.bin")):
         shards = sorted(folder.glob(kind + pattern))
         for index in folder.glob(f"{kind}{pattern}.index.json"):
-            named = _named(index)
-            if absent := sorted(named - set(shards)):
+            check_download(index)
+            shards = sorted(_named(index))
+            if absent := [p.name for p in shards if not is_file(p)]:
                 raise WeightsError(
-                    f"{index} names {len(named)} files, {len(absent)} of them missing: "
-                    + ", ".join(p.name for p in absent[:_SHOWN])
+                    f"{index} names {len(shards)} files, {len(absent)} of them missing: "
+                    + ", ".join(absent[:_SHOWN])
                 )
-            shards = sorted(named)
+        counts = [int(n) for p in shards for n in re.findall(r"-of-(\d+)\.", p.name)]
+        if counts and len(counts) < max(counts):
+            raise WeightsError(
+                f"{folder} holds {len(counts)} of {max(counts)} weight files: "
+                + ", ".join(p.name for p in shards[:_SHOWN])
+            )
         if shards:
             return shards
     raise WeightsError(
-        f"model.llm_model: {folder} holds neither model*.safetensors nor pytorch_model*.bin"
+        f"{_KEY}: {folder} holds neither model*.safetensors nor pytorch_model*.bin"
+        + _instead(folder)
     )
 
 
 def _named(index: Path) -> set[Path]:
     try:
-        return {
-            index.parent / name for name in json.loads(index.read_text())["weight_map"].values()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {index.parent / name for name in read_json(index)["weight_map"].values()}
+    except (WeightsError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is damaged: it has no weight_map of file names") from error
+
+
+def _check_kind(path: Path, config: dict[str, Any]) -> None:
+    """Refuse another family, and quantized weights."""
+    for key, ours in (("model_type", "qwen"), ("architectures", ["QWenLMHeadModel"])):
+        if (theirs := config.get(key) or ours) != ours:
+            named = config.get("architectures") or "of another family"
+            raise ConfigError(
+                f"{path}: {key} is {theirs!r}; only {ours!r} is supported ({_FAMILY}). This model "
+                f"is {named}"
+            )
+    if own := config.keys() & {"visual", "audio"}:
+        raise ConfigError(
+            f"{path}: a model with a part of its own for {own.pop()}; take a {_FAMILY}"
+        )
+    said = [config.get(key) for key in ("quantization_config", "compression_config")]
+    said += [read_json(p) for p in path.parent.glob("quant*_config.json")]  # AutoGPTQ, AutoAWQ
+    for quantized in filter(None, said):
+        raise ConfigError(
+            f"{path.parent}: the weights are quantized ({str(quantized)[:200]}), which is not "
+            "supported; take the model in half precision, such as Qwen-7B-Chat instead of "
+            "Qwen-7B-Chat-Int4"
+        )
+
+
+def _instead(path: Path) -> str:
+    """What may be meant in place of a path that holds no model."""
+    below = ("*", "snapshots/*", "models--*/snapshots/*")  # the last two: Hugging Face's cache
+    if found := sorted(p for pattern in below for p in path.glob(f"{pattern}/config.json")):
+        return f"; set {_KEY} to {', '.join(str(p.parent) for p in found[:_SHOWN])}"
+    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+        return f"; GGUF files are made for llama.cpp: take the safetensors of a {_FAMILY}"
+    return ""

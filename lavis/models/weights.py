@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeGuard
@@ -24,6 +25,7 @@ from lavis.models.shards import find_shards
 
 logger = logging.getLogger(__name__)
 _SHOWN = 8  # names listed in one message
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class WeightFile(Mapping[str, Tensor]):
@@ -141,13 +143,14 @@ def load_weights(
         module: every selected parameter and persistent buffer is replaced.
         source: the file.
         key_map: how names relate; every name on either side must be accounted for.
-        dtype: of floating-point tensors; ``None`` keeps the file's.
+        dtype: of floating-point tensors; ``None``: the one that most of the file's numbers have.
         select: which of the module's names to fill.
         adapt: changes a tensor before its shape is checked (position embeddings).
         extra_dropped: names in the file that this model does not use, beyond the table's.
 
     Raises:
-        WeightsError: names that are missing or left over, or shapes that differ; all are listed.
+        WeightsError: names that are missing or left over, or shapes that differ, all listed; or
+            numbers that need a scale (quantized weights).
     """
     targets = {n: t for n, t in module.state_dict(keep_vars=True).items() if select(n)}
     wanted = {name: key_map.source(name) for name in targets}
@@ -171,17 +174,34 @@ def load_weights(
         if tensor.shape != (shape := key.whole(targets[name].shape)):
             misfits[key.key] = f"{key.key} {tuple(tensor.shape)}, not {shape}"
             continue
-        tensor = key.cut(tensor)
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        loaded[name] = tensor.to(device)
+        if targets[name].is_floating_point() and tensor.dtype not in _FLOATS:
+            raise WeightsError(
+                f"{source.label}: {key.key} is stored as {tensor.dtype}: quantized weights "
+                "are not supported; take the model in half precision"
+            )
+        loaded[name] = key.cut(tensor)
     if misfits:
         wrong = list(misfits.values())
         shown = "; ".join(wrong[:_SHOWN]) + (
             f"; and {len(wrong) - _SHOWN} more" * (len(wrong) > _SHOWN)
         )
         raise WeightsError(f"{source.label} has tensors of another shape: {shown}")
+    dtype = dtype or _usual_type(source.label, loaded.values())
+    for name, tensor in loaded.items():
+        loaded[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     module.load_state_dict(loaded, strict=False, assign=True)
+
+
+def _usual_type(label: str, tensors: Iterable[Tensor]) -> torch.dtype:
+    """The type of most numbers, or fp32 if that is fp64."""
+    count: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        count[tensor.dtype] += tensor.numel() * tensor.is_floating_point()
+    usual = max(count, key=lambda dtype: count[dtype])
+    usual = torch.float32 if usual == torch.float64 else usual
+    if others := sorted(str(d) for d, n in count.items() if n and d != usual):
+        logger.info("%s: %s weights are turned into %s", label, ", ".join(others), usual)
+    return usual
 
 
 def own_trainable(module: nn.Module) -> None:

@@ -330,6 +330,8 @@ def test_what_can_be_drawn(settings: dict[str, Any], possible: set[int]) -> None
     ("ask", "message"),
     [
         (lambda c: c.ask("  "), "the question is empty"),
+        (lambda c: c.ask(None), "the question is empty, or no text: None"),
+        (lambda c: c.ask(["a"]), "the question is empty, or no text: ['a']"),
         (
             lambda c: c.ask("<ImageHere> and <ImageHere>"),
             "the question names 2 images (<ImageHere>), but 1 are new in it",
@@ -376,8 +378,8 @@ def test_nothing_to_take_back(conversation: Conversation) -> None:
         ({"num_beams": True}, "generation setting num_beams must be a positive integer, not True"),
         ({"do_sample": "yes"}, "generation setting do_sample must be true or false, not 'yes'"),
         ({"do_sample": True, "num_beams": 2}, "beam search does not draw tokens"),
-        ({"seed": -1}, "seed must be an integer from 0 to 2^63 - 1, not -1"),
-        ({"seed": 1.0}, "seed must be an integer from 0 to 2^63 - 1, not 1.0"),
+        ({"seed": -1}, "generation setting seed must be an integer from 0 to 2^63 - 1, not -1"),
+        ({"seed": 1.0}, "generation setting seed must be an integer from 0 to 2^63 - 1, not 1.0"),
     ],
     ids=str,
 )

@@ -241,12 +241,44 @@ def test_a_cut_answer_is_told(say: Session) -> None:
 def test_a_saved_conversation(say: Session, tmp_path: Path) -> None:
     say("图里有几个物体？")
     path = tmp_path / "a talk.json"
-    path.write_text("old")
+    path.touch()
     assert say(f":save '{path}'")[0]
+    say("Hello.")
+    assert say(f":save '{path}'")[0]  # over what it wrote before
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert saved == say.repl.conversation.to_dict()
     assert "三个。" in path.read_text(encoding="utf-8")
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"old", b"\x89PNG\r\n", b"[]", b"3", b'{"system": "a", "exchanges": []}', b"[" * 100_000],
+    ids=["text", "picture", "list", "number", "json", "nested"],
+)
+def test_no_other_file_is_written_over(say: Session, tmp_path: Path, content: bytes) -> None:
+    say("图里有几个物体？")
+    (path := tmp_path / "a").write_bytes(content)
+    (link := tmp_path / "link").symlink_to(path)
+    for name in (path, link):
+        done, _, err = say(f":save {name}")
+        assert not done and path.read_bytes() == content
+        assert err == f"error: {name} is no saved conversation; :save! FILE writes over it\n"
+    assert say(f":save! {link}") == (True, "", f"saved to {link}\n")
+    assert json.loads(path.read_text(encoding="utf-8")) == say.repl.conversation.to_dict()
+    assert link.is_symlink()
+
+
+def test_a_question_may_begin_with_a_colon(say: Session) -> None:
+    for line, question in [("::) hello", ":) hello"), ("::help", ":help"), (":::", "::")]:
+        assert say(line)[0]
+        assert say.repl.conversation.exchanges[-1].text == question
+    asked = len(say.repl.conversation.exchanges)
+    done, _, err = say(":) hello")
+    assert not done and len(say.repl.conversation.exchanges) == asked
+    escape = "'::' begins a question that begins with a colon"
+    assert err == f"error: unknown command :); :help has all, and {escape}\n"
+    assert say(":help")[1].endswith(f"\nAnything else is a question; {escape}.\n")
 
 
 def test_saving_keeps_links_and_takes_any_image_name(say: Session, tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.common.errors import ConfigError
@@ -32,6 +36,20 @@ def test_whole_numbers_and_the_ends_of_ranges_answer(
     answer = Conversation(toybox, ChatSettings(max_new_tokens=6, seed=1, **values)).ask("Hello.")
     answer.read()
     assert answer.finished and answer.exchange.finish in ("stop", "length")
+
+
+def test_numbers_of_other_libraries_become_pythons() -> None:
+    given = ChatSettings(
+        temperature=np.float32(0.5), top_k=np.int64(3), do_sample=np.bool_(True),
+        top_p=torch.tensor(0.25), repetition_penalty=2, seed=np.uint32(7),
+    )  # fmt: skip
+    assert given == ChatSettings(
+        temperature=0.5, top_k=3, do_sample=True, top_p=0.25, repetition_penalty=2.0, seed=7
+    )
+    assert json.loads(json.dumps(dataclasses.asdict(given)))["seed"] == 7
+    for wrong in (np.array([0.5]), np.float32("nan"), np.str_("1"), True):
+        with pytest.raises(ConfigError, match=r"^generation setting temperature must be positive"):
+            ChatSettings(temperature=wrong)
 
 
 def test_any_name_can_be_asked_for() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -43,12 +45,30 @@ def test_an_error_of_ours_keeps_its_traceback() -> None:
         run_cli(main)
 
 
+def test_closed_streams_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after ``<&- >&- 2>&-``: nothing to read, and what is written is lost."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+
+    def main() -> int:
+        assert sys.stdin.readline() == "" and not sys.stdin.isatty()
+        sys.stdout.write("lost")
+        sys.stderr.write("lost")
+        return 0
+
+    assert _status(main) == 0
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+
+
 @pytest.mark.parametrize("status", [0, 7])
 def test_status(status: int) -> None:
     assert _status(lambda: status) == status
 
 
-@pytest.mark.parametrize("name", ["gpu", "mps", "meta", "", "cuda:x"])
+@pytest.mark.parametrize(
+    "name", ["gpu", "mps", "meta", "", "cuda:x", "CUDA", "cuda:-1", "cuda:007", "cpu:1", "0"]
+)
 def test_unknown_device(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         pick_device(name)
@@ -61,9 +81,25 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as caught:
         pick_device("cuda:2")
     assert str(caught.value) == (
-        "run.device is cuda:2 but 2 CUDA devices are visible. On a machine without a GPU: "
-        "--options run.device=cpu"
+        "run.device is cuda:2 but 2 CUDA devices are visible. The last one is cuda:1"
     )
+
+
+@pytest.mark.parametrize("built", [None, "13.0"])
+def test_no_device_is_there(monkeypatch: pytest.MonkeyPatch, built: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    why = "" if built else "This PyTorch is built without CUDA. "
+    for arguments, setting, cpu in [
+        ((), "run.device", "--options run.device=cpu"),
+        (("--device", "--device cpu"), "--device", "--device cpu"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            pick_device("cuda", *arguments)
+        assert str(caught.value) == (
+            f"{setting} is cuda but 0 CUDA devices are visible. {why}"
+            f"On a machine without a GPU: {cpu}"
+        )
 
 
 def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def cut(path: Path, size: int) -> None:
     ],
 )
 def test_missing_file_is_found_before_any_read(ckpt: Path, load: Load, name: str, key: str) -> None:
-    for other in (VIT, BLIP, BERT, *SHARDS, f"{LLM}/config.json", f"{LLM}/qwen.tiktoken"):
+    for other in (VIT, BLIP, BERT, *SHARDS, f"{LLM}/qwen.tiktoken"):
         (ckpt / other).write_bytes(b"whoever reads this fails otherwise")
     (ckpt / name).unlink()
     assert refusal(load) == (
@@ -121,10 +121,55 @@ def test_truncated_pth(ckpt: Path, load: Load, name: str, size: int) -> None:
     assert refusal(load).startswith(f"{ckpt / name} is damaged")
 
 
-@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"<html>"])
-def test_not_a_pytorch_file(ckpt: Path, load: Load, content: bytes) -> None:
-    (ckpt / VIT).write_bytes(content)
+def test_not_a_pytorch_file(ckpt: Path, load: Load) -> None:
+    (ckpt / VIT).write_bytes(b"<html>")
     assert refusal(load).startswith(f"{ckpt / VIT} is damaged, no PyTorch file, or ")
+
+
+INDEX = f"{LLM}/model.safetensors.index.json"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    "name", [VIT, BLIP, SHARDS[2], INDEX, f"{LLM}/config.json", f"{LLM}/qwen.tiktoken"]
+)
+def test_downloads_that_did_not_end(ckpt: Path, load: Load, name: str) -> None:
+    """Found before any weight is read: the others are no weights either."""
+    for other in {VIT, BLIP, *SHARDS} - {name}:
+        (ckpt / other).write_bytes(b"whoever reads this fails otherwise")
+    path, whole = ckpt / name, (ckpt / name).read_bytes()
+    path.write_bytes(POINTER)
+    assert refusal(load) == (
+        f"{path} is a Git LFS pointer; fetch the file behind it with: git lfs pull"
+    )
+    path.write_bytes(b"")
+    assert refusal(load) == (
+        f"{path} is damaged or cut short (0 bytes): it is empty. Download it again"
+    )
+    path.write_bytes(whole)
+    for suffix in (".aria2", ".part", ".incomplete"):
+        (rest := path.with_name(path.name + suffix)).touch()
+        assert refusal(load) == (
+            f"{rest}: the download of {path.name} has not ended; end it, or remove this file if it "
+            "is old"
+        )
+        rest.unlink()
+
+
+def test_a_shard_too_few_without_an_index(ckpt: Path, load: Load) -> None:
+    (ckpt / INDEX).unlink()
+    (ckpt / SHARDS[1]).unlink()
+    assert refusal(load) == (
+        f"{ckpt / LLM} holds 2 of 3 weight files: model-00001-of-00003.safetensors, "
+        "model-00003-of-00003.safetensors"
+    )
+
+
+def test_links_that_lead_nowhere(ckpt: Path, load: Load) -> None:
+    (ckpt / INDEX).unlink()
+    (ckpt / SHARDS[0]).unlink()
+    (ckpt / SHARDS[0]).symlink_to("blob")
+    assert refusal(load) == f"{ckpt / SHARDS[0]} cannot be read: No such file or directory"
 
 
 class Hostile:
@@ -363,6 +408,151 @@ def test_grids_that_are_not_square(old: int, new: int) -> None:
 
 
 # --- the language model's configuration -----------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_mistake(ckpt: Path, load: Load) -> None:
+    wanted = _state(load())
+    for name in (f"{LLM}/config.json", BERT, INDEX):
+        (ckpt / name).write_bytes(b"\xef\xbb\xbf" + (ckpt / name).read_bytes())
+    assert _equal(_state(load()), wanted)
+
+
+QWEN = "first-generation Qwen such as Qwen-7B-Chat or Qwen-14B-Chat"
+
+
+def test_a_folder_of_another_family(ckpt: Path, load: Load) -> None:
+    """Its family is looked at before its vocabulary, and before any weight."""
+    folder = ckpt / LLM
+    (folder / "qwen.tiktoken").unlink()
+    (ckpt / VIT).write_bytes(b"whoever reads this fails otherwise")
+    config = folder / "config.json"
+    config.write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    assert refusal(load) == (
+        f"{config}: model_type is 'llama'; only 'qwen' is supported ({QWEN}). This model is "
+        "['LlamaForCausalLM']"
+    )
+    config.write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    assert refusal(load).startswith(f"{config}: architectures is ['GPT2LMHeadModel']; only ['QWen")
+    config.write_text('{"model_type": "qwen", "visual": {"layers": 48}}')
+    assert refusal(load) == f"{config}: a model with a part of its own for visual; take a {QWEN}"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        ("config.json", {"quantization_config": {"quant_method": "fp8"}}),
+        ("config.json", {"compression_config": {"format": "pack-quantized"}}),
+        ("quantize_config.json", {"bits": 4, "group_size": 128}),
+        ("quant_config.json", {"zero_point": True, "w_bit": 4, "version": "GEMM"}),
+    ],
+)
+def test_quantized_weights(ckpt: Path, load: Load, file: str, content: dict[str, Any]) -> None:
+    (ckpt / VIT).write_bytes(b"whoever reads this fails otherwise")
+    path = ckpt / LLM / file
+    said = content.get("quantization_config") or content.get("compression_config") or content
+    path.write_text(
+        json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **content})
+    )
+    assert refusal(load) == (
+        f"{ckpt / LLM}: the weights are quantized ({said}), which is not supported; take the model "
+        "in half precision, such as Qwen-7B-Chat instead of Qwen-7B-Chat-Int4"
+    )
+
+
+def test_a_folder_beside_the_model(ckpt: Path, load: Load) -> None:
+    hub = ckpt / "hub" / "models--Qwen--Qwen-7B-Chat"
+    snapshot = hub / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    (ckpt / LLM).rename(snapshot)
+    for folder in (hub, hub.parent, snapshot.parent):
+        key = f"model.llm_model={folder.relative_to(ckpt.parent)}"
+        assert refusal(load, key) == (
+            f"model.llm_model: no file {folder / 'config.json'}; set model.llm_model to {snapshot}"
+        )
+    assert load(f"model.llm_model={snapshot.relative_to(ckpt.parent)}").context == 8192
+
+
+def test_gguf(ckpt: Path, load: Load) -> None:
+    advice = f"; GGUF files are made for llama.cpp: take the safetensors of a {QWEN}"
+    folder = ckpt / LLM
+    (gguf := folder / "qwen-q4_0.gguf").write_bytes(b"GGUF")
+    assert load().context == 8192  # beside the weights
+    key = f"model.llm_model={gguf.relative_to(ckpt.parent)}"
+    assert refusal(load, key) == f"model.llm_model: {gguf} is not a folder{advice}"
+    for path in folder.glob("model*"):
+        path.unlink()
+    assert refusal(load) == (
+        f"model.llm_model: {folder} holds neither model*.safetensors nor pytorch_model*.bin{advice}"
+    )
+    (folder / "config.json").unlink()
+    assert refusal(load) == f"model.llm_model: no file {folder / 'config.json'}{advice}"
+
+
+# --- types of numbers -----------------------------------------------------------------------
+
+
+def retype(ckpt: Path, change: Callable[[str, Tensor], torch.dtype | None]) -> None:
+    """Store tensors of the language model in other types."""
+    for shard in SHARDS:
+        tensors = load_file(ckpt / shard)
+        save_file({k: t.to(change(k, t) or t.dtype) for k, t in tensors.items()}, ckpt / shard)
+
+
+@pytest.mark.parametrize(
+    ("most", "few", "used"),
+    [
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float64, torch.float32, torch.float32),
+        (torch.float64, torch.float64, torch.float32),
+    ],
+)
+def test_mixed_types_become_one(
+    ckpt: Path,
+    load: Load,
+    caplog: pytest.LogCaptureFixture,
+    most: torch.dtype,
+    few: torch.dtype,
+    used: torch.dtype,
+) -> None:
+    retype(ckpt, lambda k, t: few if t.ndim == 1 or "wte" in k else most)
+    with caplog.at_level(logging.INFO):
+        model = load()
+    assert {p.dtype for p in model.llm_model.parameters()} == {used}
+    told = [m for m in caplog.messages if "weights are turned into" in m]
+    others = {str(d) for d in (most, few) if d != used}
+    assert told == [f"{ckpt / LLM}: {', '.join(others)} weights are turned into {used}"]
+    assert len(model.generate({"text": "a"}, True, max_new_tokens=3)[0]) == 3
+    assert load("model.llm_precision=fp32").llm_model.lm_head.weight.dtype == torch.float32
+
+
+def test_one_type_is_kept_without_a_word(
+    ckpt: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    retype(ckpt, lambda k, t: torch.bfloat16)
+    with caplog.at_level(logging.INFO):
+        model = load()
+    assert {p.dtype for p in model.llm_model.parameters()} == {torch.bfloat16}
+    assert not [m for m in caplog.messages if "turned into" in m]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_numbers_that_need_a_scale(
+    ckpt: Path, load: Load, dtype: torch.dtype, precision: str
+) -> None:
+    retype(ckpt, lambda k, t: dtype if k.endswith("h.1.mlp.w1.weight") else None)
+    assert refusal(load, f"model.llm_precision={precision}") == (
+        f"{ckpt / LLM}: transformer.h.1.mlp.w1.weight is stored as {dtype}: quantized "
+        "weights are not supported; take the model in half precision"
+    )
+
+
+def test_the_vision_side_in_integers(ckpt: Path, load: Load) -> None:
+    edit_pth(ckpt / VIT, lambda s: s | {"cls_token": s["cls_token"].to(torch.int8)})
+    assert refusal(load).startswith(f"{ckpt / VIT}: cls_token is stored as torch.int8: quantized")
 
 
 def test_a_text_longer_than_the_context_is_refused(ckpt: Path, load: Load) -> None:
