@@ -16,6 +16,7 @@ from tqdm import tqdm
 import lavis
 from lavis.common.errors import DataError
 from lavis.common.paths import user_cache
+from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.annotations import Record
 from lavis.datasets.instruction import InstructionDataset
 
@@ -58,7 +59,7 @@ def _count(records: Sequence[Record], dataset: InstructionDataset, name: str) ->
     processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if len(records) < _PARALLEL_FROM or processes < 2:
         return [_length(r) for r in bar(records)]
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("fork").Pool(processes, leave_signals_to_parent) as pool:
         return list(bar(pool.imap(_length, records, chunksize=256)))
 
 

@@ -20,6 +20,7 @@ from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.optim import build_schedule, parameter_groups
 from lavis.common.schema import Config
 from lavis.common.types import BadSample, Batch
+from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import collate
 from lavis.datasets.instruction import augmentation_seed
 from lavis.datasets.plan import BatchPlan, PlanSampler
@@ -27,7 +28,7 @@ from lavis.models.checkpoint import assign_model_state, trainable_state
 from lavis.models.weights import WeightFile
 from lavis.runners.checkpoint import Progress
 from lavis.runners.keeper import Keeper, open_checkpoint
-from lavis.runners.signals import StopRequest, ignore_interrupt
+from lavis.runners.signals import StopRequest
 from lavis.runners.strategy import build_strategy
 from lavis.runners.watch import StepReport, build_watch
 
@@ -328,7 +329,7 @@ class RunnerBase:
             collate_fn=collate,
             num_workers=self.run.num_workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=leave_signals_to_parent,
         )
 
     def _how_to_resume(self) -> str:
