@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavis.common.cli import TOYBOX, add_model_arguments, resolve_model_arguments
-from lavis.common.errors import DataError, WeightsError
-from lavis.common.paths import is_file
+from lavis.common.errors import DataError
+from lavis.common.paths import require_checkpoint
 
 if TYPE_CHECKING:
     from lavis.chat.engine import ChatEngine
@@ -67,8 +66,7 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
         DataError: the configuration has no image processor for chat.
     """
     toybox = resolve_model_arguments(args)
-    if not is_file(Path(args.checkpoint)):
-        raise WeightsError(f"no checkpoint {args.checkpoint}")
+    require_checkpoint(args.checkpoint)
 
     from lavis.chat.engine import ChatEngine
     from lavis.chat.settings import ChatSettings

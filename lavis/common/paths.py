@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lavis.common.errors import LavisError
+from lavis.common.errors import LavisError, WeightsError
 
 LIBRARY_ROOT = Path(__file__).resolve().parent.parent
 """The ``lavis`` package, which holds the default configurations."""
@@ -42,12 +42,37 @@ def require(path: Path, key: str, error: type[LavisError], *, directory: bool = 
         return path
     kind = "folder" if directory else "file"
     if _answers(path.exists):
-        raise error(f"{key}: {path} is not a {kind}")
+        raise error(f"{key}: {path} is not a {kind}{_checkpoint_in(path)}")
     nearest = next(p for p in (*path.parents, Path("/")) if _answers(p.exists))
     raise error(
         f"{key}: no {kind} {path} (the nearest existing folder is {nearest}). Put it there, set "
         f"{key}, or point env.cache_root at the folder that holds your weights and data"
     )
+
+
+def require_checkpoint(path: str | Path, key: str = "") -> Path:
+    """Return the path of a checkpoint if it is a file.
+
+    Args:
+        key: dotted name of the setting that led here, if there is one, for the message.
+
+    Raises:
+        WeightsError: it is missing, or a folder, in which the message offers the newest.
+    """
+    if is_file(path := Path(path).expanduser()):
+        return path
+    at = f"{key}: " if key else ""
+    if _answers(path.is_dir):
+        raise WeightsError(f"{at}{path} is a folder, not a checkpoint{_checkpoint_in(path)}")
+    raise WeightsError(f"{at}no checkpoint {path}")
+
+
+def _checkpoint_in(folder: Path) -> str:
+    found = [*folder.glob("checkpoint_*.pth"), *folder.glob("*/checkpoint_*.pth")]
+    if not found:
+        return ""
+    latest = max(found, key=lambda p: (p.name == "checkpoint_latest.pth", p.stat().st_mtime))
+    return f"; it holds {latest}"
 
 
 def require_writable(folder: Path, key: str, error: type[LavisError]) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis.common.config import default_model_config
-from lavis.common.errors import WeightsError
 from lavis.common.packages import check_packages
-from lavis.common.paths import is_file
+from lavis.common.paths import require_checkpoint
 from lavis.common.registry import MODELS, PROCESSORS
 from lavis.common.schema import Config, SplitProcessors
 
@@ -79,8 +78,8 @@ def _build(
 ) -> MiniGPT4Qwen:
     check_packages()
     config.model.check_files(config.env.cache_root)  # before PyTorch is imported
-    if checkpoint is not None and not is_file(Path(checkpoint)):
-        raise WeightsError(f"no checkpoint {checkpoint}")
+    if checkpoint is not None:
+        require_checkpoint(checkpoint)
     model_class = MODELS.get(config.model.arch)
     model = model_class.from_config(config.model, cache_root=config.env.cache_root, device=device)
     if checkpoint is not None:

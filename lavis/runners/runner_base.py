@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,9 +24,16 @@ from lavis.datasets.collate import collate
 from lavis.datasets.instruction import augmentation_seed
 from lavis.datasets.plan import BatchPlan, PlanSampler
 from lavis.models.checkpoint import assign_model_state, trainable_state
-from lavis.models.weights import WeightFile
-from lavis.runners.checkpoint import Progress
+from lavis.models.weights import state_dict_in
+from lavis.runners.agreement import (
+    check_agreement,
+    data_fingerprints,
+    fingerprint,
+    warn_of_another_rate,
+)
+from lavis.runners.checkpoint import Best, Progress
 from lavis.runners.keeper import Keeper, open_checkpoint
+from lavis.runners.launch import make_folder
 from lavis.runners.signals import StopRequest
 from lavis.runners.strategy import build_strategy
 from lavis.runners.watch import StepReport, build_watch
@@ -72,17 +78,23 @@ class RunnerBase:
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
         source = self.run.resume_ckpt_path
         content = None if source is None else open_checkpoint(Path(source))
+        self.data = data_fingerprints(config, dataset)
+        if content is not None:
+            check_agreement(source, content, config, self.data)
         self.plan = build_plan(config, dataset, content)
         self.schedule = build_schedule(self.run, self.plan.steps_per_epoch)
         self.step = 0  # optimizer steps done
+        best = None
         if content is not None:
             self.step = Progress.of(content, source, self.plan).step
-            assign_model_state(model, WeightFile.of(str(source), content["model"]))
+            warn_of_another_rate(source, content, self.run, self.schedule, self.step)
+            assign_model_state(model, state_dict_in(source, content))
+            best = Best.of(content, source, task.metric)
         self.strategy.setup(model, groups)
         if content is not None:
             self._load_optimizer(content, source)
         self.folder = make_folder(Path(self.run.output_dir) / job_id, config)
-        self.keeper = Keeper(self.folder, self.run.keep_last, task.metric)
+        self.keeper = Keeper(self.folder, self.run.keep_last, task.metric, best)
         self.stop = StopRequest()
         self._stopping = False  # whether every process is about to stop
         self._agreed = False  # whether every process is about to raise the same error
@@ -275,19 +287,25 @@ class RunnerBase:
     def _end_epoch(self, epoch: int, watch: Any) -> None:
         watch.flush()
         metrics: dict[str, float] = {}
+        measured_on = ""
         last = epoch + 1 == self.run.max_epoch
         if self.run.valid_splits and ((epoch + 1) % self.run.eval_freq == 0 or last):
             metrics = self.task.validate(self.strategy.module, self.device)
-        path = self._save(str(epoch), metrics)
+            valid = [d for s in self.run.valid_splits for d in self.task.evaluation_split(s)]
+            measured_on = fingerprint(valid)
+        path = self._save(str(epoch), metrics, measured_on)
         watch.write({"epoch": epoch, "checkpoint": path.name, **metrics})
 
-    def _save(self, name: str, metrics: dict[str, float] | None = None) -> Path:
+    def _save(
+        self, name: str, metrics: dict[str, float] | None = None, measured_on: str = ""
+    ) -> Path:
         """Write ``checkpoint_<name>.pth``; every process takes part, the main one writes."""
         content = {
             "model": trainable_state(self.model, self.strategy.full),
             "optimizer": self.strategy.optimizer_state(),
             "scaler": self.strategy.scaler.state_dict() if self.strategy.rescales else None,
             "config": self.config.tree,
+            "data": self.data,
         }
         plan = self.plan
         each = self.run.batch_size_train * self.run.accum_grad_iters
@@ -297,7 +315,7 @@ class RunnerBase:
         error = None
         if dist.is_main():
             try:
-                self.keeper.save(name, content, progress, metrics or {})
+                self.keeper.save(name, content, progress, metrics or {}, measured_on)
             except OSError as caught:
                 error = str(caught)
         if error := dist.from_main(error):
@@ -381,21 +399,3 @@ def samples_per_step(run: Any, content: dict[str, Any] | None) -> int:
         world, dist.world_size(), before, own,
     )  # fmt: skip
     return int(before)
-
-
-def make_folder(folder: Path, config: Config) -> Path:
-    """Make a run's folder and write its ``config.yaml``.
-
-    Raises:
-        ConfigError: on every process, if the main one cannot.
-    """
-    error = None
-    if dist.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(config.tree), folder / "config.yaml")
-        except OSError as caught:
-            error = f"run.output_dir: {folder} cannot be made: {caught}"
-    if error := dist.from_main(error):
-        raise ConfigError(error)
-    return folder

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lavis.common import dist
-from lavis.common.errors import ConfigError, WeightsError
-from lavis.common.paths import is_file, require_writable
+from lavis.common.errors import ConfigError
+from lavis.common.paths import require_checkpoint, require_writable
 from lavis.common.registry import BUILDERS, MODELS
 from lavis.common.schema import Config
 from lavis.common.types import AUTOCAST, Batch, Metric
@@ -61,8 +61,8 @@ class ImageTextPretrainTask:
         self._check_packages()
         if run.feature_cache.enabled:
             FeatureCache(self.config).check()
-        if run.resume_ckpt_path is not None and not is_file(Path(run.resume_ckpt_path)):
-            raise WeightsError(f"run.resume_ckpt_path: no checkpoint {run.resume_ckpt_path}")
+        if run.resume_ckpt_path is not None:
+            require_checkpoint(run.resume_ckpt_path, "run.resume_ckpt_path")
         require_writable(Path(run.output_dir), "run.output_dir", ConfigError)
 
     def build_datasets(self) -> Dataset[Any]:

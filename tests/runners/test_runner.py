@@ -542,7 +542,7 @@ def test_checkpoint_holds_what_is_trained_in_the_originals_entries(uninterrupted
     assert {"model", "optimizer", "config", "scaler", "epoch"} <= set(content)
     assert set(content) == {
         "model", "optimizer", "config", "scaler", "epoch", "progress", "metrics",
-        "versions",
+        "best", "data", "versions",
     }  # fmt: skip
     assert list(content["model"]) == ["llm_proj.weight", "llm_proj.bias"]
     assert content["model"]["llm_proj.weight"].shape == (64, 48)
