@@ -60,10 +60,8 @@ def check_settings(
             continue
         if key.partition(".")[0] in _REFUSED:
             wrong.append(key)
-        elif key in _WARNED or (training and key in _WARNED_IN_TRAINING):
-            if dist.is_main():
-                then = theirs[key]
-                logger.warning("%s: model.%s was %s, now %s", label, key, then, ours[key])
+        elif dist.is_main() and key in _WARNED + _WARNED_IN_TRAINING * training:
+            logger.warning("%s: model.%s was %s, now %s", label, key, theirs[key], ours[key])
     if wrong:
         told = (
             f"model.{k}: {str(theirs.get(k, 'as in training')).replace('True', 'true')} "
@@ -77,12 +75,11 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of nested sections under dotted names."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        nested = vars(value) if is_dataclass(value) else value
-        flat |= (
-            {f"{key}.{k}": v for k, v in nested.items()}
-            if isinstance(nested, dict)
-            else {key: value}
-        )
+        inner = vars(value) if is_dataclass(value) else value
+        if isinstance(inner, dict):
+            flat |= {f"{key}.{k}": v for k, v in inner.items()}
+        else:
+            flat[key] = inner
     return flat
 
 

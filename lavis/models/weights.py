@@ -6,12 +6,12 @@ mapped file, so that loading a 15 GB model takes no second 15 GB and pages come 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeGuard
@@ -87,8 +87,6 @@ def _load(path: Path) -> object:
 _BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer; fetch the file behind it with: git lfs pull",
     b"GGUF": "a GGUF file, as llama.cpp reads it; a .pth file is needed",
-    b"\x93NUMPY": "a NumPy array; a .pth file is needed",
-    b"\x1f\x8b": "compressed with gzip; unpack it first",
 }
 
 
@@ -101,14 +99,13 @@ def _kind(path: Path) -> str | None:
     for beginning, kind in _BEGINNINGS.items():
         if head.startswith(beginning):
             return kind
-    if head[8:9] == b"{":
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return (
             "a safetensors file; a checkpoint is a .pth file: torch.save({'model': "
             "safetensors.torch.load_file(this file)}, 'checkpoint.pth') makes one"
         )
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            inside = archive.namelist()
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        inside = archive.namelist()
         if not any(name.endswith("data.pkl") for name in inside):
             return f"a ZIP archive ({', '.join(inside[:3])}), not what torch.save writes; unpack it"
     text = head.decode("utf-8", errors="ignore").strip()
@@ -150,10 +147,8 @@ _WRAPPERS = re.compile(r"((module|_orig_mod)\.)*")
 def outline(content: object) -> str:
     """What a file holds, in a few words."""
     if isinstance(content, dict):
-        entries = (
-            f"{k} ({type(v).__name__})" for k, v in itertools.islice(content.items(), _SHOWN)
-        )
-        return f"a dictionary of {len(content)}: {', '.join(entries)}"
+        entries = [f"{k} ({type(v).__name__})" for k, v in content.items()]
+        return f"a dictionary of {len(entries)}: {', '.join(entries[:_SHOWN])}"
     shape = f" of shape {tuple(content.shape)}" if isinstance(content, Tensor) else ""
     return f"one {type(content).__name__}{shape}"
 

@@ -67,9 +67,9 @@ def check_agreement(
     check_settings(label, content, config.model, training=True)
     changed = _changes(saved_settings(content, "run"), config.run, _ORDER)
     saved = content.get("data")
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) and dist.is_main():
         logger.warning("%s does not say what it was trained on: data are not compared", label)
-    elif list(saved.values()) != list(data.values()):
+    elif isinstance(saved, dict) and list(saved.values()) != list(data.values()):
         changed.append(f"datasets was {saved}, now {data}")
     if not changed:
         return

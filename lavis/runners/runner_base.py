@@ -287,18 +287,13 @@ class RunnerBase:
     def _end_epoch(self, epoch: int, watch: Any) -> None:
         watch.flush()
         metrics: dict[str, float] = {}
-        measured_on = ""
         last = epoch + 1 == self.run.max_epoch
         if self.run.valid_splits and ((epoch + 1) % self.run.eval_freq == 0 or last):
             metrics = self.task.validate(self.strategy.module, self.device)
-            valid = [d for s in self.run.valid_splits for d in self.task.evaluation_split(s)]
-            measured_on = fingerprint(valid)
-        path = self._save(str(epoch), metrics, measured_on)
+        path = self._save(str(epoch), metrics)
         watch.write({"epoch": epoch, "checkpoint": path.name, **metrics})
 
-    def _save(
-        self, name: str, metrics: dict[str, float] | None = None, measured_on: str = ""
-    ) -> Path:
+    def _save(self, name: str, metrics: dict[str, float] | None = None) -> Path:
         """Write ``checkpoint_<name>.pth``; every process takes part, the main one writes."""
         content = {
             "model": trainable_state(self.model, self.strategy.full),
@@ -314,8 +309,10 @@ class RunnerBase:
         )
         error = None
         if dist.is_main():
+            splits = self.run.valid_splits if metrics else ()
+            valid = fingerprint([d for s in splits for d in self.task.evaluation_split(s)])
             try:
-                self.keeper.save(name, content, progress, metrics or {}, measured_on)
+                self.keeper.save(name, content, progress, metrics or {}, valid)
             except OSError as caught:
                 error = str(caught)
         if error := dist.from_main(error):
