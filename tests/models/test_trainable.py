@@ -225,6 +225,14 @@ def test_settings_that_must_be_those_of_the_checkpoint(
         )
 
 
+def test_what_a_checkpoint_does_not_say_was_the_default(load: Load, tmp_path: Path) -> None:
+    settings = {key: TOY_SIZES[key] for key in ("num_query_token", "vit_config")}
+    path = _with_settings(tmp_path / "c.pth", {"model": settings})
+    assert refusal(load, checkpoint=path) == (
+        f"{path} was trained with other settings; set model.image_size: 224 (now 56)"
+    )
+
+
 @pytest.mark.parametrize("config", [None, "model: {image_size: 112}", {}, {"model": [1]}, 3])
 def test_a_configuration_of_another_shape_is_not_compared(
     load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture, config: object
