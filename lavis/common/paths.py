@@ -51,28 +51,23 @@ def require(path: Path, key: str, error: type[LavisError], *, directory: bool = 
 
 
 def require_checkpoint(path: str | Path, key: str = "") -> Path:
-    """Return the path of a checkpoint if it is a file.
-
-    Args:
-        key: dotted name of the setting that led here, if there is one, for the message.
+    """Return the path of a checkpoint if it is a file; ``key`` is the setting that names it.
 
     Raises:
         WeightsError: it is missing, or a folder, in which the message offers the newest.
     """
     if is_file(path := Path(path).expanduser()):
         return path
-    at = f"{key}: " if key else ""
+    wrong = f"no checkpoint {path}"
     if _answers(path.is_dir):
-        raise WeightsError(f"{at}{path} is a folder, not a checkpoint{_checkpoint_in(path)}")
-    raise WeightsError(f"{at}no checkpoint {path}")
+        wrong = f"{path} is a folder, not a checkpoint{_checkpoint_in(path)}"
+    raise WeightsError(f"{key}: {wrong}" if key else wrong)
 
 
 def _checkpoint_in(folder: Path) -> str:
     found = [*folder.glob("checkpoint_*.pth"), *folder.glob("*/checkpoint_*.pth")]
-    if not found:
-        return ""
-    latest = max(found, key=lambda p: (p.name == "checkpoint_latest.pth", p.stat().st_mtime))
-    return f"; it holds {latest}"
+    found.sort(key=lambda p: (p.name == "checkpoint_latest.pth", p.stat().st_mtime))
+    return f"; it holds {found[-1]}" if found else ""
 
 
 def require_writable(folder: Path, key: str, error: type[LavisError]) -> None:

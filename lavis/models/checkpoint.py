@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -85,15 +84,12 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
                 f"{file.label}: {source.key} has shape {tuple(tensor.shape)}, the model "
                 f"{shape}: the checkpoint belongs to other encoder or LLM sizes"
             )
-        if not tensor.is_floating_point():
+        floats = tensor.is_floating_point()
+        if not floats or not torch.isfinite(tensor.to(parameter.dtype)).all():
+            what = f"that are not finite in {parameter.dtype}" if floats else f"of {tensor.dtype}"
             raise WeightsError(
-                f"{file.label}: {source.key} holds {tensor.dtype} numbers; weights must be "
-                "floating-point numbers"
-            )
-        if not torch.isfinite(tensor.to(parameter.dtype)).all():
-            raise WeightsError(
-                f"{file.label}: {source.key} holds numbers that are not finite (in "
-                f"{parameter.dtype}): its training has diverged, or the file is damaged"
+                f"{file.label}: {source.key} holds numbers {what}; weights are finite floating-"
+                "point numbers. Its training has diverged, or the file is damaged or another's"
             )
         new.append((parameter, source.cut(tensor)))
     if left_over:
@@ -110,18 +106,16 @@ _MISSING = (
     "the checkpoint was made without LoRA: set model.get_lora: false",
 )
 _OTHERS = {
-    r"(.*\.)?(mm_projector|multi_modal_projector)\..*": "LLaVA",
-    r"(.*\.)?llama_proj\..*": "MiniGPT-4",
-    r"(.*\.)?(opt|t5)_proj\..*": "BLIP-2",
-}
-"""What other projects call their projection."""
+    "mm_projector": "LLaVA", "multi_modal_projector": "LLaVA", "llama_proj": "MiniGPT-4",
+    "opt_proj": "BLIP-2", "t5_proj": "BLIP-2",
+}  # fmt: skip
 
 
 def _whose(names: Sequence[str]) -> str:
-    """Whose names these are, if they are none of ours."""
-    if set(names) and set(names) <= {"weight", "bias"}:
+    """Whose names these are, none of which is ours."""
+    if names and set(names) <= {"weight", "bias"}:
         return "it holds a bare layer: name its tensors llm_proj.weight and llm_proj.bias"
-    for pattern, project in _OTHERS.items():
-        if found := next((n for n in names if re.fullmatch(pattern, n)), None):
-            return f"it holds {found}, as {project} does, whose projection fits no model of ours"
+    for name in names:
+        if project := next((p for part, p in _OTHERS.items() if part in name.split(".")), None):
+            return f"it holds {name}, as {project} does, whose projection fits no model of ours"
     return f"it holds {', '.join(names[:4])}" if names else ""

@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeGuard
@@ -84,36 +82,24 @@ def _load(path: Path) -> object:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-_BEGINNINGS = {
-    b"version https://git-lfs": "a Git LFS pointer; fetch the file behind it with: git lfs pull",
-    b"GGUF": "a GGUF file, as llama.cpp reads it; a .pth file is needed",
+_KINDS = {
+    rb"\Z": "damaged: it is empty (0 bytes). Copy or download it again",
+    rb"version https://git-lfs": "a Git LFS pointer; fetch the file behind it with: git lfs pull",
+    rb"GGUF": "a GGUF file, as llama.cpp reads it; a .pth file is needed",
+    rb".{7}\0\{": "a safetensors file; a checkpoint is a .pth file: torch.save({'model': "
+    "safetensors.torch.load_file(this file)}, 'checkpoint.pth') makes one",
+    rb"PK\x03\x04(?=.{26})(?!.{26}[^/]+/data\.pkl)": "a ZIP archive, not what torch.save writes",
+    rb"(?i)\s*<(!doctype\s+)?html": "an HTML page, not the file that it offers; download that",
+    rb"[^\0-\x08\x0e-\x1f\x7f]+\Z": "a text file, not what torch.save writes",
 }
+"""How files begin that PyTorch cannot read, what they are and what to do."""
 
 
 def _kind(path: Path) -> str | None:
-    """What a file is that PyTorch cannot read, and what to do; ``None`` if it cannot be told."""
     with path.open("rb") as file:
         head = file.read(512)
-    if not head:
-        return "damaged: it is empty (0 bytes). Copy or download it again"
-    for beginning, kind in _BEGINNINGS.items():
-        if head.startswith(beginning):
-            return kind
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-        return (
-            "a safetensors file; a checkpoint is a .pth file: torch.save({'model': "
-            "safetensors.torch.load_file(this file)}, 'checkpoint.pth') makes one"
-        )
-    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        inside = archive.namelist()
-        if not any(name.endswith("data.pkl") for name in inside):
-            return f"a ZIP archive ({', '.join(inside[:3])}), not what torch.save writes; unpack it"
-    text = head.decode("utf-8", errors="ignore").strip()
-    if not text or not all(c.isprintable() or c.isspace() for c in text):
-        return None
-    if re.match(r"(?i)<(!doctype\s+)?html", text):
-        return "an HTML page, not the file that it offers; download that file itself"
-    return f"a text file ({text[:40]!r}...), not what torch.save writes"
+    kinds = (kind for begin, kind in _KINDS.items() if re.match(begin, head, re.DOTALL))
+    return next(kinds, None)
 
 
 def open_pth(path: Path) -> WeightFile:
