@@ -15,9 +15,10 @@ from torch import Tensor
 from lavis.common.cli import run_cli, setup_logging
 from lavis.common.config import load_config
 from lavis.common.errors import WeightsError
+from lavis.common.paths import require_checkpoint
 from lavis.models.config import MiniGPT4QwenConfig
 from lavis.models.qwen import read_spec
-from lavis.models.weights import load_pickle
+from lavis.models.weights import load_pickle, outline
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _QFORMER = ("query_tokens", "ln_vision.", "Qformer.")
@@ -48,11 +49,10 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype) -> list[Path]:
     Raises:
         WeightsError: the checkpoint is damaged, or holds no part as a whole.
     """
-    if not checkpoint.is_file():
-        raise WeightsError(f"--checkpoint: no file {checkpoint}")
+    require_checkpoint(checkpoint, "--checkpoint")
     content = load_pickle(checkpoint)
     if not isinstance(content, dict) or "config" not in content or "model" not in content:
-        raise WeightsError(f"{checkpoint} is not a checkpoint of a run")
+        raise WeightsError(f"{checkpoint} is no checkpoint of a run but {outline(content)}")
     config = load_config(checkpoint.parent / "config.yaml")
     assert isinstance(config.model, MiniGPT4QwenConfig)
     state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in content["model"].items()}
