@@ -110,7 +110,7 @@ SETTINGS = [  # (--options, the message)
         "preprocess.vis_processor.train.image_size=70",
         "DATA/run.yaml: preprocess.vis_processor.train.image_size is 70, but model.image_size is",
     ),
-    ("run.resume_ckpt_path=DATA/other.pth", "DATA/other.pth is damaged"),
+    ("run.resume_ckpt_path=DATA/other.pth", "DATA/other.pth is a text file"),
     ("run.resume_ckpt_path=DATA/runs/job/checkpoint_9.pth", "checkpoint_9.pth; did you mean 'che"),
     (
         "run.resume_ckpt_path=DATA/runs/job/checkpoint_0.pth",
@@ -157,7 +157,7 @@ ANSWERED = [
 
 def test_nothing_is_wrong_but_the_weights(fails: Fails) -> None:
     """Otherwise the rest of this file says nothing."""
-    junk = "DATA/junk.pth is damaged"
+    junk = "DATA/junk.pth is a text file"
     assert junk in fails(train, *CONFIG)
     options = ("--options", "run.test_splits=[test]", "run.valid_splits=[val]")
     assert junk in fails(train, *CONFIG, *options)
@@ -217,7 +217,7 @@ CHECKPOINTS = [
         "DATA/runs/job",
         "DATA/runs/job is a folder, not a checkpoint; it holds DATA/runs/job/checkpoi",
     ),
-    ("DATA/other.pth", "DATA/other.pth is damaged"),
+    ("DATA/other.pth", "DATA/other.pth is a text file"),
     ("~no-such-user/a.pth", "~no-such-user/a.pth: no such user has a home folder"),
 ]
 CHAT = (

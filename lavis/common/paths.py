@@ -63,7 +63,7 @@ def require(path: Path, key: str, error: type[LavisError], *, directory: bool = 
         return path
     kind = "folder" if directory else "file"
     if _answers(path.exists):
-        raise error(f"{key}: {path} is not a {kind}")
+        raise error(f"{key}: {path} is not a {kind}{_checkpoint_in(path)}")
     nearest = next(p for p in (*path.parents, Path("/")) if _answers(p.exists))
     raise error(
         f"{key}: no {kind} {path} (the nearest existing folder is {nearest}). Put it there, set "
@@ -84,18 +84,17 @@ def require_checkpoint(path: str | Path, key: str = "") -> Path:
         return path
     at = f"{key}: " if key else ""
     if _answers(path.is_dir):
-        raise WeightsError(f"{at}{path} is a folder, not a checkpoint{_checkpoint_in(path)}")
+        inside = _checkpoint_in(path) or ", and holds no checkpoint_*.pth"
+        raise WeightsError(f"{at}{path} is a folder, not a checkpoint{inside}")
     near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.pth")))
     raise WeightsError(f"{at}no checkpoint {path}{near}")
 
 
 def _checkpoint_in(folder: Path) -> str:
-    """What to name in place of a run's folder, or of the folder that holds runs."""
+    """What to name in place of a run's folder, or of the folder that holds runs, if anything."""
     found = [*folder.glob("checkpoint_*.pth"), *folder.glob("*/checkpoint_*.pth")]
-    if not found:
-        return ", and holds no checkpoint_*.pth"
-    latest = max(found, key=lambda p: (p.name == "checkpoint_latest.pth", p.stat().st_mtime))
-    return f"; it holds {latest}"
+    found.sort(key=lambda p: (p.name == "checkpoint_latest.pth", p.stat().st_mtime))
+    return f"; it holds {found[-1]}" if found else ""
 
 
 def require_writable(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lavis.common.errors import DataError
+from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.annotations import Record
 from lavis.datasets.instruction import InstructionDataset
 
@@ -49,7 +50,7 @@ def count_tokens(
     processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if len(records) < _PARALLEL_FROM or processes < 2:
         return [_length(r) for r in bar(records)]
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("fork").Pool(processes, leave_signals_to_parent) as pool:
         return list(bar(pool.imap(_length, records, chunksize=256)))
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from lavis.common.errors import WeightsError
+from lavis.common.paths import require_checkpoint
 from lavis.common.registry import did_you_mean
+from lavis.common.schema import ModelConfig
+from lavis.models.agreement import check_settings
 from lavis.models.keys import KeyMap, Rule
-from lavis.models.weights import WeightFile, open_pth
+from lavis.models.weights import WeightFile, load_pickle, state_dict_in
 
 _SAME_NAMES = KeyMap((Rule("*", ("*",)),))
 
@@ -43,13 +47,15 @@ def load_model_state(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint's ``model`` entry into a model, in place.
 
     Raises:
-        WeightsError: the file is missing or damaged, a name is not part of the model, something
-            that is trained here is missing, or a shape differs. The model is then unchanged.
+        WeightsError: the file is missing or damaged, was trained with settings that change what
+            its weights mean, a name is not part of the model, something that is trained here is
+            missing, a shape differs or a number is not finite. The model is then unchanged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"no checkpoint {path}")
-    assign_model_state(model, open_pth(path))
+    path = require_checkpoint(path)
+    content = load_pickle(path)
+    if isinstance(config := getattr(model, "config", None), ModelConfig):
+        check_settings(path, content, config)
+    assign_model_state(model, state_dict_in(path, content))
 
 
 def assign_model_state(model: nn.Module, file: WeightFile) -> None:
@@ -59,31 +65,57 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
         WeightsError: as :func:`load_model_state`.
     """
     names = _key_map(model)
-    used: set[str] = set()
+    sources = {name: names.source(name) for name, _ in model.named_parameters()}
+    known = {source.key for source in sources.values()}
+    left_over = [key for key in file if key not in known]
     new: list[tuple[nn.Parameter, Tensor]] = []
     for name, parameter in model.named_parameters():
-        source = names.source(name)
+        source = sources[name]
         if source.key not in file:
             if parameter.requires_grad:
                 raise WeightsError(
                     f"{file.label} lacks {source.key}, which is trained with this configuration; "
-                    "check the freeze_* and get_lora settings that the checkpoint was made with"
+                    + (_whose(left_over) or _MISSING["lora_" in name])
                 )
             continue
-        used.add(source.key)
         tensor = file[source.key]
         if tensor.shape != (shape := source.whole(parameter.shape)):
             raise WeightsError(
                 f"{file.label}: {source.key} has shape {tuple(tensor.shape)}, the model "
                 f"{shape}: the checkpoint belongs to other encoder or LLM sizes"
             )
+        floats = tensor.is_floating_point()
+        if not floats or not torch.isfinite(tensor.to(parameter.dtype)).all():
+            what = f"that are not finite in {parameter.dtype}" if floats else f"of {tensor.dtype}"
+            raise WeightsError(
+                f"{file.label}: {source.key} holds numbers {what}; weights are finite floating-"
+                "point numbers. Its training has diverged, or the file is damaged or another's"
+            )
         new.append((parameter, source.cut(tensor)))
-    left_over = [key for key in file if key not in used]
     if left_over:
-        known = [names.source(n).key for n, _ in model.named_parameters()]
         raise WeightsError(
             f"{file.label} holds {len(left_over)} tensors that are not part of this model: "
             f"{', '.join(left_over[:8])}{did_you_mean(left_over[0], known)}"
         )
     for parameter, tensor in new:
         parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)
+
+
+_MISSING = (
+    "check the freeze_* settings that the checkpoint was made with",
+    "the checkpoint was made without LoRA: set model.get_lora: false",
+)
+_OTHERS = {
+    "mm_projector": "LLaVA", "multi_modal_projector": "LLaVA", "llama_proj": "MiniGPT-4",
+    "opt_proj": "BLIP-2", "t5_proj": "BLIP-2",
+}  # fmt: skip
+
+
+def _whose(names: Sequence[str]) -> str:
+    """Whose names these are, none of which is ours."""
+    if names and set(names) <= {"weight", "bias"}:
+        return "it holds a bare layer: name its tensors llm_proj.weight and llm_proj.bias"
+    for name in names:
+        if project := next((p for part, p in _OTHERS.items() if part in name.split(".")), None):
+            return f"it holds {name}, as {project} does, whose projection fits no model of ours"
+    return f"it holds {', '.join(names[:4])}" if names else ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lavis.common.config import default_model_config
 from lavis.common.errors import WeightsError
 from lavis.common.packages import check_packages
-from lavis.common.paths import REPOSITORY, TOYBOX, is_file
+from lavis.common.paths import REPOSITORY, TOYBOX, require_checkpoint
 from lavis.common.registry import MODELS, PROCESSORS
 from lavis.common.schema import SplitProcessors
 
@@ -84,8 +84,8 @@ def load_model_and_preprocess(
         if is_eval and checkpoint is None:
             checkpoint = TOYBOX / "checkpoint.pth"
     config.model.check_files(root)  # before PyTorch is imported
-    if checkpoint is not None and not is_file(Path(checkpoint)):
-        raise WeightsError(f"no checkpoint {checkpoint}")
+    if checkpoint is not None:
+        require_checkpoint(checkpoint)
     from lavis.common.device import pick_device
 
     target = pick_device(str(device), "device", 'device="cpu"')

@@ -60,40 +60,85 @@ def load_pickle(path: Path) -> object:
         WeightsError: the file is damaged, or holds more than tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} is refused: it holds Python objects other than tensors and plain values, "
-            f"which could run code when loaded, or it is damaged ({_reason(error)})"
-        ) from error
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
-        # files of PyTorch < 1.6 cannot be mapped
-        if "mmap can only be used" in str(error):
-            return _load_legacy(path)
+        return _load(path)
+    except Exception as error:
+        if (kind := _kind(path)) is not None:
+            raise WeightsError(f"{path} is {kind}") from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise WeightsError(
+                f"{path} is refused: it holds Python objects other than tensors and plain values, "
+                f"which could run code when loaded, or it is damaged ({_reason(error)})"
+            ) from error
         raise WeightsError(
             f"{path} is damaged or no PyTorch file ({path.stat().st_size:,} bytes): "
             f"{_reason(error)}. Download it again"
         ) from error
 
 
-def _load_legacy(path: Path) -> object:
+def _load(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise WeightsError(
-            f"{path} is damaged, no PyTorch file, or holds objects that could run code: "
-            f"{_reason(error)}"
-        ) from error
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):  # files of PyTorch < 1.6 cannot be mapped
+            raise
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+_KINDS = {
+    rb"\Z": "damaged: it is empty (0 bytes). Copy or download it again",
+    rb"version https://git-lfs": "a Git LFS pointer; fetch the file behind it with: git lfs pull",
+    rb"GGUF": "a GGUF file, as llama.cpp reads it; a .pth file is needed",
+    rb".{7}\0\{": "a safetensors file; a checkpoint is a .pth file: torch.save({'model': "
+    "safetensors.torch.load_file(this file)}, 'checkpoint.pth') makes one",
+    rb"PK\x03\x04(?=.{26})(?!.{26}[^/]+/data\.pkl)": "a ZIP archive, not what torch.save writes",
+    rb"(?i)\s*<(!doctype\s+)?html": "an HTML page, not the file that it offers; download that",
+    rb"[^\0-\x08\x0e-\x1f\x7f]+\Z": "a text file, not what torch.save writes",
+}
+"""How files begin that PyTorch cannot read, what they are and what to do."""
+
+
+def _kind(path: Path) -> str | None:
+    with path.open("rb") as file:
+        head = file.read(512)
+    kinds = (kind for begin, kind in _KINDS.items() if re.match(begin, head, re.DOTALL))
+    return next(kinds, None)
 
 
 def open_pth(path: Path) -> WeightFile:
     """Open a ``.pth``: a bare state dict, or one under ``"model"``."""
-    loaded = load_pickle(path)
-    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
-        loaded = loaded["model"]
-    if not is_state_dict(loaded):
-        raise WeightsError(f"{path} holds no state dict (names and tensors)")
-    return WeightFile.of(str(path), loaded)
+    return state_dict_in(path, load_pickle(path))
+
+
+def state_dict_in(label: object, content: object) -> WeightFile:
+    """The state dict in what a ``.pth`` holds: all of it, or what is under ``"model"``.
+
+    What DistributedDataParallel and ``torch.compile`` put before every name is taken off.
+
+    Raises:
+        WeightsError: there is none; the message says what is there.
+    """
+    state = content
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        state = content["model"]
+    if not is_state_dict(state):
+        raise WeightsError(f"{label} holds no state dict (names and tensors) but {outline(state)}")
+    prefixes = {_WRAPPERS.match(name)[0] for name in state}  # type: ignore[index]
+    if len(prefixes) == 1 and (prefix := prefixes.pop()):
+        logger.info("%s: the names are read without their %r", label, prefix)
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return WeightFile.of(str(label), state)
+
+
+_WRAPPERS = re.compile(r"((module|_orig_mod)\.)*")
+
+
+def outline(content: object) -> str:
+    """What a file holds, in a few words."""
+    if isinstance(content, dict):
+        entries = [f"{k} ({type(v).__name__})" for k, v in content.items()]
+        return f"a dictionary of {len(entries)}: {', '.join(entries[:_SHOWN])}"
+    shape = f" of shape {tuple(content.shape)}" if isinstance(content, Tensor) else ""
+    return f"one {type(content).__name__}{shape}"
 
 
 def is_state_dict(value: object) -> TypeGuard[dict[str, Tensor]]:

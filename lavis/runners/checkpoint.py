@@ -1,7 +1,7 @@
 """Checkpoints: what is trained, the optimizer, and how far the run is.
 
 The file holds the original's entries (``model``, ``optimizer``, ``config``, ``scaler``, ``epoch``)
-and ``progress``, ``metrics`` and ``versions`` of ours.
+and ``progress``, ``metrics``, ``best``, ``data`` and ``versions`` of ours.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 
 import lavis
 from lavis.common.errors import WeightsError
-from lavis.common.paths import is_file
+from lavis.common.paths import require_checkpoint
+from lavis.common.types import Metric
 from lavis.datasets.plan import BatchPlan
-from lavis.models.weights import is_state_dict, load_pickle
+from lavis.models.weights import is_state_dict, load_pickle, outline
 
 _PACKAGES = ("torch", "transformers", "timm", "tiktoken", "safetensors")
 
@@ -48,18 +49,34 @@ class Progress:
         return self.step // self.steps_per_epoch
 
     @classmethod
+    def saved(cls, content: dict[str, Any], label: object) -> Progress | None:
+        """What a checkpoint's content says, in its own steps; the original's files do not hold it.
+
+        Raises:
+            WeightsError: the entry is damaged.
+        """
+        if "progress" not in content:
+            return None
+        entry: Any = content["progress"]
+        with suppress(TypeError):
+            progress = cls(**entry)
+            if progress.step >= 0 and progress.steps_per_epoch >= 1:
+                return progress
+        raise WeightsError(f"{label}: its `progress` is damaged: {entry!r:.200}")
+
+    @classmethod
     def of(cls, content: dict[str, Any], label: object, plan: BatchPlan) -> Progress:
         """What a checkpoint's content says, in steps of the plan that goes on from it.
 
-        The original's files do not hold it; they are written at the end of an epoch.
+        The original writes its files at the end of an epoch.
 
         Raises:
             WeightsError: the entry is damaged, or it stopped inside an epoch of another plan.
         """
         steps = plan.steps_per_epoch
-        if "progress" not in content:
+        progress = cls.saved(content, label)
+        if progress is None:
             return cls((content["epoch"] + 1) * steps, steps)
-        progress = _progress(label, content["progress"])
         same_step = progress.samples_per_step in (0, plan.samples_per_step)
         if progress.steps_per_epoch == steps and same_step:
             return progress
@@ -72,6 +89,33 @@ class Progress:
         return cls(progress.epochs_done * steps, steps)
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best validation so far.
+
+    Attributes:
+        value: of the metric.
+        checkpoint: the file that was the best.
+        metric: its name.
+        data: fingerprint of the validation data.
+    """
+
+    value: float
+    checkpoint: str
+    metric: str = ""  # here and below, empty in what older files say
+    data: str = ""
+
+    @classmethod
+    def of(cls, content: dict[str, Any], source: object, metric: Metric) -> Best | None:
+        """The best by a metric that a checkpoint knows of; older files know their own alone."""
+        with suppress(TypeError, AttributeError):
+            value = (content.get("metrics") or {}).get(metric.name)
+            best = cls(**content.get("best") or {"value": value, "checkpoint": str(source)})
+            if best.metric in ("", metric.name) and isinstance(best.value, float):
+                return best
+        return None
+
+
 def save_checkpoint(
     path: Path,
     *,
@@ -81,8 +125,13 @@ def save_checkpoint(
     config: dict[str, Any],
     progress: Progress,
     metrics: dict[str, float] | None = None,
+    best: Best | None = None,
+    data: dict[str, str] | None = None,
 ) -> None:
     """Write a checkpoint so that ``path`` is either the old file or the whole new one.
+
+    Args:
+        data: fingerprints of the training data.
 
     Raises:
         OSError: e.g. a full disk; the old file is untouched.
@@ -95,6 +144,8 @@ def save_checkpoint(
         "epoch": progress.epochs_done - 1,  # the last complete one, as in the original
         "progress": asdict(progress),
         "metrics": metrics or {},
+        "best": best and asdict(best),
+        "data": data,
         "versions": software_versions(),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -130,14 +181,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: the file is missing, damaged or no checkpoint.
     """
-    if not is_file(path):
-        raise WeightsError(f"run.resume_ckpt_path: no checkpoint {path}")
+    path = require_checkpoint(path, "run.resume_ckpt_path")
     _check_sums(path)
     content = load_pickle(path)
     if not _is_checkpoint(content):
         raise WeightsError(
             f"{path} cannot be resumed: its `model`, `optimizer` and `epoch` are missing or "
-            "damaged. To start from its weights alone, set model.load_finetuned and model.finetuned"
+            f"damaged; it holds {outline(content)}. To start from its weights alone, set "
+            "model.load_finetuned and model.finetuned"
         )
     return content
 
@@ -162,16 +213,6 @@ def _is_checkpoint(content: object) -> TypeGuard[dict[str, Any]]:
         and isinstance(content.get("optimizer"), dict)
         and isinstance(content.get("epoch"), int)
     )
-
-
-def _progress(label: object, entry: Any) -> Progress:
-    try:
-        progress = Progress(**entry)
-    except TypeError as error:
-        raise WeightsError(f"{label}: its `progress` is damaged: {entry!r:.200}") from error
-    if progress.step < 0 or progress.steps_per_epoch < 1:
-        raise WeightsError(f"{label}: its `progress` is damaged: {entry!r:.200}")
-    return progress
 
 
 def software_versions() -> dict[str, str]:

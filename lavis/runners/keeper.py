@@ -9,7 +9,13 @@ from typing import Any
 
 from lavis.common.errors import LavisError, WeightsError
 from lavis.common.types import Metric
-from lavis.runners.checkpoint import Progress, copy_checkpoint, read_checkpoint, save_checkpoint
+from lavis.runners.checkpoint import (
+    Best,
+    Progress,
+    copy_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 _ROLLING = re.compile(r"checkpoint_step_(\d+)\.pth")
@@ -24,27 +30,46 @@ class Keeper:
     has them.
     """
 
-    def __init__(self, folder: Path, keep_last: int, metric: Metric) -> None:
+    def __init__(
+        self, folder: Path, keep_last: int, metric: Metric, best: Best | None = None
+    ) -> None:
         self.folder, self.keep_last, self.metric = folder, keep_last, metric
-        self._best: float | None = None
+        self.best = best
 
     def save(
-        self, name: str, content: dict[str, Any], progress: Progress, metrics: dict[str, float]
+        self,
+        name: str,
+        content: dict[str, Any],
+        progress: Progress,
+        metrics: dict[str, float],
+        measured_on: str = "",
     ) -> None:
         """Write ``checkpoint_<name>.pth`` and what follows from it.
+
+        Args:
+            measured_on: fingerprint of the data that gave ``metrics``.
 
         Raises:
             OSError: e.g. a full disk; all files are as before.
         """
         path = self._path(name)
-        save_checkpoint(path, progress=progress, metrics=metrics, **content)
+        value, best = metrics.get(self.metric.name), self.best
+        if value is not None and best is not None and best.data not in ("", measured_on):
+            logger.warning("%s is no rival: it was measured on other data", best.checkpoint)
+            best = None
+        better = value is not None and self.metric.is_better(value, best.value if best else None)
+        if value is not None and better:
+            file = str(self._path("best").absolute())
+            best = Best(value, file, self.metric.name, measured_on)
+        save_checkpoint(path, progress=progress, metrics=metrics, best=best, **content)
+        self.best = best
         if name != "latest":
             copy_checkpoint(path, self._path("latest"))
-        value = metrics.get(self.metric.name)
-        if value is not None and self.metric.is_better(value, self._best):
-            self._best = value
+        if better:
             copy_checkpoint(path, self._path("best"))
             logger.info("%s is the best so far: %s %.4f", path.name, self.metric.name, value)
+        elif value is not None and best is not None:
+            logger.info("the best is still %s: %.4f, not %.4f", best.checkpoint, best.value, value)
         for old in self._rolling()[: -self.keep_last]:
             old.unlink()
 

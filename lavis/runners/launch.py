@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from lavis.common import dist
 from lavis.common.device import pick_device
 from lavis.common.errors import ConfigError
-from lavis.common.schema import RunConfig
+from lavis.common.schema import Config, RunConfig
 from lavis.runners.strategy import strategy_name
 
 
@@ -65,3 +66,21 @@ def _make_new(parent: Path, name: str) -> str:
             chosen = f"{name}-{number}"
         else:
             return chosen
+
+
+def make_folder(folder: Path, config: Config) -> Path:
+    """Make a run's folder and write its ``config.yaml``.
+
+    Raises:
+        ConfigError: on every process, if the main one cannot.
+    """
+    error = None
+    if dist.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.create(config.tree), folder / "config.yaml")
+        except OSError as caught:
+            error = f"run.output_dir: {folder} cannot be made: {caught}"
+    if error := dist.from_main(error):
+        raise ConfigError(error)
+    return folder

@@ -15,6 +15,7 @@ from lavis.common.optim import Schedule, build_schedule
 from lavis.common.registry import LR_SCHEDULERS
 from lavis.common.schema import Config
 from lavis.datasets.plan import BatchPlan
+from lavis.runners.agreement import check_agreement, data_fingerprints, warn_of_another_rate
 from lavis.runners.checkpoint import Progress
 from lavis.runners.keeper import open_checkpoint
 from lavis.runners.strategy import Strategy, build_strategy
@@ -32,6 +33,7 @@ class RunPlan:
         schedule: the learning rate of every step.
         content: of the checkpoint to resume from.
         step: optimizer steps that it has done.
+        data: fingerprints of the training data.
     """
 
     strategy: Strategy
@@ -39,6 +41,7 @@ class RunPlan:
     schedule: Schedule
     content: dict[str, Any] | None
     step: int
+    data: dict[str, str]
 
     @classmethod
     def of(cls, config: Config, dataset: Any, device: torch.device) -> RunPlan:
@@ -51,11 +54,17 @@ class RunPlan:
         run, source = config.run, config.run.resume_ckpt_path
         strategy = build_strategy(run, device)
         content = None if source is None else open_checkpoint(Path(source))
+        data = data_fingerprints(config, dataset)
+        if content is not None:
+            check_agreement(source, content, config, data)
         batches = build_plan(config, dataset, content)
         schedule = build_schedule(run, batches.steps_per_epoch)
-        step = 0 if content is None else Progress.of(content, source, batches).step
+        step = 0
+        if content is not None:
+            step = Progress.of(content, source, batches).step
+            warn_of_another_rate(source, content, run, schedule, step)
         log_notes(LR_SCHEDULERS.get(run.lr_sched).notes(run, batches.steps_per_epoch))
-        return cls(strategy, batches, schedule, content, step)
+        return cls(strategy, batches, schedule, content, step, data)
 
 
 def log_notes(notes: Iterable[str]) -> None:

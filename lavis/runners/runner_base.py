@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,15 +19,18 @@ from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.optim import parameter_groups
 from lavis.common.schema import Config
 from lavis.common.types import BadSample, Batch
+from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import collate
 from lavis.datasets.instruction import augmentation_seed
 from lavis.datasets.plan import PlanSampler
 from lavis.models.checkpoint import assign_model_state, trainable_state
-from lavis.models.weights import WeightFile
-from lavis.runners.checkpoint import Progress
+from lavis.models.weights import state_dict_in
+from lavis.runners.agreement import fingerprint
+from lavis.runners.checkpoint import Best, Progress
 from lavis.runners.keeper import Keeper
+from lavis.runners.launch import make_folder
 from lavis.runners.prepare import RunPlan
-from lavis.runners.signals import StopRequest, ignore_interrupt
+from lavis.runners.signals import StopRequest
 from lavis.runners.watch import StepReport, build_watch
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ class RunnerBase:
         self.device = torch.device(next(model.parameters()).device)
         plan = plan or RunPlan.of(config, dataset, self.device)
         self.strategy, self.plan, self.schedule = plan.strategy, plan.batches, plan.schedule
-        self.step = plan.step  # optimizer steps done
+        self.data, self.step = plan.data, plan.step  # optimizer steps done
         groups = parameter_groups(
             model.named_parameters(),
             self.run.weight_decay,
@@ -78,14 +80,15 @@ class RunnerBase:
         )
         if not any(group["params"] for group in groups):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
-        source, content = self.run.resume_ckpt_path, plan.content
+        source, content, best = self.run.resume_ckpt_path, plan.content, None
         if content is not None:
-            assign_model_state(model, WeightFile.of(str(source), content["model"]))
+            assign_model_state(model, state_dict_in(source, content))
+            best = Best.of(content, source, task.metric)
         self.strategy.setup(model, groups)
         if content is not None:
             self._load_optimizer(content, source)
         self.folder = make_folder(Path(self.run.output_dir) / job_id, config)
-        self.keeper = Keeper(self.folder, self.run.keep_last, task.metric)
+        self.keeper = Keeper(self.folder, self.run.keep_last, task.metric, best)
         self.stop = StopRequest()
         self._stopping = False  # whether every process is about to stop
         self._agreed = False  # whether every process is about to raise the same error
@@ -291,6 +294,7 @@ class RunnerBase:
             "optimizer": self.strategy.optimizer_state(),
             "scaler": self.strategy.scaler.state_dict() if self.strategy.rescales else None,
             "config": self.config.tree,
+            "data": self.data,
         }
         plan = self.plan
         each = self.run.batch_size_train * self.run.accum_grad_iters
@@ -299,8 +303,10 @@ class RunnerBase:
         )
         error = None
         if dist.is_main():
+            splits = self.run.valid_splits if metrics else ()
+            valid = fingerprint([d for s in splits for d in self.task.evaluation_split(s)])
             try:
-                self.keeper.save(name, content, progress, metrics or {})
+                self.keeper.save(name, content, progress, metrics or {}, valid)
             except OSError as caught:
                 error = str(caught)
         if error := dist.from_main(error):
@@ -332,7 +338,7 @@ class RunnerBase:
             collate_fn=collate,
             num_workers=self.run.num_workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=leave_signals_to_parent,
         )
 
     def _how_to_resume(self) -> str:
@@ -343,21 +349,3 @@ class RunnerBase:
             launcher = f"-m torch.distributed.run --nproc_per_node={dist.world_size()}".split()
             command[1:1] = launcher
         return "resume with: " + shlex.join([*command, "--options", f"run.resume_ckpt_path={path}"])
-
-
-def make_folder(folder: Path, config: Config) -> Path:
-    """Make a run's folder and write its ``config.yaml``.
-
-    Raises:
-        ConfigError: on every process, if the main one cannot.
-    """
-    error = None
-    if dist.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(config.tree), folder / "config.yaml")
-        except OSError as caught:
-            error = f"run.output_dir: {folder} cannot be made: {caught}"
-    if error := dist.from_main(error):
-        raise ConfigError(error)
-    return folder

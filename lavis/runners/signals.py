@@ -46,9 +46,3 @@ class StopRequest:
         finally:
             for s, handler in zip(caught, before, strict=True):
                 signal.signal(s, handler)
-
-
-def ignore_interrupt(worker: int) -> None:
-    """For a data loader's worker: Ctrl-C reaches the whole process group, but the main process
-    decides when loading ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

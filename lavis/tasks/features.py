@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import logging
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from lavis.common.paths import cache_path, require_writable, user_cache
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config
 from lavis.common.types import AUTOCAST
+from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.feature_store import FeatureStore
 from lavis.datasets.features import CachedFeatures, draw_view, is_random, transform_fingerprint
 
@@ -262,7 +262,7 @@ class FeatureCache:
             batch_size=_BATCH,
             collate_fn=list,
             num_workers=min(self.config.run.num_workers, -(-len(views) // _BATCH)),
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=leave_signals_to_parent,
         )
         for drawn in loader:
             yield [(views[i], p) for i, p in drawn]
@@ -348,7 +348,3 @@ def _refuse_vision(checkpoint: Path) -> None:
 def _bar(items: Any, title: str, total: int) -> Any:
     quick = not dist.is_main() or not total
     return tqdm(items, desc=title, total=total, unit=" images", disable=quick, delay=1)
-
-
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides

@@ -20,6 +20,7 @@ from lavis.common.paths import cache_path, require_checkpoint, require_writable
 from lavis.common.registry import BUILDERS, MODELS
 from lavis.common.schema import Config
 from lavis.common.types import AUTOCAST, Batch, Metric
+from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import collate
 from lavis.datasets.plan import ConcatDataset, shared_batches
 from lavis.models.schedule import StepSchedule
@@ -166,7 +167,11 @@ class ImageTextPretrainTask:
             for dataset in parts:
                 batches = shared_batches(len(dataset), run.batch_size_eval)
                 loader = DataLoader(
-                    dataset, batch_sampler=batches, collate_fn=collate, num_workers=run.num_workers
+                    dataset,
+                    batch_sampler=batches,
+                    collate_fn=collate,
+                    num_workers=run.num_workers,
+                    worker_init_fn=leave_signals_to_parent,
                 )
                 for batch in tqdm(loader, desc="validating", disable=not dist.is_main()):
                     dtype = AUTOCAST[run.autocast_dtype]

@@ -18,7 +18,7 @@ from lavis.common.errors import WeightsError
 from lavis.common.paths import require, require_checkpoint
 from lavis.models.config import MiniGPT4QwenConfig
 from lavis.models.qwen import read_spec
-from lavis.models.weights import load_pickle
+from lavis.models.weights import load_pickle, outline
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _QFORMER = ("query_tokens", "ln_vision.", "Qformer.")
@@ -55,7 +55,7 @@ def export(checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
     assert isinstance(config.model, MiniGPT4QwenConfig)
     content = load_pickle(checkpoint)
     if not isinstance(content, dict) or "config" not in content or "model" not in content:
-        raise WeightsError(f"{checkpoint} is not a checkpoint of a run")
+        raise WeightsError(f"{checkpoint} is no checkpoint of a run but {outline(content)}")
     llm = _under(content["model"], "llm_model.")
     source = config.model.path("llm_model", config.env.cache_root)
     if llm:  # before anything is written

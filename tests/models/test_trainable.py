@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,11 @@ from tests.models.conftest import BLIP, SHARDS, VIT, Load, one_batch, refusal
 
 # --- what is trained ------------------------------------------------------------------------
 
+_FIRST = torch.tensor([0])
+TOY_SIZES = {
+    "image_size": 56, "num_query_token": 8,
+    "vit_config": {"embed_dim": 88, "depth": 2, "num_heads": 4},
+}  # fmt: skip
 PROJECTION = {"llm_proj."}
 TRAINED: list[tuple[list[str], set[str]]] = [
     ([], PROJECTION),
@@ -160,9 +166,97 @@ def test_lora_trains_adapters_only_and_its_checkpoint_round_trips(
     assert "which is trained with this configuration" in refusal(
         load, *options, checkpoint=TOY / "checkpoint_9.pth"
     )
-    assert refusal(load, checkpoint=path).startswith(
-        f"{path} holds 8 tensors that are not part of this model: llm_model.model.layers.0."
+    assert "made without LoRA: set model.get_lora: false" in refusal(
+        load, *options, checkpoint=TOY / "checkpoint_9.pth"
     )
+    set_lora = f"{path} was trained with other settings; set model.get_lora: true (now false), "
+    assert refusal(load, checkpoint=path) == (
+        f"{set_lora}model.lora_r: 3 (now 8), model.lora_alpha: as in training (now 32)"
+    )
+    assert refusal(load, "model.get_lora=true", checkpoint=path) == (
+        f"{path} was trained with other settings; set model.lora_r: 3 (now 8)"
+    )
+    options_then = {"get_lora": True, "lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.5}
+    config = {"model": TOY_SIZES | options_then}
+    torch.save({"model": trainable_state(model), "config": config}, path)
+    assert refusal(load, checkpoint=path) == (
+        f"{set_lora}model.lora_r: 3 (now 8), model.lora_alpha: 5 (now 32)"
+    )
+    assert refusal(load, *options, "model.lora_alpha=6", checkpoint=path) == (
+        f"{path} was trained with other settings; set model.lora_alpha: 5 (now 6)"
+    )
+    load(*options, checkpoint=path)
+
+
+# --- settings -------------------------------------------------------------------------------
+
+
+def _with_settings(path: Path, config: object) -> Path:
+    content = torch.load(TOY / "checkpoint_9.pth", weights_only=True)
+    torch.save(content | {"config": config}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 112}, "model.image_size: 112 (now 56)"),
+        (
+            {"image_size": 112, "num_query_token": 9},
+            "model.image_size: 112 (now 56), model.num_query_token: 9 (now 8)",
+        ),
+        ({"vit_config": {"depth": 3}}, "model.vit_config.depth: 3 (now 2)"),
+        ({"qformer_config": {"num_hidden_layers": 4}}, None),  # here bert_config says it
+        ({"vit_config": {"initializer_range": 1.0}, "qformer_config": None}, None),
+        ({"image_size": "56"}, None),
+        ({"image_size": [56]}, None),
+        ({"get_lora": True, "lora_alpha": 3}, None),  # no adapters, neither there nor here
+    ],
+)
+def test_settings_that_must_be_those_of_the_checkpoint(
+    load: Load, tmp_path: Path, settings: dict[str, Any], message: str | None
+) -> None:
+    path = _with_settings(tmp_path / "c.pth", {"model": TOY_SIZES | settings})
+    if message is None:
+        load(checkpoint=path)
+    else:
+        assert refusal(load, checkpoint=path).startswith(
+            f"{path} was trained with other settings; set {message}"
+        )
+
+
+def test_what_a_checkpoint_does_not_say_was_the_default(load: Load, tmp_path: Path) -> None:
+    settings = {key: TOY_SIZES[key] for key in ("num_query_token", "vit_config")}
+    path = _with_settings(tmp_path / "c.pth", {"model": settings})
+    assert refusal(load, checkpoint=path) == (
+        f"{path} was trained with other settings; set model.image_size: 224 (now 56)"
+    )
+
+
+@pytest.mark.parametrize("config", [None, "model: {image_size: 112}", {}, {"model": [1]}, 3])
+def test_a_configuration_of_another_shape_is_not_compared(
+    load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture, config: object
+) -> None:
+    path = _with_settings(tmp_path / "c.pth", config)
+    with caplog.at_level("INFO"):
+        load(checkpoint=path)
+    message = f"{path} does not say how it was trained: settings are not compared"
+    assert caplog.messages.count(message) == 1
+
+
+def test_other_weights_beside_it_are_warned_of(
+    load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = TOY_SIZES | {
+        "llm_model": "/far/Qwen14B-chat",
+        "vit_weights": "/far/eva_vit_g.pth", "vit_precision": "fp32", "label_mask": "x",
+        "max_txt_len": 3,
+    }  # fmt: skip
+    path = _with_settings(tmp_path / "c.pth", {"model": settings})
+    load(checkpoint=path)
+    assert [m for m in caplog.messages if str(path) in m] == [
+        f"{path}: model.llm_model was /far/Qwen14B-chat, now ckpt/Qwen7B-chat"
+    ]
 
 
 # --- checkpoints ----------------------------------------------------------------------------
@@ -175,6 +269,18 @@ def test_checkpoint_of_the_original(load: Load) -> None:
     assert torch.equal(model.llm_proj.bias, wanted["llm_proj.bias"])
     state = trainable_state(model)
     assert list(state) == ["llm_proj.weight", "llm_proj.bias"]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_what_wrappers_put_before_every_name_is_taken_off(
+    load: Load, tmp_path: Path, dtype: torch.dtype, prefix: str
+) -> None:
+    state = torch.load(TOY / "checkpoint_9.pth", weights_only=True)["model"]
+    path = tmp_path / "wrapped.pth"
+    torch.save({prefix + name: tensor.to(dtype) for name, tensor in state.items()}, path)
+    model = load(checkpoint=path)
+    assert torch.equal(model.llm_proj.weight, state["llm_proj.weight"].to(dtype).float())
 
 
 def test_load_finetuned_is_the_same_as_a_checkpoint(load: Load, ckpt: Path) -> None:
@@ -212,6 +318,45 @@ def test_full_checkpoint_round_trips_through_the_originals_names(
             lambda m: m | {"llm_prj.bias": torch.ones(1)},
             " holds 1 tensors that are not part of this model: llm_prj.bias; did you mean "
             "'llm_proj.bias'?",
+        ),
+        (
+            lambda m: {"model.mm_projector.0.weight": m["llm_proj.weight"]},
+            " lacks llm_proj.weight, which is trained with this configuration; it holds "
+            "model.mm_projector.0.weight, as LLaVA does, whose projection fits no model of ours",
+        ),
+        (
+            lambda m: {"llama_proj.weight": m["llm_proj.weight"]},
+            " lacks llm_proj.weight, which is trained with this configuration; it holds "
+            "llama_proj.weight, as MiniGPT-4 does, ",
+        ),
+        (
+            lambda m: {k.removeprefix("llm_proj."): t for k, t in m.items()},
+            " lacks llm_proj.weight, which is trained with this configuration; it holds a bare "
+            "layer: name its tensors llm_proj.weight and llm_proj.bias",
+        ),
+        (
+            lambda m: {"proj.w": torch.ones(1), "proj.b": torch.ones(1)},
+            " lacks llm_proj.weight, which is trained with this configuration; it holds proj.w, ",
+        ),
+        (
+            lambda m: {"module.llm_proj.weight": m["llm_proj.weight"]},
+            " lacks llm_proj.bias, which is trained with this configuration; check the freeze_* ",
+        ),
+        (
+            lambda m: m | {"module.llm_proj.bias": m["llm_proj.bias"]},
+            " holds 1 tensors that are not part of this model: module.llm_proj.bias; did you mean ",
+        ),
+        (
+            lambda m: m | {"llm_proj.bias": m["llm_proj.bias"].index_fill(0, _FIRST, math.nan)},
+            ": llm_proj.bias holds numbers that are not finite in torch.float32; ",
+        ),
+        (
+            lambda m: m | {"llm_proj.weight": m["llm_proj.weight"].double() * 1e300},
+            ": llm_proj.weight holds numbers that are not finite in torch.float32; ",
+        ),
+        (
+            lambda m: m | {"llm_proj.weight": m["llm_proj.weight"].long()},
+            ": llm_proj.weight holds numbers of torch.int64; weights are finite floating-",
         ),
         (
             lambda m: m | {"llm_proj.weight": torch.ones(64, 768)},

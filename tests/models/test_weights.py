@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from lavis.common.errors import ConfigError, WeightsError
@@ -121,9 +123,41 @@ def test_truncated_pth(ckpt: Path, load: Load, name: str, size: int) -> None:
     assert refusal(load).startswith(f"{ckpt / name} is damaged")
 
 
-def test_not_a_pytorch_file(ckpt: Path, load: Load) -> None:
-    (ckpt / VIT).write_bytes(b"<html>")
-    assert refusal(load).startswith(f"{ckpt / VIT} is damaged, no PyTorch file, or ")
+def _zip(*names: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("place", ["weights", "checkpoint"])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "a Git LFS pointer; fetch "),
+        (b"<html>", "an HTML page, not the file that it offers; download that"),
+        (b"\n\n<!DOCTYPE HTML>\n<head>", "an HTML page, "),
+        ("llm_proj: 权重\n".encode(), "a text file, not what torch.save writes"),
+        (b'{"message": "not found"}', "a text file, "),
+        (b"GGUF\x03\0\0\0", "a GGUF file, as llama.cpp reads it; a .pth file is needed"),
+        (_zip("run/log.txt", "run/a.pth"), "a ZIP archive, not what "),
+        (save({"llm_proj.weight": torch.ones(2)}), "a safetensors file; a checkpoint is a .pth "),
+        (b"", "damaged: it is empty (0 bytes). Copy or download it again"),
+        (b"\x80\x02\x8a\n\xff\xfe", "damaged or no PyTorch file (6 bytes): "),
+        (b"abcdefgh{ab", "a text file, "),
+        (_zip("c/data.pkl", "c/data/0")[:-30], "damaged or no PyTorch file ("),
+    ],
+)
+def test_a_file_that_pytorch_cannot_read_is_named(
+    ckpt: Path, load: Load, content: bytes, what: str, place: str
+) -> None:
+    path = ckpt / VIT if place == "weights" else ckpt / "c.pth"
+    path.write_bytes(content)
+    message = refusal(load, checkpoint=None if place == "weights" else path)
+    if not content and place == "weights":  # found before any weight is read
+        what = "damaged or cut short (0 bytes): it is empty. Download it again"
+    assert message.startswith(f"{path} is {what}")
 
 
 INDEX = f"{LLM}/model.safetensors.index.json"
@@ -204,10 +238,24 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
         assert trace.exists()
 
 
-@pytest.mark.parametrize("content", [[1], 3, {"a": {"b": 1}}, {1: torch.ones(1)}])
-def test_no_state_dict(ckpt: Path, load: Load, content: Any) -> None:
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ([1], "one list"),
+        (3, "one int"),
+        (torch.ones(2, 3), "one Tensor of shape (2, 3)"),
+        ({"a": {"b": 1}}, "a dictionary of 1: a (dict)"),
+        (
+            {"state_dict": {"x": torch.ones(1)}, "step": 3},
+            "a dictionary of 2: state_dict (dict), step (int)",
+        ),
+        ({"model": {"x": 3}}, "a dictionary of 1: x (int)"),
+        ({1: torch.ones(1)}, "a dictionary of 1: 1 (Tensor)"),
+    ],
+)
+def test_no_state_dict(ckpt: Path, load: Load, content: Any, what: str) -> None:
     torch.save(content, ckpt / VIT)
-    assert refusal(load) == f"{ckpt / VIT} holds no state dict (names and tensors)"
+    assert refusal(load) == f"{ckpt / VIT} holds no state dict (names and tensors) but {what}"
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"weight_map": [1]}'])

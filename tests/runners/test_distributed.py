@@ -301,6 +301,21 @@ def test_a_signal_to_one_process_stops_all(data: Path, tmp_path: Path) -> None:
     assert "resume with: python -m torch.distributed.run --nproc_per_node=2 train.py" in log
 
 
+def test_a_signal_to_the_group_stops_all_and_saves(data: Path, tmp_path: Path) -> None:
+    """The launcher passes it on to each process's group, loader workers and all."""
+    out = tmp_path / "run"
+    workers = ["run.num_workers=1", "run.max_epoch=50", f"run.output_dir={out}"]
+    process = start(tmp_path, [[*options(data), *TWO, *workers]], 2)
+    _wait_for_step(process, out, 3)
+    assert len(_family(process.pid)) == 5
+    os.killpg(process.pid, signal.SIGTERM)
+    log = finish(process, status=1)  # the launcher's
+    saved = state(folder(out) / "checkpoint_latest.pth")
+    assert 3 <= saved["progress"]["step"] < 50 * STEPS
+    assert "resume with: python -m torch.distributed.run --nproc_per_node=2 train.py" in log
+    assert "DataLoader worker" not in log
+
+
 @pytest.mark.parametrize("rule", ["skip", "error"])
 def test_a_bad_sample_in_one_process(data: Path, tmp_path: Path, rule: str) -> None:
     """All skip it, or all stop with its name; none waits for another."""

@@ -12,7 +12,7 @@ import torch
 
 from lavis.common.errors import LavisError, WeightsError
 from lavis.common.types import Metric
-from lavis.runners.checkpoint import Progress
+from lavis.runners.checkpoint import Best, Progress
 from lavis.runners.keeper import Keeper, newest_whole, open_checkpoint
 from tests.runners.test_runner import SHORT, after_steps, final, prepare, same, steps
 
@@ -96,6 +96,51 @@ def test_best_follows_the_metric(
     path = tmp_path / "checkpoint_best.pth"
     assert step_of(path) == best
     assert open_checkpoint(path)["metrics"] == {metric.name: values[best // 10 - 1]}
+
+
+BEFORE = Best(2.0, "/before/checkpoint_best.pth", "valid_loss", "18 samples, ab")
+
+
+@pytest.mark.parametrize(
+    ("value", "measured_on", "best"),
+    [
+        (1.5, "18 samples, ab", "here"),
+        (2.0, "18 samples, ab", "before"),
+        (2.5, "18 samples, ab", "before"),
+        (2.5, "18 samples, cd", "here"),  # not comparable
+    ],
+)
+def test_the_best_of_the_run_before_is_remembered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float, measured_on: str, best: str
+) -> None:
+    keeper = Keeper(tmp_path, 1, LOSS, BEFORE)
+    content = {"model": {}, "optimizer": {}, "scaler": None, "config": {}}
+    with caplog.at_level("INFO"):
+        keeper.save("0", content, Progress(10, 10), {"valid_loss": value}, measured_on)
+    path = tmp_path / "checkpoint_best.pth"
+    wanted = Best(value, str(path), "valid_loss", measured_on) if best == "here" else BEFORE
+    assert keeper.best == wanted
+    assert Best.of(open_checkpoint(tmp_path / "checkpoint_0.pth"), "x", LOSS) == wanted
+    assert path.exists() == (best == "here")
+    assert any(str(BEFORE.checkpoint) in m for m in caplog.messages) == (value > 1.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "best"),
+    [
+        ({"best": vars(BEFORE), "metrics": {"valid_loss": 9.0}}, BEFORE),
+        ({"metrics": {"valid_loss": 3.0}}, Best(3.0, "here.pth")),  # an older file
+        ({"best": None, "metrics": {}}, None),
+        ({"best": vars(BEFORE) | {"metric": "score"}}, None),
+        ({"best": {"value": "x", "checkpoint": ""}}, None),
+        ({"best": {"x": 1}}, None),
+        ({"best": [3]}, None),
+        ({"metrics": 3}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_checkpoint_knows_of_the_best(content: dict[str, Any], best: Best | None) -> None:
+    assert Best.of(content, "here.pth", LOSS) == best
 
 
 def test_in_a_run(tmp_path: Path) -> None:

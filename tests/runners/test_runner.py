@@ -23,6 +23,7 @@ import train
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
 from lavis.common.registry import RUNNERS, TASKS
+from lavis.common.workers import leave_signals_to_parent
 from lavis.runners.checkpoint import Progress, copy_checkpoint, save_checkpoint
 from lavis.runners.runner_base import RunnerBase
 from tests.conftest import DEMO, REPO, TOY
@@ -104,8 +105,9 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     assert same(final(one), final(other))
 
 
-def test_ctrl_c_does_not_reach_the_workers(tmp_path: Path) -> None:
-    """It goes to the whole process group, but the main process decides when loading ends."""
+@pytest.mark.parametrize("name", ["INT", "TERM"])
+def test_signals_to_the_group_do_not_reach_the_workers(tmp_path: Path, name: str) -> None:
+    """They go to all processes, but the main one decides when loading ends."""
     options = ("run.max_epoch=1", "run.batch_size_train=1", "run.accum_grad_iters=1")
     runner = prepare(tmp_path, *options, "run.num_workers=2")
     children: list[Any] = []
@@ -115,13 +117,34 @@ def test_ctrl_c_does_not_reach_the_workers(tmp_path: Path) -> None:
         for _ in range(2):  # they inherit a handler that bears the first
             for child in children:
                 assert child.pid is not None
-                os.kill(child.pid, signal.SIGINT)
+                subprocess.run(["kill", f"-{name}", str(child.pid)], check=True)
             time.sleep(0.2)
 
     after_steps(runner, 0, interrupt_workers)
     runner.train()
     assert len(children) == 2
     assert len(steps(runner.folder)) == 18
+
+
+def test_a_worker_obeys_its_parent() -> None:
+    """By SIGTERM Python ends at its exit what still runs, and then waits without a limit."""
+    context = multiprocessing.get_context("fork")
+    deaf = context.Event()
+
+    def work() -> None:
+        leave_signals_to_parent()
+        deaf.set()
+        time.sleep(60)
+
+    worker = context.Process(target=work, daemon=True)
+    worker.start()
+    assert deaf.wait(30)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 # --- resuming -------------------------------------------------------------------------------
@@ -542,7 +565,7 @@ def test_checkpoint_holds_what_is_trained_in_the_originals_entries(uninterrupted
     assert {"model", "optimizer", "config", "scaler", "epoch"} <= set(content)
     assert set(content) == {
         "model", "optimizer", "config", "scaler", "epoch", "progress", "metrics",
-        "versions",
+        "best", "data", "versions",
     }  # fmt: skip
     assert list(content["model"]) == ["llm_proj.weight", "llm_proj.bias"]
     assert content["model"]["llm_proj.weight"].shape == (64, 48)

@@ -1,0 +1,96 @@
+"""Settings that a checkpoint was trained with, compared with those of the model that loads it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import PurePath
+from typing import Any
+
+from lavis.common import dist
+from lavis.common.errors import WeightsError
+from lavis.common.schema import ModelConfig
+
+logger = logging.getLogger(__name__)
+_REFUSED = (
+    "lora_r", "lora_alpha", "image_size", "num_query_token", "vit_model", "vit_config",
+    "qformer_config",
+)  # fmt: skip
+_WARNED = ("llm_model", "vit_weights", "pretrained", "vit_precision")  # of paths, the last part
+_WARNED_IN_TRAINING = ("lora_dropout", "label_mask", "max_txt_len")
+_FREE = ("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+def saved_settings(content: object, section: str) -> dict[str, Any]:
+    """A section of the configuration in a checkpoint; empty if it has none of our shape."""
+    config = content.get("config") if isinstance(content, dict) else None
+    settings = config.get(section) if isinstance(config, dict) else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def check_settings(
+    label: object, content: object, config: ModelConfig, *, training: bool = False
+) -> None:
+    """Compare a checkpoint's settings with a model's; what cannot be compared passes.
+
+    Args:
+        label: names the checkpoint in messages.
+        content: what the file holds.
+        training: whether training goes on from it.
+
+    Raises:
+        WeightsError: its weights would compute something else here than where they were trained.
+    """
+    saved = saved_settings(content, "model")
+    if saved:
+        saved = {f.name: f.default for f in fields(config) if f.default is not MISSING} | saved
+    else:
+        logger.info("%s does not say how it was trained: settings are not compared", label)
+    theirs, ours = _flat(saved), _flat(vars(config))
+    wrong: list[str] = []
+    rank, lora = _lora_rank(content), ours.get("get_lora")
+    if rank is not None:
+        theirs |= {"get_lora": True, "lora_r": rank}  # the tensors know best
+        wrong = ["get_lora", "lora_r", "lora_alpha"] if lora is False else []
+    for key in ours:
+        if _agree(theirs.get(key), ours[key]) or key.endswith(_FREE):
+            continue
+        if key.startswith("lora_") and (rank is None or not lora):
+            continue
+        if key.partition(".")[0] in _REFUSED:
+            wrong.append(key)
+        elif dist.is_main() and key in _WARNED + _WARNED_IN_TRAINING * training:
+            logger.warning("%s: model.%s was %s, now %s", label, key, theirs[key], ours[key])
+    if wrong:
+        told = (
+            f"model.{k}: {str(theirs.get(k, 'as in training')).replace('True', 'true')} "
+            f"(now {str(ours[k]).replace('False', 'false')})"
+            for k in wrong
+        )
+        raise WeightsError(f"{label} was trained with other settings; set {', '.join(told)}")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of nested sections under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = vars(value) if is_dataclass(value) else value
+        if isinstance(inner, dict):
+            flat |= {f"{key}.{k}": v for k, v in inner.items()}
+        else:
+            flat[key] = inner
+    return flat
+
+
+def _agree(theirs: object, own: object) -> bool:
+    """Whether two values mean the same, or are of kinds that cannot be compared."""
+    if isinstance(theirs, str) and isinstance(own, str):
+        return PurePath(theirs).name == PurePath(own).name
+    return theirs == own or not all(isinstance(v, int | float) for v in (theirs, own))
+
+
+def _lora_rank(content: object) -> int | None:
+    state = content.get("model", content) if isinstance(content, dict) else None
+    items = state.items() if isinstance(state, dict) else ()
+    return next((t.shape[0] for name, t in items if ".lora_A." in str(name)), None)
