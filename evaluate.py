@@ -10,8 +10,7 @@ from pathlib import Path
 
 from lavis.common.cli import output_folder, positive, print_once, run_cli, setup_logging
 from lavis.common.config import add_config_arguments, load_config
-from lavis.common.errors import ConfigError
-from lavis.common.paths import require_checkpoint, require_writable
+from lavis.common.paths import require_checkpoint
 
 
 def main() -> int:
@@ -44,8 +43,6 @@ def main() -> int:
         return 0
     if args.cfg_path is None:
         parser.error("the following arguments are required: --cfg-path (or --score)")
-    out = args.out or Path("output/evaluation")
-    require_writable(out, "--out", ConfigError)
     config = load_config(args.cfg_path, args.options)
     splits = tuple(dict.fromkeys(args.splits or ["test"]))
     if args.checkpoint is not None:
@@ -70,7 +67,7 @@ def main() -> int:
                 splits=splits,
                 limit=args.limit,
                 baselines=args.baselines,
-                out=out,
+                out=args.out or Path("output/evaluation"),
                 device=device,
             )
         )

@@ -13,6 +13,7 @@ import torch
 
 from lavis.common import dist
 from lavis.common.errors import ConfigError, DataError, LavisError
+from lavis.common.paths import require_writable
 from lavis.common.schema import RunConfig
 from lavis.common.typed import parse
 from lavis.datasets.instruction import InstructionDataset
@@ -52,8 +53,10 @@ def evaluate(
     with dist.raise_together():
         if limit is not None and limit < 1:
             raise ConfigError(f"--limit must be at least 1, not {limit}")
+        require_writable(out, "--out", ConfigError)
         parts = {split: task.evaluation_split(split, limit) for split in splits}
-    _check(parts, out)
+        records = [r for datasets in parts.values() for d in datasets for r in d.records]
+        require_bleu(r.tags.get("kind") for r in records)
     torch.manual_seed(run.seed)
     model = task.build_model(device).eval()
     answers = {}
@@ -81,7 +84,6 @@ def answer_splits(
         blind: also score shuffled images.
         before: answers that are there already.
     """
-    _check(splits, out)
     answers = dict(before or {})
     for split, datasets in splits.items():
         answers[split] = _answer(run, model, datasets, out, split)
@@ -119,14 +121,6 @@ def _score(answers: Answers, out: Path | None) -> str:
     if out is not None:
         _write(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1) + "\n")
     return table(scores)
-
-
-def _check(splits: Splits, out: Path) -> None:
-    """Find out, before anything is answered, whether answers can be scored and written."""
-    require_bleu(r.tags.get("kind") for parts in splits.values() for d in parts for r in d.records)
-    _write(out / ".probe", "")
-    if dist.is_main():
-        (out / ".probe").unlink(missing_ok=True)
 
 
 def _answer(

@@ -51,8 +51,10 @@ def strategy(name: str) -> list[str]:
 
 
 def start(tmp: Path, runs: list[list[str]], processes: int) -> subprocess.Popen[str]:
+    """Of a setting that a run gives twice, the last counts."""
     plan = tmp / f"runs-{time.monotonic_ns()}.json"
-    plan.write_text(json.dumps(runs), encoding="utf-8")
+    last = [list({item.partition("=")[0]: item for item in run}.values()) for run in runs]
+    plan.write_text(json.dumps(last), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.runners.worker", plan],
