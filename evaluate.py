@@ -1,28 +1,48 @@
-"""Score a model: ``python evaluate.py --cfg-path run.yaml --checkpoint CKPT --splits test``."""
+"""Score a model: ``python evaluate.py --cfg-path run.yaml --checkpoint CKPT --splits test``.
+
+Written answers again, without a model: ``python evaluate.py --score output/evaluation/test.jsonl``.
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from lavis.common.cli import output_folder, print_once, run_cli, setup_logging
+from lavis.common.cli import output_folder, positive, print_once, run_cli, setup_logging
 from lavis.common.config import add_config_arguments, load_config
 from lavis.common.paths import require_checkpoint
 
 
 def main() -> int:
-    """Answer every question of some splits; write a JSON result and a picture, print a table."""
+    """Answer every question of some splits; write answers and a picture, print a table."""
     parser = argparse.ArgumentParser(description="Answer the questions of a split and score them.")
-    add_config_arguments(parser)
+    add_config_arguments(parser, required=False)
     parser.add_argument("--checkpoint", help="trained projection; default: as the YAML builds it")
     parser.add_argument("--splits", nargs="+", action="extend", help="default: test")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records of each")
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="only the first N records of each"
+    )
     parser.add_argument(
         "--baselines", action="store_true",
         help="also score shuffled images (blind) and an untrained projection",
     )  # fmt: skip
-    parser.add_argument("--out", type=output_folder, default="output/evaluation", help="folder")
+    parser.add_argument("--out", type=output_folder, help="folder; default: output/evaluation")
+    parser.add_argument(
+        "--score", nargs="+", action="extend", type=Path, metavar="JSONL",
+        help="score answers that were written before; scores.json goes to --out, if that is given",
+    )  # fmt: skip
     args = parser.parse_args()
     setup_logging()
+    if args.score:
+        for name in ("cfg_path", "options", "checkpoint", "splits", "limit", "baselines"):
+            if getattr(args, name):
+                parser.error(f"--score needs no model: leave --{name.replace('_', '-')} out")
+        from lavis.tasks.evaluate import score_files
+
+        print_once(score_files(args.score, args.out))
+        return 0
+    if args.cfg_path is None:
+        parser.error("the following arguments are required: --cfg-path (or --score)")
     config = load_config(args.cfg_path, args.options)
     splits = tuple(dict.fromkeys(args.splits or ["test"]))
     if args.checkpoint is not None:
@@ -47,7 +67,7 @@ def main() -> int:
                 splits=splits,
                 limit=args.limit,
                 baselines=args.baselines,
-                out=args.out,
+                out=args.out or Path("output/evaluation"),
                 device=device,
             )
         )

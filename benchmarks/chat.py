@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.process import Memory, in_child
 from benchmarks.random_model import SHAPES, WORDS, Shape, build_model
-from lavis.common.cli import output_file, run_cli
+from lavis.common.cli import output_file, positive, run_cli
 from lavis.common.errors import LavisError
 
 if TYPE_CHECKING:
@@ -384,10 +384,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--turns", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="medians; default: %(default)s")
+    parser.add_argument("--turns", type=positive, default=20, help="default: %(default)s")
+    parser.add_argument("--repeats", type=positive, default=3, help="medians; default: %(default)s")
     parser.add_argument(
-        "--new-tokens", type=int, metavar="N",
+        "--new-tokens", type=positive, metavar="N",
         help="of an answer computed anew, for tokens/s; default: 32, or 4 for 7b",
     )  # fmt: skip
     parser.add_argument(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis.common.cli import REPOSITORY, output_file, run_cli
+from lavis.common.cli import REPOSITORY, output_file, positive, run_cli
 
 if TYPE_CHECKING:
     from torch import nn
@@ -197,11 +197,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=40, help="default: %(default)s")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="the best one counts; default: %(default)s"
+        "--repeats", type=positive, default=3, help="the best one counts; default: %(default)s"
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=16, help="default: %(default)s")
     parser.add_argument(
         "--workers", type=int, nargs="+", action="extend", help="run.num_workers; default: 0 1"
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.process import Memory, in_child
 from benchmarks.random_model import SHAPES, Shape, build_model, draw_samples
-from lavis.common.cli import output_file, run_cli
+from lavis.common.cli import output_file, positive, run_cli
 from lavis.common.errors import LavisError
 
 if TYPE_CHECKING:
@@ -425,12 +425,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only", nargs="+", action="extend", choices=RUNGS, metavar="NAME", help=", ".join(RUNGS)
     )
     parser.add_argument("--compile", action="store_true", help="the last rung too")
-    parser.add_argument("--samples", type=int, help="of a step; default: 16, or 1 for 7b")
+    parser.add_argument("--samples", type=positive, help="of a step; default: 16, or 1 for 7b")
     parser.add_argument(
-        "--budget", type=int, default=1024, help="tokens of a micro-batch; default: %(default)s"
+        "--budget",
+        type=positive,
+        default=1024,
+        help="tokens of a micro-batch; default: %(default)s",
     )
     parser.add_argument(
-        "--repeats", type=int, default=3, help="the best one counts; default: %(default)s"
+        "--repeats", type=positive, default=3, help="the best one counts; default: %(default)s"
     )
     parser.add_argument(
         "--limit", type=float, default=math.inf, metavar="S", help="no new repeat after S seconds"

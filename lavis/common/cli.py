@@ -40,7 +40,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
         status = main()
     except LavisError as error:
         where = "" if is_main_process() else f" (process {os.environ['RANK']})"
-        print(f"error{where}: {printable(str(error))}", file=sys.stderr)
+        if not (where and error.agreed):
+            print(f"error{where}: {printable(str(error))}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -52,11 +53,21 @@ def run_cli(main: Callable[[], int | None]) -> None:
 
 
 def printable(text: str) -> str:
-    """Text without control characters: an answer or a file name must not steer the terminal."""
+    """Text without control characters, which must not steer the terminal, and lone surrogates,
+    which no stream can write: it may be an answer or a file name."""
     return "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
+        "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"
+        else c
         for c in text
     )
+
+
+def positive(text: str) -> int:
+    """The type of an argument that counts something: an integer from 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 def is_main_process() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lavis.common.errors import ConfigError
+from lavis.common.errors import ConfigError, LavisError
 
 _TIMEOUT = timedelta(minutes=30)  # rank 0 may consolidate and write a checkpoint meanwhile
 
@@ -95,6 +95,19 @@ def from_main(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+@contextmanager
+def raise_together() -> Iterator[None]:
+    """What one process finds wrong inside, all raise at its end. Every process must enter."""
+    error = None
+    try:
+        yield
+    except LavisError as caught:
+        error = caught
+    for first in filter(None, gather(error)):
+        first.agreed = True
+        raise first
 
 
 def barrier() -> None:

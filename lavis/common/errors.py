@@ -2,7 +2,15 @@
 
 
 class LavisError(Exception):
-    """Base of every error a user can cause. Entry points print its message without a traceback."""
+    """Base of every error a user can cause. Entry points print its message without a traceback.
+
+    Args:
+        agreed: every process of the run raises it, so that one of them prints it for all.
+    """
+
+    def __init__(self, message: str, *, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed
 
 
 class ConfigError(LavisError):

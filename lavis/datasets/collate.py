@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lavis.common import dist
+from lavis.common.errors import DataError
 from lavis.common.types import IGNORE_INDEX, NO_FEATURES, NO_WORDS, BadSample, Batch, Sample
 
+logger = logging.getLogger(__name__)
 _FILLER = Sample(
     sample_id="",
     input_ids=torch.zeros(2, dtype=torch.int64),
@@ -46,6 +50,32 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
         bad=bad,
         query_features=_cat_images([s.query_features for s in good], NO_FEATURES),
     )
+
+
+def settle_bad(bad: Iterable[BadSample], on_bad: str) -> list[BadSample]:
+    """Stop at samples that could not be read, or log them. Every process must call it.
+
+    Args:
+        bad: this process's.
+        on_bad: ``error`` or ``skip``.
+
+    Returns:
+        Those of all processes.
+
+    Raises:
+        DataError: on every process, naming the first, with ``error``.
+    """
+    everyone = list(dict.fromkeys(b for each in dist.gather(tuple(bad)) for b in each))
+    if everyone and on_bad == "error":
+        raise DataError(
+            f"{everyone[0].sample_id}: {everyone[0].reason} "
+            "(run.on_bad_sample: skip leaves it out)",
+            agreed=True,
+        )
+    if dist.is_main():
+        for sample in everyone:
+            logger.warning("skipped %s: %s", sample.sample_id, sample.reason)
+    return everyone
 
 
 def stack_words(words: Sequence[Tensor]) -> Tensor:

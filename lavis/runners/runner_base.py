@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lavis.common import dist
-from lavis.common.errors import ConfigError, DataError, LavisError
+from lavis.common.errors import ConfigError, LavisError
 from lavis.common.optim import parameter_groups
 from lavis.common.schema import Config
-from lavis.common.types import BadSample, Batch
+from lavis.common.types import Batch
 from lavis.common.workers import leave_signals_to_parent
-from lavis.datasets.collate import collate
+from lavis.datasets.collate import collate, settle_bad
 from lavis.datasets.instruction import augmentation_seed
 from lavis.datasets.plan import PlanSampler
 from lavis.models.checkpoint import assign_model_state, trainable_state
@@ -91,7 +91,6 @@ class RunnerBase:
         self.keeper = Keeper(self.folder, self.run.keep_last, task.metric, best)
         self.stop = StopRequest()
         self._stopping = False  # whether every process is about to stop
-        self._agreed = False  # whether every process is about to raise the same error
 
     @property
     def optimizer(self) -> Any:
@@ -131,7 +130,8 @@ class RunnerBase:
                     if self.interrupted:
                         return self._save("latest")
         except BaseException as error:
-            if self.step > first and (self._agreed or dist.world_size() == 1):
+            agreed = dist.world_size() == 1 or (isinstance(error, LavisError) and error.agreed)
+            if self.step > first and agreed:
                 self._save("latest")
                 with contextlib.suppress(OSError):
                     watch.flush()
@@ -235,7 +235,7 @@ class RunnerBase:
         counts = [sum(b.num_supervised for b in micro_batches), len(bad)]
         supervised, problems = dist.add_up(counts)
         if problems:
-            self._refuse_bad(bad)
+            settle_bad(bad, self.run.on_bad_sample)
         return int(supervised)
 
     def _agree_to_stop(self, requests: float) -> None:
@@ -243,18 +243,6 @@ class RunnerBase:
         if requests:
             self.stop.requested_elsewhere()
             self._stopping = True
-
-    def _refuse_bad(self, bad: Sequence[BadSample]) -> None:
-        everyone = [b for told in dist.gather(list(bad)) for b in told]
-        if self.run.on_bad_sample == "error":
-            self._agreed = True
-            raise DataError(
-                f"{everyone[0].sample_id}: {everyone[0].reason} "
-                "(run.on_bad_sample: skip leaves it out)"
-            )
-        if dist.is_main():
-            for sample in everyone:
-                logger.warning("skipped %s: %s", sample.sample_id, sample.reason)
 
     def _refuse_step(self, what: str, sample_ids: Iterable[str]) -> bool:
         """Leave the weights as they are; then stop the run or go on, as ``run.on_nonfinite`` says.
@@ -268,10 +256,10 @@ class RunnerBase:
             if dist.is_main():
                 logger.warning("%s. The step is skipped (run.on_nonfinite)", message)
             return True
-        self._agreed = True
         raise LavisError(
             f"{message}. {self.keeper.last_good()} Lower run.init_lr, or use bf16; "
-            "run.on_nonfinite: skip leaves such steps out"
+            "run.on_nonfinite: skip leaves such steps out",
+            agreed=True,
         )
 
     def _number(self, micro_batch: int) -> int:

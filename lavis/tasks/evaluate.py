@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lavis.common import dist
+from lavis.common.errors import ConfigError, DataError, LavisError
+from lavis.common.paths import require_writable
 from lavis.common.schema import RunConfig
+from lavis.common.typed import parse
 from lavis.datasets.instruction import InstructionDataset
 from lavis.tasks.report import draw_answers
-from lavis.tasks.scoring import Prediction, predict, score, table
+from lavis.tasks.scoring import Prediction, predict, require_bleu, score, table
+
+logger = logging.getLogger(__name__)
+Splits = Mapping[str, Sequence[InstructionDataset]]
+Answers = Mapping[str, list[Prediction]]
 
 
 def evaluate(
@@ -27,88 +35,168 @@ def evaluate(
     out: Path,
     device: torch.device,
 ) -> str:
-    """Answer, score, and write ``<split>.json``, ``<split>.png`` and ``scores.json`` to ``out``.
+    """Answer, score, and write ``<split>.jsonl``, ``<split>.png`` and ``scores.json`` to ``out``.
 
     Args:
         task: builds the model and the data sets.
         checkpoint: trained weights, or ``None`` for those the configuration builds.
-        limit: records of each split.
+        limit: records of each split and data set.
         baselines: also score shuffled images and the projection before training.
 
     Returns:
         The table of scores, in percent of exact match, and the files' folder.
 
     Raises:
-        LavisError: with what to mend.
+        LavisError: with what to mend. What was answered until then is in ``<split>.part.jsonl``.
     """
     run = task.config.run
-    for split in splits:
-        task.evaluation_split(split, limit)
+    with dist.raise_together():
+        if limit is not None and limit < 1:
+            raise ConfigError(f"--limit must be at least 1, not {limit}")
+        require_writable(out, "--out", ConfigError)
+        parts = {split: task.evaluation_split(split, limit) for split in splits}
+        records = [r for datasets in parts.values() for d in datasets for r in d.records]
+        require_bleu(r.tags.get("kind") for r in records)
     torch.manual_seed(run.seed)
     model = task.build_model(device).eval()
-    untrained = {}
+    answers = {}
     if baselines:
-        datasets = {split: task.evaluation_split(split, limit) for split in splits}
-        untrained = {s: score(_answer(run, model, parts)) for s, parts in datasets.items()}
+        for split, datasets in parts.items():
+            name = f"{split}, untrained"
+            answers[name] = _answer(run, model, datasets, out, name)
     if checkpoint is not None:
         model.load_checkpoint(checkpoint)
-    return answer_splits(
-        task, model, splits=splits, limit=limit, blind=baselines, untrained=untrained, out=out
-    )
+    return answer_splits(run, model, parts, out, blind=baselines, before=answers)
 
 
 def answer_splits(
-    task: Any,
+    run: RunConfig,
     model: Any,
-    *,
-    splits: Sequence[str],
+    splits: Splits,
     out: Path,
-    limit: int | None = None,
+    *,
     blind: bool = False,
-    untrained: Mapping[str, dict[str, Any]] | None = None,
+    before: Answers | None = None,
 ) -> str:
     """What :func:`evaluate` does once the model is there. Every process must call it.
 
     Args:
         blind: also score shuffled images.
-        untrained: scores of each split before training.
+        before: answers that are there already.
     """
-    run = task.config.run
-    scores: dict[str, dict[str, Any]] = {}
-    for split in splits:
-        datasets = task.evaluation_split(split, limit)
-        predictions = _answer(run, model, datasets)
-        scores[split] = score(predictions)
+    answers = dict(before or {})
+    for split, datasets in splits.items():
+        answers[split] = _answer(run, model, datasets, out, split)
         if blind:
-            scores[f"{split}, blind"] = score(_answer(run, model, datasets, blind=True))
-        if untrained:
-            scores[f"{split}, untrained"] = untrained[split]
-        if dist.is_main():
-            out.mkdir(parents=True, exist_ok=True)
-            rows = [dataclasses.asdict(p) | {"right": p.right} for p in predictions]
-            _write_json(out / f"{split}.json", rows)
-            draw_answers(predictions, out / f"{split}.png")
-    if dist.is_main():
-        _write_json(out / "scores.json", scores)
-    return f"{table(scores)}\nanswers, pictures and scores: {out}"
+            name = f"{split}, blind"
+            answers[name] = _answer(run, model, datasets, out, name, blind=True)
+    scored = _score(answers, out)
+    for split in splits if dist.is_main() else ():
+        try:
+            draw_answers(answers[split], out / f"{split}.png")
+        except (LavisError, OSError) as error:
+            logger.error("no picture of the answers to %s: %s", split, error)
+    return f"{scored}\nanswers, pictures and scores: {out}"
+
+
+def score_files(paths: Sequence[Path], out: Path | None) -> str:
+    """Score the answers of files that :func:`evaluate` has written, without a model.
+
+    Args:
+        out: folder that gets ``scores.json``.
+
+    Returns:
+        The table of scores.
+
+    Raises:
+        DataError, ConfigError: a file does not hold answers; sacreBLEU is missing.
+    """
+    unique = len({p.stem for p in paths}) == len(paths)
+    return _score({p.stem if unique else str(p): _read(p) for p in paths}, out)
+
+
+def _score(answers: Answers, out: Path | None) -> str:
+    require_bleu(p.kind for predictions in answers.values() for p in predictions)
+    scores = {name: score(answers[name]) for name in sorted(answers)}
+    if out is not None:
+        _write(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1) + "\n")
+    return table(scores)
 
 
 def _answer(
-    run: RunConfig, model: Any, datasets: Sequence[InstructionDataset], *, blind: bool = False
+    run: RunConfig,
+    model: Any,
+    datasets: Sequence[InstructionDataset],
+    out: Path,
+    name: str,
+    *,
+    blind: bool = False,
 ) -> list[Prediction]:
-    return [
-        p
-        for dataset in datasets
-        for p in predict(
-            model,
-            dataset,
-            batch_size=run.batch_size_eval,
-            max_new_tokens=run.max_new_tokens,
-            blind=blind,
-            seed=run.seed,
-        )
-    ]
+    """Answers, which are always on disk: while they come in ``<name>.part.jsonl``, at the end in
+    ``<name>.jsonl``, in the records' order."""
+    part, whole = out / f"{name}.part.jsonl", out / f"{name}.jsonl"
+    answers: list[Prediction] = []
+    count = 0
+
+    def keep(batch: Sequence[Prediction]) -> None:
+        nonlocal count
+        _write_answers(part, batch, mode="a" if count else "w")
+        count += len(batch)
+
+    try:
+        for dataset in datasets:
+            answers += predict(
+                model,
+                dataset,
+                batch_size=run.batch_size_eval,
+                max_new_tokens=run.max_new_tokens,
+                blind=blind,
+                seed=run.seed,
+                on_bad=run.on_bad_sample,
+                keep=keep,
+            )
+        _write_answers(whole, answers)
+    except BaseException:
+        if count and dist.is_main():
+            logger.error("%d of %d answers are in %s", count, sum(map(len, datasets)), part)
+        raise
+    if dist.is_main():
+        part.unlink()
+    return answers
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+def _read(path: Path) -> list[Prediction]:
+    answers: list[Prediction] = []
+    try:
+        for line in path.read_text(encoding="utf-8").split("\n"):  # not at U+2028, as splitlines
+            if line.strip():
+                row = {k: v for k, v in json.loads(line).items() if k != "right"}
+                answers.append(
+                    parse(Prediction, row, f"answer {len(answers) + 1}", lambda _: str(path))
+                )
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: answer {len(answers) + 1} cannot be read: {error}. A file that "
+            "evaluate.py has written holds an answer a line"
+        ) from error
+    if not answers:
+        raise DataError(f"{path} holds no answer")
+    return answers
+
+
+def _write_answers(path: Path, predictions: Iterable[Prediction], mode: str = "w") -> None:
+    rows = [dataclasses.asdict(p) | {"right": p.right} for p in predictions]
+    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), mode)
+
+
+def _write(path: Path, text: str, mode: str = "w") -> None:
+    """In the main process; if it fails, all raise."""
+    with dist.raise_together():
+        try:
+            if dist.is_main():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # Half a surrogate pair has no UTF-8; its backslash escape is JSON's, too.
+                with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(text)
+        except OSError as error:
+            raise LavisError(f"{path} cannot be written: {error}") from error

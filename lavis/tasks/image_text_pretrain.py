@@ -15,18 +15,19 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lavis.common import dist
-from lavis.common.errors import ConfigError
+from lavis.common.errors import ConfigError, DataError
 from lavis.common.paths import cache_path, require_checkpoint, require_writable
 from lavis.common.registry import BUILDERS, MODELS
 from lavis.common.schema import Config
 from lavis.common.types import AUTOCAST, Batch, Metric
 from lavis.common.workers import leave_signals_to_parent
-from lavis.datasets.collate import collate
+from lavis.datasets.collate import collate, settle_bad
 from lavis.datasets.plan import ConcatDataset, shared_batches
 from lavis.models.schedule import StepSchedule
 from lavis.models.weights import open_pth
 from lavis.tasks.evaluate import answer_splits
 from lavis.tasks.features import Counts, FeatureCache
+from lavis.tasks.scoring import require_bleu
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +80,15 @@ class ImageTextPretrainTask:
 
         Raises:
             DataError: a record cannot be used and ``run.on_bad_sample`` is ``error``.
+            ConfigError: answers to a test split could not be scored.
         """
         run = self.config.run
         trained = () if run.evaluate else run.train_splits
         splits = [self.build_split(s, train=True) for s in trained]
-        for split in self._evaluated:
-            self.evaluation_split(split)
+        read = {split: self.evaluation_split(split) for split in self._evaluated}
+        answered = run.test_splits or (run.valid_splits if run.evaluate else ())
+        asked = [r for split in answered for part in read[split] for r in part.records]
+        require_bleu(r.tags.get("kind") for r in asked)
         # One part for each block of `datasets`, whose share train_dataset_ratios may give.
         return ConcatDataset(
             [p[0] if len(p) == 1 else ConcatDataset(p) for p in zip(*splits, strict=True)]
@@ -156,11 +160,14 @@ class ImageTextPretrainTask:
             module: computes a batch; every process calls it equally often.
 
         Returns:
-            ``valid_loss``, nats per supervised token.
+            ``valid_loss``, nats per supervised token; ``valid_skipped``, if any were left out.
+
+        Raises:
+            DataError: a sample cannot be read and ``run.on_bad_sample`` is ``error``, or none can.
         """
         run = self.config.run
         parts = [d for split in run.valid_splits for d in self.evaluation_split(split)]
-        loss_sum, supervised = 0.0, 0
+        loss_sum, supervised, skipped = 0.0, 0, 0
         training = module.training
         module.eval()
         with torch.no_grad():
@@ -174,6 +181,7 @@ class ImageTextPretrainTask:
                     worker_init_fn=leave_signals_to_parent,
                 )
                 for batch in tqdm(loader, desc="validating", disable=not dist.is_main()):
+                    skipped += len(settle_bad(batch.bad, run.on_bad_sample))
                     dtype = AUTOCAST[run.autocast_dtype]
                     with torch.autocast(device.type, dtype, enabled=run.amp):
                         output = self.train_step(module, batch.to(device))
@@ -181,7 +189,14 @@ class ImageTextPretrainTask:
                     supervised += output.num_tokens
         module.train(training)
         loss_sum, total = dist.add_up([loss_sum, supervised])
-        return {"valid_loss": loss_sum / max(total, 1)}
+        if not total:
+            raise DataError(
+                f"run.valid_splits ({', '.join(run.valid_splits)}): there is no token to compute "
+                f"a loss of; {skipped} samples could not be read",
+                agreed=True,
+            )
+        metrics = {"valid_loss": loss_sum / total}
+        return metrics | ({"valid_skipped": float(skipped)} if skipped else {})
 
     def test(self, model: Any, job_id: str) -> str:
         """Answer the questions of the test splits, of the validation splits without any.
@@ -190,9 +205,9 @@ class ImageTextPretrainTask:
             A table of scores; answers, pictures and ``scores.json`` are in the run's folder.
         """
         run = self.config.run
-        splits = run.test_splits or run.valid_splits
+        splits = {s: self.evaluation_split(s) for s in run.test_splits or run.valid_splits}
         out = Path(run.output_dir) / job_id / "evaluation"
-        return answer_splits(self, model.eval(), splits=splits, out=out)
+        return answer_splits(run, model.eval(), splits, out)
 
     def train_step(self, model: nn.Module, batch: Batch) -> Any:
         """Summed loss of one micro-batch, a :class:`LossOutput`."""

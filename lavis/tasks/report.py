@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from lavis.common.cli import printable
 from lavis.tasks.scoring import Prediction
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,9 @@ def draw_answers(
     from PIL import Image
 
     font = _cjk_font()
-    shown = [p for p in _take_turns(predictions) if p.image and (font or _is_latin(p))]
-    if font is None and len(shown) < len(predictions):
+    asked = [p for p in _take_turns(predictions) if not p.skipped]
+    shown = [p for p in asked if p.image and (font or _is_latin(p))]
+    if font is None and len(shown) < len(asked):
         logger.info("%s shows English only: no font with Chinese characters is installed", path)
     shown = shown[: columns * rows]
     rows = max(1, -(-len(shown) // columns))
@@ -64,7 +66,7 @@ def _wrapped(text: str, width: int = 34) -> str:
 
     if not text.isascii():
         width //= 2
-    return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width)) or "(nothing)"
+    return "\n".join(textwrap.wrap(printable(text).replace("$", r"\$"), width)) or "(nothing)"
 
 
 def _is_latin(prediction: Prediction) -> bool:

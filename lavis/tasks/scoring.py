@@ -6,18 +6,22 @@ import random
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from lavis.common import dist
-from lavis.common.errors import DataError
-from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES
-from lavis.datasets.collate import stack_words
+from lavis.common.cli import printable
+from lavis.common.errors import ConfigError, DataError
+from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, BadSample
+from lavis.datasets.annotations import Record
+from lavis.datasets.collate import settle_bad, stack_words
 from lavis.datasets.instruction import InstructionDataset
+from lavis.processors.conversation import Turn
 
 DESCRIPTION = "description"
 """The ``kind`` whose answers are scored by BLEU, not by exact match."""
@@ -31,6 +35,7 @@ class Prediction:
         kind: the annotation's ``kind``, or ``question``.
         language: the annotation's ``language``, or ``-``.
         image: the first image's path, empty without one.
+        skipped: why it could not be asked; empty if it was.
     """
 
     sample_id: str
@@ -40,6 +45,7 @@ class Prediction:
     answer: str
     truth: str
     image: str
+    skipped: str = ""
 
     @property
     def right(self) -> bool:
@@ -47,11 +53,50 @@ class Prediction:
         return normalize(self.answer) == normalize(self.truth)
 
 
+_FOLDED = dict.fromkeys(map(ord, "‐‑‒–−"), "-") | {0x2044: "/", 0xFE0E: None, 0xFE0F: None}
+_ARTICLE = re.compile(r"\b(?:an?|the)\s+(?=[^\w\s]*(?:\w[\w-]|\d))")
+_CJK = r"\u2e80-\u9fff\uac00-\ud7af"
+_MEANT = re.compile(
+    rf"""[%‰/&@§†‡′″※\U000e0020-\U000e007f]         # of these, the last spell emoji flags
+    | (?<=\d)[.:](?=\d) | (?<![\w.])\.(?=\d)      # 3.5, 12:30, .5
+    | (?<=\d)-(?=\.?\d) | (?<=\d[ ])-(?=[ ]\.?\d)  # 5-3, 5 - 3
+    | (?<![\w-])-(?=\w|[.$€£¥]\d)                # -5, -x, -$5
+    | (?<=[{_CJK}])-(?=[.$€£¥]?\d)               # Chinese puts no space before it
+    | (?:^|(?<=[=<>+*/(][ ]))-(?=[ ]\.?\d)        # - 5, x = - 5
+    | (?<=[^\W_])-(?![\w-])                     # O-
+    | (?<=\w)[#] | [#](?=\w)                     # C#, #1
+    | (?<=\w)\*(?=\w) | (?<=\w[ ])\*(?=[ ]\w)     # 3*4, but not **bold**
+    | !(?=[=]) | ~(?=[ ]?\d)                     # !=, ~5
+    """,
+    re.VERBOSE,
+)
+"""Punctuation that means something where it stands."""
+
+
 def normalize(text: str) -> str:
-    """Lower case, no articles, no punctuation, single spaces, full-width forms folded."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = "".join(" " if unicodedata.category(c)[0] in "PSZC" else c for c in text)
-    return " ".join(w for w in text.split() if w not in ("a", "an", "the"))
+    """What of an answer is compared: ``A red-ish cat!`` and ``red ish CAT`` are the same.
+
+    Case, full-width forms and spaces are folded; articles before a word, quotes, brackets and
+    sentence punctuation of any language are dropped. What means something stays: signs of
+    mathematics and currencies, emoji, ``% / & @``, a minus, the point of ``3.5``, the ``#`` of
+    ``C#``, a lone ``A``. A text of nothing else stays whole: ``?`` is not ``!``.
+    """
+    text = re.sub(r"(?<=\w)(?=[¼-¾⅐-⅞]|[⁺⁻]?[⁰¹²³⁴-⁹])", " ", text)  # 10² is not 102, nor 1½ 11/2
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_FOLDED)
+    text = " ".join(text.split())
+    plain = _ARTICLE.sub("", text)
+    meant = {m.start() for m in _MEANT.finditer(plain)}
+    words = "".join(_spaced(c, i in meant) for i, c in enumerate(plain)).split()
+    return " ".join(words) or text
+
+
+def _spaced(character: str, meant: bool) -> str:
+    """A letter, a mark or a digit as it is, a sign between spaces, a space for anything else."""
+    kind = unicodedata.category(character)
+    if kind[0] in "LMN":
+        return character
+    dropped = kind[0] in "PZ" or kind in ("Cc", "Cf", "Cs") or character in "`´~"
+    return " " if dropped and not meant else f" {character} "
 
 
 def predict(
@@ -62,6 +107,8 @@ def predict(
     max_new_tokens: int,
     blind: bool = False,
     seed: int = 0,
+    on_bad: str = "error",
+    keep: Callable[[Sequence[Prediction]], object] = len,
 ) -> list[Prediction]:
     """Answer the last question of every record, given the turns before it.
 
@@ -71,9 +118,11 @@ def predict(
         model: has ``encoder`` and ``generate_ids``.
         batch_size: questions at once.
         blind: shuffle the images among the records, for the score that text alone can reach.
+        on_bad: what an image that cannot be read does: ``error`` or ``skip``.
+        keep: called in every process with all answers of a batch, as soon as they are there.
 
     Raises:
-        DataError: an image cannot be read.
+        DataError: in every process, an image cannot be read.
     """
     records = dataset.records
     source = _shuffled(records, seed) if blind else range(len(records))
@@ -81,97 +130,139 @@ def predict(
     # Prompts of like length are answered together, so that little is padded.
     prompts = [model.encoder.prompt(dataset.turns(r)[:-1]) for r in records]
     order = _share(sorted(range(len(records)), key=lambda i: len(prompts[i])))
-    bar = tqdm(
-        total=len(order),
-        desc="answering (blind)" if blind else "answering",
-        unit="q",
-        disable=not dist.is_main(),
-    )
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        given = [dataset.images(records[source[i]], epoch=0, index=source[i]) for i in chosen]
-        pixels = [p for p, _ in given if len(p)]
-        features = [f for _, f in given if len(f)]
-        ids = model.generate_ids(
-            [prompts[i] for i in chosen],
-            torch.cat(pixels) if pixels else None,
-            max_new_tokens=max_new_tokens,
-            query_features=torch.cat(features) if features else NO_FEATURES,
-            word_ids=stack_words([dataset.word_ids(records[source[i]]) for i in chosen]),
-        )
-        for i, answer in zip(chosen, ids, strict=True):
-            record = records[i]
-            predictions[i] = Prediction(
-                sample_id=record.sample_id,
-                kind=record.tags.get("kind", "question"),
-                language=record.tags.get("language", "-"),
-                question=_plain(record.turns[-2].text),
-                answer=model.tokenizer.decode(answer, skip_special_tokens=True).strip(),
-                truth=record.turns[-1].text,
-                image=str(record.images[0]) if record.images else "",
+    title = "answering (blind)" if blind else "answering"
+    with tqdm(total=len(order), desc=title, unit="q", disable=not dist.is_main()) as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            given: dict[int, tuple[Tensor, Tensor]] = {}
+            bad: dict[int, str] = {}
+            for i in chosen:
+                try:
+                    given[i] = dataset.images(records[source[i]], epoch=0, index=source[i])
+                except DataError as error:
+                    bad[i] = str(error)
+            settle_bad((BadSample(records[i].sample_id, why) for i, why in bad.items()), on_bad)
+            pixels = [p for p, _ in given.values() if len(p)]
+            features = [f for _, f in given.values() if len(f)]
+            ids = model.generate_ids(
+                # Who has nothing to ask computes all the same: sharded models wait for each other.
+                [prompts[i] for i in given] or [model.encoder.prompt([Turn("user", "")])],
+                torch.cat(pixels) if pixels else None,
+                max_new_tokens=max_new_tokens,
+                query_features=torch.cat(features) if features else NO_FEATURES,
+                word_ids=stack_words([dataset.word_ids(records[source[i]]) for i in given]),
             )
-        bar.update(len(chosen))
-    bar.close()
-    everyone = {i: p for told in dist.gather(predictions) for i, p in told.items()}
-    return [everyone[i] for i in sorted(everyone)]
+            texts = [model.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
+            answered = dict(zip(given, texts, strict=False))
+            rows = {i: _prediction(records[i], answered.get(i), bad.get(i)) for i in chosen}
+            everyone = {i: p for each in dist.gather(rows) for i, p in each.items()}
+            keep([p for i, p in everyone.items() if i not in predictions])
+            predictions |= everyone
+            bar.update(len(chosen))
+    return [predictions[i] for i in sorted(predictions)]
+
+
+def _prediction(record: Record, answer: str | None, skipped: str | None) -> Prediction:
+    return Prediction(
+        sample_id=record.sample_id,
+        kind=record.tags.get("kind", "question"),
+        language=record.tags.get("language", "-"),
+        question=_plain(record.turns[-2].text),
+        answer=answer or "",
+        truth=record.turns[-1].text,
+        image=str(record.images[0]) if record.images else "",
+        skipped=skipped or "",
+    )
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Exact match in percent by kind and language and over all, and BLEU of descriptions.
 
     Returns:
-        ``{"overall": .., "count": .., "kinds": {kind: {language: {"exact": .., "count": ..}}}}``;
-        descriptions have ``bleu`` and do not count towards ``overall``.
+        ``{"overall": .., "count": .., "kinds": {kind: {language: {"exact": .., "count": ..}}},
+        "skipped": [{"sample_id": .., "reason": ..}]}``; descriptions have ``bleu`` and do not count
+        towards ``overall``, which is ``None`` without a question.
     """
     groups: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
-    for prediction in predictions:
+    asked = [p for p in predictions if not p.skipped]
+    for prediction in asked:
         groups[prediction.kind, prediction.language].append(prediction)
     kinds: dict[str, dict[str, Any]] = {}
     for (kind, language), group in sorted(groups.items()):
         entry: dict[str, Any] = {"exact": _percent(group), "count": len(group)}
         if kind == DESCRIPTION:
-            entry["bleu"] = _bleu(group, language)
+            entry["bleu"] = _bleu(group)
         kinds.setdefault(kind, {})[language] = entry
-    questions = [p for p in predictions if p.kind != DESCRIPTION]
-    return {"overall": _percent(questions), "count": len(questions), "kinds": kinds}
+    questions = [p for p in asked if p.kind != DESCRIPTION]
+    skipped = [{"sample_id": p.sample_id, "reason": p.skipped} for p in predictions if p.skipped]
+    scores = {"overall": _percent(questions), "count": len(questions), "kinds": kinds}
+    return scores | {"skipped": skipped}
 
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
     """A text table: a row per kind and language, a column per named score."""
-    rows = sorted(
+    keys = sorted(
         {(k, lang) for s in scores.values() for k, by in s["kinds"].items() for lang in by}
     )
-    widths = {name: max(len(name), 10) + 2 for name in scores}
-    lines = [f"{'':<18}" + "".join(f"{name:>{width}}" for name, width in widths.items())]
-    for kind, language in rows:
-        cells = (_cell(s["kinds"].get(kind, {}).get(language)) for s in scores.values())
-        row = "".join(f"{c:>{w}}" for c, w in zip(cells, widths.values(), strict=True))
-        lines.append(f"{kind:<14}{language:<4}{row}")
-    overall = "".join(f"{scores[n]['overall']:>{w - 1}.1f}%" for n, w in widths.items())
-    return "\n".join([*lines, f"{'all questions':<18}{overall}"])
+    rows = {
+        f"{k:<13} {lang:<3}": [_cell(s["kinds"].get(k, {}).get(lang)) for s in scores.values()]
+        for k, lang in keys
+    }
+    rows["all questions"] = [_cell({"exact": s["overall"]}) for s in scores.values()]
+    if any(s["skipped"] for s in scores.values()):
+        rows["skipped"] = [str(len(s["skipped"])) for s in scores.values()]
+    left = max(18, *(len(label) + 1 for label in rows))
+    widths = [max(len(name), 10) + 2 for name in scores]
+    return printable(
+        "\n".join(
+            f"{label:<{left}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
+            for label, cells in ({"": list(scores)} | rows).items()
+        )
+    )
 
 
 def _cell(entry: dict[str, Any] | None) -> str:
-    if entry is None:
+    if entry is None or entry["exact"] is None:
         return "-"
     return f"BLEU {entry['bleu']:.1f}" if "bleu" in entry else f"{entry['exact']:.1f}%"
 
 
-def _percent(group: Iterable[Prediction]) -> float:
-    right = [p.right for p in group]
-    return 100.0 * sum(right) / max(len(right), 1)
+def _percent(group: Sequence[Prediction]) -> float | None:
+    return 100.0 * sum(p.right for p in group) / len(group) if group else None
 
 
-def _bleu(group: Sequence[Prediction], language: str) -> float:
-    try:
-        from sacrebleu import corpus_bleu
-    except ImportError as error:
-        raise DataError("scoring descriptions needs sacreBLEU: pip install sacrebleu") from error
-    return corpus_bleu(
-        [p.answer for p in group],
-        [[p.truth for p in group]],
-        tokenize="zh" if language == "zh" else "13a",
-    ).score
+def require_bleu(kinds: Iterable[str | None]) -> None:
+    """Check that sacreBLEU is there if descriptions are.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if DESCRIPTION in kinds:
+        try:
+            import sacrebleu  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"scoring descriptions needs sacreBLEU: pip install sacrebleu ({error})"
+            ) from error
+
+
+def _bleu(group: Sequence[Prediction]) -> float:
+    from sacrebleu import corpus_bleu
+
+    truths = [p.truth for p in group]
+    return corpus_bleu([p.answer for p in group], [truths], tokenize=_tokenizer(truths)).score
+
+
+def _tokenizer(texts: Iterable[str]) -> str:
+    """sacreBLEU's name for a tokenizer. The script decides, whatever the language is called."""
+    text = " ".join(texts)
+    words, han, syllables = (
+        len(re.findall(letters, text))
+        for letters in ("[A-Za-z\u00c0-\u2e7f]+", "[\u3400-\u9fff]", "[\u3040-\u30ff\uac00-\ud7af]")
+    )
+    if han + syllables <= words:
+        return "13a"
+    return "char" if 4 * syllables > han else "zh"  # kana or Hangul
 
 
 def _share(order: list[int]) -> list[int]:

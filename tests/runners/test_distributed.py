@@ -51,8 +51,10 @@ def strategy(name: str) -> list[str]:
 
 
 def start(tmp: Path, runs: list[list[str]], processes: int) -> subprocess.Popen[str]:
+    """Of a setting that a run gives twice, the last counts."""
     plan = tmp / f"runs-{time.monotonic_ns()}.json"
-    plan.write_text(json.dumps(runs), encoding="utf-8")
+    last = [list({item.partition("=")[0]: item for item in run}.values()) for run in runs]
+    plan.write_text(json.dumps(last), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.runners.worker", plan],
@@ -109,8 +111,11 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def answers(output: Path) -> list[str]:
-    rows = json.loads((folder(output) / "evaluation" / "test.json").read_text(encoding="utf-8"))
-    return [row["answer"] for row in rows]
+    return [row["answer"] for row in rows(folder(output) / "evaluation" / "test.jsonl")]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 EVALUATED = ["run.test_splits=[test]", "run.valid_splits=[val]"]
@@ -336,6 +341,67 @@ def test_a_bad_sample_in_one_process(data: Path, tmp_path: Path, rule: str) -> N
     assert "is not an image that can be read" in log
     if rule == "skip":
         assert state(folder(out) / "checkpoint_latest.pth")["progress"]["step"] == 2
+
+
+@pytest.mark.parametrize("rule", ["skip", "error"])
+def test_a_bad_picture_to_ask_about_in_one_process(data: Path, tmp_path: Path, rule: str) -> None:
+    """One message; the answers until then are kept."""
+    records = json.loads((data / "test.json").read_text(encoding="utf-8"))
+    (data / "image" / "broken.png").write_bytes(b"hello")
+    # Prompts of like length are answered together: the longest comes last.
+    bad = max(records, key=lambda r: len(r["instruction"]))
+    bad["image"], bad["instruction"] = "broken.png", bad["instruction"] + " Tell me." * 9
+    annotations = tmp_path / "test.json"
+    annotations.write_text(json.dumps(records), encoding="utf-8")
+    storage = f"datasets.toybox.build_info.annotations.test.storage={annotations}"
+    run = [*options(data), storage, "run.evaluate=true", "run.test_splits=[test]"]
+    run += ["run.batch_size_eval=1", "run.max_new_tokens=2", f"run.on_bad_sample={rule}"]
+    log = finish(
+        start(tmp_path, [[*run, f"run.output_dir={tmp_path / 'out'}"]], 2), int(rule == "error")
+    )
+    evaluation = folder(tmp_path / "out") / "evaluation"
+    reason = f"{data / 'image' / 'broken.png'} is not an image that can be read"
+    (message,) = [line for line in log.splitlines() if reason in line]
+    assert f"(id {bad['id']})" in message
+    if rule == "skip":
+        assert "skipped test.json" in message
+        answered = rows(evaluation / "test.jsonl")
+        assert [r["sample_id"] for r in answered if r["skipped"]] == [
+            f"test.json[{records.index(bad)}] (id {bad['id']})"
+        ]
+        assert len(answered) == 19
+        return
+    # Ten batches of two; the last is the bad record and, a second time, the shortest prompt.
+    assert f"18 of 19 answers are in {evaluation / 'test.part.jsonl'}" in log
+    kept = rows(evaluation / "test.part.jsonl")
+    assert len({r["sample_id"] for r in kept}) == len(kept) == 18
+    assert "gloo" not in log and log.count("exitcode  : 2") == 2
+    assert [p.name for p in evaluation.iterdir()] == ["test.part.jsonl"]
+
+
+@pytest.mark.parametrize("rule", ["skip", "error"])
+def test_a_bad_sample_to_validate_on_in_one_process(data: Path, tmp_path: Path, rule: str) -> None:
+    """All count it once, or all stop after saving the epoch's end."""
+    records = json.loads((data / "val.json").read_text(encoding="utf-8"))
+    (data / "image" / "broken.png").write_bytes(b"hello")
+    records[4]["image"] = "broken.png"  # alone in the third batch, of which the other has none
+    files = {"val": records, "train": json.loads((data / "train.json").read_text())[:4]}
+    run = [*options(data), *TWO, "run.warmup_steps=0", "run.batch_size_eval=2"]
+    run += [
+        "run.valid_splits=[val]",
+        f"run.on_bad_sample={rule}",
+        f"run.output_dir={tmp_path / 'out'}",
+    ]
+    for split, content in files.items():
+        (tmp_path / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
+        storage = f"annotations.{split}.storage={tmp_path / split}.json"
+        run.append(f"datasets.toybox.build_info.{storage}")
+    log = finish(start(tmp_path, [run], 2), int(rule == "error"))
+    assert log.count("broken.png is not an image that can be read") == 1
+    saved = state(folder(tmp_path / "out") / "checkpoint_latest.pth")
+    assert saved["progress"]["step"] == 1
+    assert saved["metrics"].get("valid_skipped") == (1.0 if rule == "skip" else None)
+    assert "gloo" not in log
 
 
 def _wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:

@@ -151,8 +151,8 @@ def test_the_test_splits_are_scored_after_training(tmp_path: Path) -> None:
     scores = json.loads((runner.folder / "evaluation" / "scores.json").read_text(encoding="utf-8"))
     assert set(scores) == {"test"}
     assert scores["test"]["count"] == 18
-    answers = json.loads((runner.folder / "evaluation" / "test.json").read_text(encoding="utf-8"))
-    assert len(answers) == 18
+    answers = (runner.folder / "evaluation" / "test.jsonl").read_text(encoding="utf-8")
+    assert len(answers.splitlines()) == 18
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
@@ -175,7 +175,7 @@ def test_evaluation_alone(
     *_, last = capsys.readouterr().out.splitlines()
     folder = Path(last.partition("answers, pictures and scores: ")[2])
     assert folder.parent.parent == tmp_path
-    assert {p.name for p in folder.iterdir()} == {"scores.json", "test.json", "test.png"}
+    assert {p.name for p in folder.iterdir()} == {"scores.json", "test.jsonl", "test.png"}
     assert [p.name for p in folder.parent.iterdir()] == ["evaluation"]  # no checkpoint, no log
 
 

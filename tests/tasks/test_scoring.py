@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from lavis.common.types import NO_FEATURES, NO_WORDS
 from lavis.processors.conversation import Turn
 from lavis.tasks.scoring import Prediction, normalize, predict, score, table
+from lavis.tools.toybox.__main__ import make_record
 
 
 def _prediction(kind: str, language: str, answer: str, truth: str) -> Prediction:
@@ -18,8 +22,17 @@ def _prediction(kind: str, language: str, answer: str, truth: str) -> Prediction
 
 @pytest.mark.parametrize(
     ("answer", "truth"),
-    [("a Red  circle!", "The red circle."), ("红色", "红色。"), ("两个。", "两个"), ("ＡＢ", "ab")],
-)
+    [
+        ("a Red  circle!", "The red circle."), ("红色", "红色。"), ("两个。", "两个"),
+        ("ＡＢ", "ab"), ("A.", "A"), ("(A)", "a"), ("An owl", "owl."), ("a T-shirt", "t shirt"),
+        ('the "red" circle', "red circle"), ("“红色”！", "「红色」"), ("好的～", "好的"),
+        ("**Red**", "red"), ("# Red", "red"), ("`cat`", "cat"), ("don’t", "don't"),
+        ("x=5", "x = 5"), ("50 %", "50%"), ("\u22125", "-5"), ("- 5", "-5"), ("5 - 3", "5-3"),
+        ("covid-19", "Covid 19"), ("a cat - black", "cat, black"), ("1, 2", "1,2"),
+        ("3.5.", "3.5"), ("½", "1/2"), ("\u2764\ufe0f", "\u2764"), ("cat\u200b", "cat"),
+        ("…", "..."),
+    ],
+)  # fmt: skip
 def test_normalization_forgives(answer: str, truth: str) -> None:
     assert normalize(answer) == normalize(truth)
 
@@ -27,6 +40,35 @@ def test_normalization_forgives(answer: str, truth: str) -> None:
 def test_normalization_does_not_forgive() -> None:
     assert normalize("red square") != normalize("red circle")
     assert normalize("") != normalize("有。")
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth"),
+    [
+        ("A", "<"), ("An", "A"), ("The", "a"), ("Option", "Option A"), ("B", "A, B"), ("!", "?"),
+        ("", "。"), ("+", "-"), ("<", ">"), ("=", "≠"), ("a = b", "a != b"), ("😀", "🐱"),
+        ("a 😀", "a 🐱"), ("👍🏽", "👍🏿"), ("🏴\U000e0067\U000e007f", "🏴\U000e0077\U000e007f"),
+        ("5", "-5"), ("It is 5 degrees", "It is -5 degrees"), ("答案是5", "答案是-5"),
+        ("$5", "-$5"),
+        (".5", "-.5"), ("x", "-x"), ("53", "5-3"), ("O", "O-"), ("O+", "O-"), ("C++", "C#"),
+        ("C", "C++"), ("C", "C#"), ("35", "3.5"), ("3 5", "3.5"), ("3:5", "3.5"), ("5", ".5"),
+        ("12", "1/2"), ("1 2", "1/2"), ("50", "50%"), ("5", "$5"), ("¥5", "$5"), ("5", "5°"),
+        ("5", "~5"), ("3 4", "3*4"), ("102", "10²"), ("11/2", "1½"), ("23", "2^3"), ("R D", "R&D"),
+    ],
+)  # fmt: skip
+def test_signs_that_mean_something_count(answer: str, truth: str) -> None:
+    assert normalize(answer) != normalize(truth)
+    assert normalize(truth) == normalize(truth.upper()) == normalize(f" {truth} ")
+
+
+def test_the_toyboxs_answers_are_told_apart_as_ever() -> None:
+    """Sentences without signs: words alone decide, without articles."""
+    records = [make_record(random.Random(i), "text_val", i, Path()) for i in range(900)]
+    texts = {r["output"] for r in records}
+    assert len(texts) > 200
+    for text in texts:
+        words = re.sub(r"\W+", " ", text.lower()).split()
+        assert normalize(text) == " ".join(w for w in words if w not in ("a", "an", "the"))
 
 
 def test_scores_by_kind_and_language() -> None:
@@ -43,9 +85,45 @@ def test_scores_by_kind_and_language() -> None:
     assert scores["count"] == 3
     assert scores["kinds"]["colour"]["en"] == {"exact": 50.0, "count": 2}
     assert scores["kinds"]["description"]["en"]["bleu"] == pytest.approx(100)
+    assert scores["skipped"] == []
     lines = table({"test": scores}).splitlines()
     assert lines[1].split() == ["colour", "en", "50.0%"]
     assert lines[-1].split() == ["all", "questions", "66.7%"]
+
+
+TRUTH, ANSWER = "左边有一个红色的圆形，右边有一个方形。", "左边有一个蓝色的圆形，右边有一个方形。"
+
+
+@pytest.mark.parametrize("language", ["zh", "zh-CN", "zh_Hant_TW", "Chinese", "中文", "cmn", "-"])
+def test_chinese_is_scored_alike_whatever_it_is_called(language: str) -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    wanted = sacrebleu.corpus_bleu([ANSWER], [[TRUTH]], tokenize="zh").score
+    assert 50 < wanted < 95
+    scores = score([_prediction("description", language, ANSWER, TRUTH)])
+    assert scores["kinds"]["description"][language]["bleu"] == pytest.approx(wanted)
+    assert (scores["overall"], scores["count"]) == (None, 0)
+    lines = [line.split() for line in table({"test": scores}).splitlines()]
+    assert lines[1:] == [
+        ["description", language, "BLEU", f"{wanted:.1f}"],
+        ["all", "questions", "-"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer", "tokenize"),
+    [
+        ("赤い円が左にあります。", "青い円が左にあります。", "char"),
+        ("왼쪽에 빨간 원이 있습니다.", "왼쪽에 파란 원이 있습니다.", "char"),
+        ("A red circle, the Chinese word 圆 on it.", "A red circle, the word 圆 on it.", "13a"),
+        ("用 PyTorch 训练 transformer 模型。", "用 PyTorch 训练一个模型。", "zh"),
+        ("Красный круг слева, синий справа.", "Красный круг слева, зелёный справа.", "13a"),
+    ],
+)
+def test_the_script_chooses_the_words_of_bleu(truth: str, answer: str, tokenize: str) -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    scores = score([_prediction("description", "-", answer, truth)])
+    wanted = sacrebleu.corpus_bleu([answer], [[truth]], tokenize=tokenize).score
+    assert scores["kinds"]["description"]["-"]["bleu"] == pytest.approx(wanted)
 
 
 class _Record:

@@ -116,7 +116,7 @@ def test_training_and_scores_are_those_of_pixels(
         valid = [[r["valid_loss"] for r in lines(x) if "valid_loss" in r] for x in (runner, pixels)]
         assert valid[0] == pytest.approx(valid[1], abs=tolerance) and valid[0]
         answers = [
-            [a["answer"] for a in json.loads((x.folder / "evaluation" / "test.json").read_text())]
+            [json.loads(a)["answer"] for a in (x.folder / "evaluation" / "test.jsonl").open()]
             for x in (runner, pixels)
         ]
         assert tolerance > 1e-5 or answers[0] == answers[1]
@@ -145,7 +145,7 @@ def test_shipped_scores_through_the_cache(data: Path, tmp_path: Path) -> None:
             out=tmp_path / name,
             device=torch.device("cpu"),
         )
-    for file in ("test.json", "scores.json"):
+    for file in ("test.jsonl", "scores.json"):
         assert (tmp_path / "cache" / file).read_text() == (tmp_path / "pixels" / file).read_text()
 
 

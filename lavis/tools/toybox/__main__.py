@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lavis.common.cli import output_folder, run_cli, setup_logging
+from lavis.common.cli import output_folder, positive, run_cli, setup_logging
 from lavis.common.errors import DataError
 from lavis.tools.toybox.questions import DRILLS, KINDS, LANGUAGES, Question, ask
 from lavis.tools.toybox.scenes import Scene, draw, in_words, random_scene
@@ -62,8 +62,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--splits", nargs="+", action="extend", choices=SIZES, help="default: all")
     for split, size in SIZES.items():
-        parser.add_argument(f"--{split.replace('_', '-')}", type=int, default=size, metavar="N",
-                            help=f"records of {split}, default: %(default)s")  # fmt: skip
+        flag, text = f"--{split.replace('_', '-')}", f"records of {split}, default: %(default)s"
+        parser.add_argument(flag, type=positive, default=size, metavar="N", help=text)
     args = parser.parse_args()
     setup_logging()
     for split in dict.fromkeys(args.splits or SIZES):
