@@ -30,7 +30,7 @@ train = mkdir -p $(TOYBOX) && $(BIN)/python train.py --cfg-path lavis/projects/t
 trained = "$$(cat $(TOYBOX)/$(1).checkpoint)"
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m lavis.tools.toybox --out $(TOYBOX)/demo --splits train test test_pairs \
+	$(BIN)/python -m examples.toybox.world --out $(TOYBOX)/demo --splits train test test_pairs \
 	    --train 4000 --test 720 --test-pairs 720
 	$(call train,train)
 	$(BIN)/python evaluate.py --cfg-path lavis/projects/toybox/train.yaml --baselines \
@@ -47,7 +47,7 @@ toybox: $(VENV)/.installed-dev
 	$(MAKE) $(ASSETS)/scores.json
 
 $(TOYBOX)/.data:
-	$(BIN)/python -m lavis.tools.toybox --out $(TOYBOX)
+	$(BIN)/python -m examples.toybox.world --out $(TOYBOX)
 	@touch $@
 
 $(TOYBOX)/vocabulary/qwen.tiktoken: $(TOYBOX)/.data
@@ -77,7 +77,7 @@ $(ASSETS)/blip2.pth: $(TOYBOX)/vision.checkpoint
 	$(BIN)/python -m lavis.tools.export --checkpoint $(call trained,vision) --out $(ASSETS)
 
 $(ASSETS)/scores.json: $(ASSETS)/blip2.pth $(ASSETS)/llm/config.json
-	$(BIN)/python -m lavis.tools.toybox --out $(TOYBOX)/demo --splits train --train 4000
+	$(BIN)/python -m examples.toybox.world --out $(TOYBOX)/demo --splits train --train 4000
 	$(call train,train)
 	cp $(call trained,train) $(ASSETS)/checkpoint.pth
 	$(BIN)/python evaluate.py --cfg-path lavis/projects/toybox/train.yaml --baselines \

@@ -34,8 +34,8 @@ def measure(steps: int, repeats: int, workers: Sequence[int], batch_size: int) -
     """Train the one and the other in turns; return seconds of a step, the best of ``repeats``."""
     import torch
 
+    from examples.toybox.world.__main__ import write_split
     from lavis.common.registry import TASKS
-    from lavis.tools.toybox.__main__ import write_split
 
     out: dict[str, Any] = {
         "steps": steps,

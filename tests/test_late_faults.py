@@ -19,10 +19,10 @@ import cli_demo
 import evaluate
 import test_model_chat
 import train
+from examples.toybox.world import __main__ as toybox
+from examples.toybox.world.__main__ import write_split
 from lavis.common.cli import run_cli
 from lavis.tools import cache_features, export, prune_vocab
-from lavis.tools.toybox import __main__ as toybox
-from lavis.tools.toybox.__main__ import write_split
 from tests.conftest import REPO
 
 TOYBOX = REPO / "examples" / "toybox"

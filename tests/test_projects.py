@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from examples.toybox.world.__main__ import write_split
 from lavis.common.config import load_config
 from lavis.common.registry import RUNNERS, TASKS
-from lavis.tools.toybox.__main__ import write_split
 from tests.conftest import REPO
 
 PROJECTS = REPO / "lavis" / "projects"

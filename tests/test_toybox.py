@@ -12,11 +12,11 @@ import torch
 
 import cli_demo
 import test_model_chat
+from examples.toybox.world.__main__ import write_split
 from lavis.common.config import load_config
 from lavis.common.registry import RUNNERS, TASKS
 from lavis.datasets.plan import ConcatDataset
 from lavis.tasks.scoring import predict, score
-from lavis.tools.toybox.__main__ import write_split
 from tests.conftest import REPO
 
 ASSETS = REPO / "examples" / "toybox"

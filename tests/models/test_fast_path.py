@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from examples.toybox.world.__main__ import write_split
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError
 from lavis.common.registry import TASKS
@@ -17,7 +18,6 @@ from lavis.datasets.collate import collate
 from lavis.models.memory import activation_bytes
 from lavis.models.schedule import StepSchedule
 from lavis.processors.conversation import Turn
-from lavis.tools.toybox.__main__ import write_split
 from tests.conftest import TOY
 from tests.runners.worker import PROJECT, options
 from tests.test_parity import _samples as parity_samples

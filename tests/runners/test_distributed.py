@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from lavis.tools.toybox.__main__ import write_split
+from examples.toybox.world.__main__ import write_split
 from tests.conftest import REPO
 from tests.runners.worker import options
 

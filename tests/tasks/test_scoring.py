@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from examples.toybox.world.__main__ import make_record
 from lavis.common.types import NO_FEATURES, NO_WORDS
 from lavis.processors.conversation import Turn
 from lavis.tasks.scoring import Prediction, normalize, predict, score, table
-from lavis.tools.toybox.__main__ import make_record
 
 
 def _prediction(kind: str, language: str, answer: str, truth: str) -> Prediction:

@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.toybox.world.__main__ import write_split
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.registry import RUNNERS, TASKS
 from lavis.common.types import NO_WORDS
 from lavis.models.vision import VisionSide
 from lavis.tasks.features import Counts, FeatureCache
-from lavis.tools.toybox.__main__ import write_split
 from tests.conftest import REPO, TOY
 from tests.runners.worker import PROJECT, options
 from tests.tools import features_worker

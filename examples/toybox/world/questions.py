@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lavis.tools.toybox.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing, in_words
+from examples.toybox.world.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing, in_words
 
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")

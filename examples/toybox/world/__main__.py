@@ -1,4 +1,4 @@
-"""Write the toybox's pictures and annotations: ``python -m lavis.tools.toybox --out DIR``."""
+"""Write the toybox's pictures and annotations: ``python -m examples.toybox.world --out DIR``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from examples.toybox.world.questions import DRILLS, KINDS, LANGUAGES, Question, ask
+from examples.toybox.world.scenes import Scene, draw, in_words, random_scene
 from lavis.common.cli import output_folder, positive, run_cli, setup_logging
 from lavis.common.errors import DataError
-from lavis.tools.toybox.questions import DRILLS, KINDS, LANGUAGES, Question, ask
-from lavis.tools.toybox.scenes import Scene, draw, in_words, random_scene
 
 _TEST_KINDS = tuple(kind for kind in KINDS if kind not in DRILLS)
 _SHORT_KINDS = tuple(kind for kind in _TEST_KINDS if kind != "description")

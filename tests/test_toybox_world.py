@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lavis.tools.toybox.__main__ import write_split
-from lavis.tools.toybox.questions import DRILLS, KINDS, LANGUAGES, ask
-from lavis.tools.toybox.scenes import (
+from examples.toybox.world.__main__ import write_split
+from examples.toybox.world.questions import DRILLS, KINDS, LANGUAGES, ask
+from examples.toybox.world.scenes import (
     COLOURS,
     COMPASS,
     HELD_OUT,

@@ -1,1 +1,0 @@
-"""Toybox: a small world of coloured shapes, its pictures, and questions about them."""
