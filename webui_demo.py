@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import signal
-import socket
 
 from lavis.chat.command import add_chat_arguments, load_chat
+from lavis.chat.web_server import bind
 from lavis.common.cli import run_cli, setup_logging
 from lavis.common.errors import ConfigError
 
@@ -21,6 +22,9 @@ def main() -> int:
     parser.add_argument(
         "--share", action="store_true", help="a public address through gradio.live, for all to use"
     )
+    parser.add_argument(
+        "--root-path", default="", metavar="PATH", help="where a reverse proxy shows it, e.g. /chat"
+    )
     parser.add_argument("--lang", default="auto", choices=["zh", "en", "auto"])
     args = parser.parse_args()
     setup_logging()
@@ -32,7 +36,8 @@ def main() -> int:
     from lavis.chat.web import WebChat
 
     web = WebChat(engine, settings, language=args.lang, toybox=toybox)
-    print(f"{web.launch(args.host, args.port, share=args.share)}  (Ctrl-C ends)", flush=True)
+    address = web.launch(args.host, args.port, share=args.share, root_path=args.root_path)
+    print(f"{address}  (Ctrl-C ends)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service's stop is a Ctrl-C
     web.wait()
     return 0
@@ -44,11 +49,20 @@ def check_address(host: str, port: int) -> None:
     Raises:
         ConfigError: it is not, or is no address of this machine.
     """
+    advice = {
+        errno.EADDRINUSE: "another program uses this port; choose another --port, or 0 for any",
+        errno.EACCES: "ports below 1024 are the administrator's; choose one above",
+        errno.EADDRNOTAVAIL: "this machine has no such address",
+    }
     try:
-        with socket.create_server((host, port)):
+        if not 0 <= port < 2**16:
+            raise ConfigError(f"--port {port} cannot be used: ports are from 0 to 65535")
+        with bind(host, port):
             pass
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"--host {host} --port {port} cannot be used: {error}") from error
+    except (OSError, UnicodeError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        why = advice.get(number or 0, str(error))
+        raise ConfigError(f"--host {host} --port {port} cannot be used: {why}") from error
 
 
 if __name__ == "__main__":

@@ -37,12 +37,14 @@ class Exchange:
         answer: so far, without white space at its ends.
         finish: ``stop`` if the model ended the answer, ``length`` if ``max_new_tokens`` did,
             ``cancelled`` if it is not complete.
+        settings: that the answer was made with; drawn with ``None`` as seed, the one it took.
     """
 
     text: str
     images: tuple[ChatImage, ...] = ()
     answer: str = ""
     finish: Finish = "cancelled"
+    settings: ChatSettings | None = None
 
     @property
     def question(self) -> str:
@@ -195,6 +197,7 @@ class Conversation:
                         "question": e.text,
                         "answer": e.answer,
                         "finish": e.finish,
+                        "settings": dataclasses.asdict(e.settings) if e.settings else None,
                     }
                     for e in self.exchanges
                 ],
@@ -277,6 +280,7 @@ class Answer(Iterator[str]):
         self._settings = settings
         self._choose = TokenChooser(settings)
         self.seed = self._choose.seed
+        exchange.settings = settings.changed(seed=self.seed) if settings.do_sample else settings
         self._text = TextStream(self._engine.tokenizer)
         self._content = self._engine.content(prompt, images)
         self.reused = min(conversation._cache.common(self._content), len(prompt) - 1)

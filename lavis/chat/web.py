@@ -4,33 +4,56 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-
-import gradio as gr
-from starlette.middleware import Middleware
+import torch
 
 from lavis.chat.conversation import Answer
 from lavis.chat.engine import ChatEngine
 from lavis.chat.settings import ChatSettings
-from lavis.chat.web_guard import MAX_FILE_BYTES, MAX_FILES, Guard, Uploads, client_of
-from lavis.chat.web_page import CSS, EXAMPLES, SETTINGS, WHOLE, Page, chat_html, theme
+from lavis.chat.web_guard import (
+    MAX_FILE_BYTES,
+    MAX_FILES,
+    MAX_UPLOAD_BYTES,
+    Guard,
+    Uploads,
+    client_of,
+)
+from lavis.chat.web_images import open_upload
+from lavis.chat.web_server import direct, serve
 from lavis.chat.web_sessions import Session, Sessions, history, strip
-from lavis.chat.web_texts import TEXTS, accepted_language
-from lavis.common.errors import ConfigError, DataError, LavisError
-from lavis.common.images import open_image
+from lavis.chat.web_texts import TEXTS, ToldError, language_of
+from lavis.common.errors import ConfigError, DataError, WeightsError
+from lavis.processors.conversation import IMAGE_PLACEHOLDER
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 50_000_000
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+with direct():
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    from lavis.chat.web_page import CSS, EXAMPLES, SETTINGS, WHOLE, Page, chat_html, script, theme
+
+logger = logging.getLogger(__name__)
+
 MAX_BEAMS = 8
 MAX_QUEUED = 64
+GRACE = 60.0
+"""Seconds in which a page that was loaded again gets its conversation back."""
 _EVERY = 0.05  # seconds between two updates of a growing answer
+# Texts of what the page's script may report about an upload.
+_UPLOAD_ERRORS = {
+    "many_images": {"limit": MAX_FILES},
+    "large_file": {"limit": MAX_FILE_BYTES // 10**6},
+    "large_upload": {"limit": MAX_UPLOAD_BYTES // 10**6},
+    "no_cookie": {},
+    "no_upload": {},
+}
 
 
 class WebChat:
@@ -50,6 +73,7 @@ class WebChat:
         language: str = "auto",
         toybox: bool = False,
         max_sessions: int = 32,
+        grace: float = GRACE,
     ) -> None:
         """Build the page.
 
@@ -58,12 +82,14 @@ class WebChat:
             language: ``zh``, ``en``, or ``auto`` for the browser's.
             toybox: whether to say that a tiny model answers.
             max_sessions: how many conversations are held; then the one idle longest goes.
+            grace: seconds for which a conversation is held when its page is gone.
         """
         self.settings = settings or ChatSettings()
         self.sessions = Sessions(engine, self.settings, max_sessions)
         self.uploads = Uploads()
         self._engine = engine
         self._language = language
+        self._grace = grace
         first = "en" if language == "auto" else language
         self.page = Page(self.settings, first, toybox=toybox)
         self.demo = self.page.demo
@@ -71,45 +97,13 @@ class WebChat:
             self._connect()
         self.demo.queue(max_size=MAX_QUEUED, api_open=False, default_concurrency_limit=8)
 
-    def launch(self, host: str, port: int, *, share: bool = False) -> str:
-        """Serve the page; returns its address. Port 0 is one that is free.
-
-        Raises:
-            ConfigError: the address cannot be used.
-        """
+    def launch(self, host: str, port: int, *, share: bool = False, root_path: str = "") -> str:
+        """Serve the page; arguments, result and errors as :func:`serve`."""
+        guard = Middleware(Guard, uploads=self.uploads, language=self._language)
+        looks = {"theme": theme(), "css": CSS, "head": script()}
         # Read at every upload and cache write: nothing lands in a folder that others share.
         os.environ["GRADIO_TEMP_DIR"] = str(self.uploads.folder)
-        if port == 0:
-            with socket.create_server((host, 0)) as free:
-                port = free.getsockname()[1]
-        try:
-            _, address, shared = self.demo.launch(
-                server_name=host,
-                server_port=port,
-                share=share,
-                prevent_thread_lock=True,
-                quiet=True,
-                show_error=False,
-                max_file_size=MAX_FILE_BYTES,
-                footer_links=[],
-                run_history=False,
-                enable_monitoring=False,
-                mcp_server=False,
-                ssr_mode=False,
-                pwa=False,
-                inbrowser=False,
-                theme=theme(),
-                css=CSS,
-                app_kwargs={
-                    "middleware": [Middleware(Guard, uploads=self.uploads)],
-                    "docs_url": None,
-                    "redoc_url": None,
-                    "openapi_url": None,
-                },
-            )
-        except OSError as error:
-            raise ConfigError(f"cannot serve on {host}:{port}: {error}") from error
-        return str(shared or address)
+        return serve(self.demo, guard, host, port, share=share, root_path=root_path, **looks)
 
     def wait(self) -> None:
         """Serve until Ctrl-C."""
@@ -127,113 +121,133 @@ class WebChat:
     def _connect(self) -> None:
         page = self.page
         language, view = page.language, page.view
+        shared = [language, page.held]
         values = [page.settings[name] for name in SETTINGS]
         quick = {"show_progress": "hidden", "api_visibility": "private"}
         answers: dict[str, Any] = {**quick, "concurrency_id": "answer", "concurrency_limit": 8}
 
-        page.demo.load(self.load, None, [language, *page.worded], **quick)
-        language.change(self.translate, [language], [*page.worded, *view], **quick)
+        page.demo.load(
+            self.load,
+            [page.sent],
+            [language, *page.worded, page.question, *values, *view],
+            js="() => [lavis.kept()]",
+            **quick,
+        )
+        # Not `change`: the answer to `load` is in that language already, and a second answer to
+        # come would undo what the visitor does in the meantime.
+        language.input(
+            self.translate,
+            shared,
+            [*page.worded, *view],
+            js="(language, held) => (lavis.choose(language), [language, held])",
+            **quick,
+        )
         page.demo.unload(self.unload)
 
-        page.add.upload(
-            None,
-            [page.add],
-            [page.uploaded],
-            js="files => JSON.stringify(files.map(f => f.path))",
-            trigger_mode="multiple",
-        ).then(self.show, [language, page.uploaded], view, trigger_mode="multiple", **quick)
+        handed = "(language, held) => [language, held, lavis.{}.shift()]"
+        for button, act in ((page.show, self.show), (page.discard, self.discard)):
+            button.click(
+                act,
+                [*shared, page.sent],
+                view,
+                js=handed.format(act.__name__),
+                trigger_mode="multiple",
+                **quick,
+            )
         for button, name in zip(page.examples, EXAMPLES, strict=True):
-            button.click(self._example(name), [language], view, **quick)
-        page.discard.click(self.discard, [language], view, **quick)
+            button.click(self._example(name), shared, view, **quick)
 
         asked = [page.send.click, page.question.submit]
-        inputs = [language, page.question, *values]
+        inputs = [*shared, page.question, *values]
         gr.on(asked, self.ask, inputs, [page.question, *view], **answers).then(
-            self.refresh, [language], view, **quick
+            self.refresh, shared, view, **quick
         )
-        page.retry.click(self.retry, [language, *values], view, **answers).then(
-            self.refresh, [language], view, **quick
+        page.retry.click(self.retry, [*shared, *values], view, **answers).then(
+            self.refresh, shared, view, **quick
         )
         # Not in the queue: it must get through when the queue is full.
         page.stop.click(self.stop, None, None, queue=False, **quick)
-        page.undo.click(self.undo, [language], [page.question, *view], **quick)
-        page.clear.click(self.clear, [language], view, **quick)
-        page.download.click(self.record, [language], [page.record], **quick).then(
-            None, [page.record], None, js=_SAVE
+        page.undo.click(self.undo, shared, [page.question, *view], **quick)
+        page.clear.click(self.clear, shared, view, **quick)
+        page.download.click(self.record, shared, [page.record], **quick).then(
+            None, [page.record], None, js="lavis.save"
         )
 
-    def load(self, request: gr.Request) -> list[Any]:
-        """The page in the visitor's language."""
-        language = self._language
-        if language == "auto":
-            language = accepted_language(request.headers.get("accept-language", ""))
-        return [language, *self.page.words(language)]
+    def load(self, request: gr.Request, kept: str) -> list[Any]:
+        """The page in the visitor's language, with what an earlier page of its tab kept."""
+        language = language_of(request, self._language)
+        held, question = _kept(kept)
+        words = [language, *self.page.words(language), question or gr.skip()]
+        session = self.sessions.rename(held, request.session_hash, client_of(request))
+        if session is None and held:
+            self._tell(ToldError("forgotten"), language)
+        if session is None:
+            return [*words, *[gr.skip()] * (len(SETTINGS) + len(self.page.view))]
+        values = session.values or [gr.skip()] * len(SETTINGS)
+        return [*words, *values, *self._view(session, language)]
 
     def unload(self, request: gr.Request) -> None:
         """The tab is gone."""
-        self.sessions.drop(request.session_hash)
+        self.sessions.leave(request.session_hash, self._grace)
 
-    def translate(self, request: gr.Request, language: str) -> list[Any]:
+    def translate(self, request: gr.Request, language: str, held: str) -> list[Any]:
         """The page in another language."""
-        return [*self.page.words(language), *self.refresh(request, language)]
+        return [*self.page.words(language), *self.refresh(request, language, held)]
 
-    def refresh(self, request: gr.Request, language: str) -> list[Any]:
+    def refresh(self, request: gr.Request, language: str, held: str) -> list[Any]:
         """The page as the conversation is now."""
-        return self._view(self.sessions.find(request.session_hash), language)
-
-    def show(self, request: gr.Request, language: str, uploaded: str) -> list[Any]:
-        """Take what the visitor uploaded; nothing else is opened, whatever the name says."""
-        session, texts = self._session(request, language), TEXTS[language]
-        for token in _names(uploaded):
-            taken = self.uploads.take(client_of(request), token)
-            if taken is None:
-                self._warn(texts["not_uploaded"], texts)
-                continue
-            path, name = taken
-            try:
-                self._show(session, path, name, texts)
-            except DataError as error:
-                self._warn(str(error), texts)
-            finally:
-                path.unlink(missing_ok=True)
+        session = self.sessions.find(request.session_hash)
+        if session is None and held:
+            self._tell(ToldError("forgotten"), language)
         return self._view(session, language)
 
-    def _show(self, session: Session, path: Any, name: str, texts: dict[str, str]) -> None:
-        if len(session.conversation.waiting) >= MAX_FILES:
-            raise DataError(texts["many_images"].format(limit=MAX_FILES))
+    def show(self, request: gr.Request, language: str, held: str, uploaded: str) -> list[Any]:
+        """Take what the visitor uploaded; nothing else is opened, whatever the name says."""
+        session, _ = self._session(request, language, held)
+        names = _handed(uploaded)
+        if isinstance(names, str) and names in _UPLOAD_ERRORS:
+            self._tell(ToldError(names, **_UPLOAD_ERRORS[names]), language)
+            return self._view(session, language)
+        for token in names[:MAX_FILES] if isinstance(names, list) else [names]:
+            taken = self.uploads.take(client_of(request), token if isinstance(token, str) else "")
+            if taken is None:
+                self._tell(ToldError("not_uploaded"), language)
+                continue
+            self._show(session, *taken, language)
+            taken[0].unlink(missing_ok=True)
+        return self._view(session, language)
+
+    def _show(self, session: Session, path: Path, name: str, language: str) -> None:
         try:
-            picture = open_image(path, formats=FORMATS, max_pixels=MAX_PIXELS)
-        except DataError as error:  # its message has the server's path
-            what = "many_pixels" if "too large" in str(error) else "unreadable"
-            text = texts[what].format(name=name, limit=MAX_PIXELS // 10**6)
-            raise DataError(text) from error
-        session.show(self._engine.encode_image(picture, name), picture)
+            if len(session.conversation.waiting) >= MAX_FILES:
+                raise ToldError("many_images", limit=MAX_FILES)
+            picture = open_upload(path, name)
+            session.show(self._engine.encode_image(picture, name), picture)
+        except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
+            self._tell(error, language)
 
     def _example(self, name: str) -> Callable[..., list[Any]]:
-        def pick(request: gr.Request, language: str) -> list[Any]:
-            session = self._session(request, language)
-            try:
-                self._show(session, EXAMPLES[name], name, TEXTS[language])
-            except DataError as error:
-                self._warn(str(error), TEXTS[language])
+        def pick(request: gr.Request, language: str, held: str) -> list[Any]:
+            session, _ = self._session(request, language, held)
+            self._show(session, EXAMPLES[name], name, language)
             return self._view(session, language)
 
         return pick
 
-    def discard(self, request: gr.Request, language: str) -> list[Any]:
-        """Take waiting images off."""
-        session = self._session(request, language)
-        session.discard()
+    def discard(self, request: gr.Request, language: str, held: str, number: str) -> list[Any]:
+        """Take a waiting image off."""
+        session, _ = self._session(request, language, held)
+        session.discard(_handed(number))
         return self._view(session, language)
 
     def ask(
-        self, request: gr.Request, language: str, question: str, *values: Any
+        self, request: gr.Request, language: str, held: str, question: str, *values: Any
     ) -> Iterator[list[Any]]:
-        """Ask; the answer grows on the page."""
-        session = self._session(request, language)
-        start = self._start(
-            language, lambda **chosen: session.conversation.ask(question or "", **chosen), values
-        )
+        """Ask; the answer grows on the page. A question about what is forgotten is not asked."""
+        session, known = self._session(request, language, held)
+        text = str(question or "")
+        begin = session.conversation.ask
+        start = self._start(session, language, text, lambda **v: begin(text, **v), values, known)
         if start is None:
             yield [gr.skip(), *self._view(session, language)]
             return
@@ -242,44 +256,59 @@ class WebChat:
             yield ["" if first else gr.skip(), *view]
             first = False
 
-    def retry(self, request: gr.Request, language: str, *values: Any) -> Iterator[list[Any]]:
+    def retry(
+        self, request: gr.Request, language: str, held: str, *values: Any
+    ) -> Iterator[list[Any]]:
         """Answer the last question again."""
-        session = self._session(request, language)
-        start = self._start(language, session.conversation.retry, values)
+        session, known = self._session(request, language, held)
+        begin = session.conversation.retry
+        start = self._start(session, language, None, begin, values, known)
         if start is None:
             yield self._view(session, language)
         else:
             yield from self._follow(session, start, language)
 
     def _start(
-        self, language: str, begin: Callable[..., Answer], values: tuple[Any, ...]
+        self,
+        session: Session,
+        language: str,
+        question: str | None,
+        begin: Callable[..., Answer],
+        values: tuple[Any, ...],
+        known: bool,
     ) -> Answer | None:
         """Begin an answer, or say why not."""
-        texts = TEXTS[language]
+        conversation = session.conversation
         try:
-            chosen = self._settings(values, texts)
-            answer = begin(**chosen)
-        except LavisError as error:
-            self._warn(str(error), texts)
+            if not known:
+                if question is None:
+                    return None
+                raise ToldError("not_sent")
+            chosen = _settings(values)
+            if question is None and not conversation.exchanges:
+                raise ToldError("nothing_asked")
+            if question is not None and not question.strip():
+                raise ToldError("empty_question")
+            try:
+                answer = begin(**chosen)
+            except DataError as error:
+                named = (question or "").count(IMAGE_PLACEHOLDER)
+                number = len(conversation.waiting)
+                raise ToldError("placeholders", named=named, number=number) from error
+            except ConfigError as error:
+                limit, context = chosen["max_new_tokens"], self._engine.model.context
+                room = max(min(conversation.settings.max_window_size, context - limit), 0)
+                raise ToldError("window", context=context, answer=limit, room=room) from error
+        except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
+            self._tell(error, language)
             return None
+        session.values = values
         names = self.settings.changed(**chosen).without_effect()
         if names:
-            self._warn(texts["without_effect"].format(names=", ".join(names)), texts)
+            self._tell(ToldError("without_effect", names=", ".join(names)), language)
         if answer.dropped:
-            gr.Info(html.escape(texts["unseen"]))
+            gr.Info(html.escape(TEXTS[language]["unseen"]))
         return answer
-
-    def _settings(self, values: tuple[Any, ...], texts: dict[str, str]) -> dict[str, Any]:
-        chosen = dict(zip(SETTINGS, values, strict=True))
-        for name in WHOLE:
-            value = chosen[name]
-            if isinstance(value, float):
-                if not value.is_integer():
-                    raise ConfigError(texts["not_whole"].format(name=name))
-                chosen[name] = int(value)
-        if isinstance(chosen["num_beams"], int) and chosen["num_beams"] > MAX_BEAMS:
-            raise ConfigError(texts["many_beams"].format(limit=MAX_BEAMS))
-        return chosen
 
     def _follow(self, session: Session, answer: Answer, language: str) -> Iterator[list[Any]]:
         """The page at every moment of an answer.
@@ -295,8 +324,8 @@ class WebChat:
                 if time.monotonic() - shown >= _EVERY:
                     yield self._view(session, language, answering=True)
                     shown = time.monotonic()
-        except LavisError as error:
-            self._warn(str(error), TEXTS[language])
+        except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
+            self._tell(error, language)
         finally:  # also when nobody listens any more
             if not answer.finished:
                 answer.cancel()
@@ -308,65 +337,101 @@ class WebChat:
         if session is not None:
             session.conversation.cancel()
 
-    def undo(self, request: gr.Request, language: str) -> list[Any]:
+    def undo(self, request: gr.Request, language: str, held: str) -> list[Any]:
         """Take the last question back into the text box."""
-        session = self._session(request, language)
-        try:
-            text: Any = session.conversation.undo().text
-        except LavisError as error:
-            self._warn(str(error), TEXTS[language])
-            text = gr.skip()
+        session, known = self._session(request, language, held)
+        text: Any = gr.skip()
+        if session.conversation.exchanges:
+            text = session.conversation.undo().text
+        elif known:
+            self._tell(ToldError("nothing_asked"), language)
         return [text, *self._view(session, language)]
 
-    def clear(self, request: gr.Request, language: str) -> list[Any]:
+    def clear(self, request: gr.Request, language: str, held: str) -> list[Any]:
         """Forget the conversation."""
-        session = self._session(request, language)
+        session, _ = self._session(request, language, held)
         session.close()
         return self._view(session, language)
 
-    def record(self, request: gr.Request, language: str) -> str:
-        """The conversation as JSON."""
-        session = self._session(request, language)
-        return json.dumps(session.conversation.to_dict(), ensure_ascii=False, indent=2)
+    def record(self, request: gr.Request, language: str, held: str) -> str:
+        """The conversation as JSON; "" if it is forgotten."""
+        session, known = self._session(request, language, held)
+        if not known:
+            return ""
+        record = session.conversation.to_dict()
+        del record["settings"]  # those that the page began with; each answer has its own
+        return json.dumps(record, ensure_ascii=False, indent=2)
 
-    def _session(self, request: gr.Request, language: str) -> Session:
-        session, lost = self.sessions.get(request.session_hash)
-        if lost:
-            self._warn(TEXTS[language]["forgotten"], TEXTS[language])
-        return session
+    def _session(self, request: gr.Request, language: str, held: str) -> tuple[Session, bool]:
+        """The visitor's session, and whether it is the one whose conversation the page shows."""
+        known = not held or self.sessions.find(request.session_hash) is not None
+        if not known:  # the server was started again, or it was idle longest of too many
+            self._tell(ToldError("forgotten"), language)
+        return self.sessions.get(request.session_hash, client_of(request)), known
 
     def _view(
         self, session: Session | None, language: str, *, answering: bool = False
     ) -> list[Any]:
         texts = TEXTS[language]
-        busy = answering or (session is not None and session.busy)
-        waiting = session.conversation.waiting if session is not None else []
+        if session is None:
+            return [[], "", gr.update(visible=not answering), gr.update(visible=answering), ""]
+        busy = answering or session.busy
+        waiting = session.conversation.waiting
         return [
-            history(session, texts, chat_html) if session is not None else [],
-            strip(session, waiting, texts["waiting"]) if session is not None else "",
-            gr.update(visible=bool(waiting)),
+            history(session, texts, chat_html),
+            strip(session, waiting, texts["waiting"], texts["discard"]),
             gr.update(visible=not busy),
             gr.update(visible=busy),
+            "" if session.empty else session.name,
         ]
 
-    def _warn(self, message: str, texts: dict[str, str]) -> None:
-        """Say it in a corner of the page, which would show HTML."""
-        gr.Warning(html.escape(message), title=html.escape(texts["error"]))
+    def _tell(self, error: Exception, language: str) -> None:
+        """Say it in a corner of the page, which would show HTML, in the visitor's language."""
+        if not isinstance(error, ToldError):
+            logger.error("an answer or an image failed", exc_info=error)
+            key = "broken_model" if isinstance(error, WeightsError) else "server_error"
+            memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            error = ToldError("no_memory" if memory else key)
+        title = html.escape(TEXTS[language]["error"])
+        gr.Warning(html.escape(error.text(language)), title=title)
 
 
-_SAVE = """text => {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
-  link.download = "conversation.json";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-}"""
+def _settings(values: tuple[Any, ...]) -> dict[str, Any]:
+    """The page's settings by name, each one checked.
+
+    Raises:
+        ToldError: a value does not fit.
+    """
+    chosen = dict(zip(SETTINGS, values, strict=True))
+    for name, value in chosen.items():
+        if value is None and name != "seed":
+            raise ToldError("no_value", name=name)
+        if name in WHOLE and isinstance(value, float):
+            if not value.is_integer():
+                raise ToldError("not_whole", name=name)
+            chosen[name] = int(value)
+        try:
+            ChatSettings(**{name: chosen[name]})
+        except ConfigError as error:
+            raise ToldError(f"bad_{name}") from error
+    if chosen["num_beams"] > MAX_BEAMS:
+        raise ToldError("many_beams", limit=MAX_BEAMS)
+    if chosen["num_beams"] > 1 and chosen["do_sample"]:
+        raise ToldError("beams_draw")
+    return chosen
 
 
-def _names(uploaded: str) -> list[str]:
+def _handed(text: str) -> Any:
+    """What the page's script handed over as JSON."""
     try:
-        names = json.loads(uploaded or "[]")
+        return json.loads(text or "[]")
     except (ValueError, RecursionError):
-        names = [uploaded]
-    names = names if isinstance(names, list) else [names]
-    return [name if isinstance(name, str) else "" for name in names[:MAX_FILES]]
+        return text
+
+
+def _kept(text: str) -> tuple[str, str]:
+    """The session that an earlier page of this tab showed, and the question in its box."""
+    kept = _handed(text)
+    values = [kept.get(name) if isinstance(kept, dict) else "" for name in ("held", "question")]
+    held, question = [value if isinstance(value, str) else "" for value in values]
+    return held, question

@@ -16,7 +16,9 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
+
+from lavis.chat.web_texts import ToldError, language_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -25,7 +27,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 MAX_FILE_BYTES = 20_000_000
 MAX_FILES = 16
-_MAX_UPLOAD_BYTES = 4 * MAX_FILE_BYTES
+MAX_UPLOAD_BYTES = 4 * MAX_FILE_BYTES
 _MAX_BODY_BYTES = 256_000
 _MAX_PENDING = 32
 _MAX_SESSIONS_KNOWN = 10_000
@@ -34,7 +36,7 @@ COOKIE = "lavis_chat"
 _CLIENT = re.compile(r"[\w-]{22,64}")
 _GET = re.compile(
     r"/|/config/?|/theme\.css|/manifest\.json|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.+|"
-    r"/gradio_api/(startup-events|theme\.css|queue/data|upload_progress|heartbeat/[^/]+)"
+    r"/gradio_api/(startup-events|app_id|theme\.css|queue/data|upload_progress|heartbeat/[^/]+)"
 )
 _POST = re.compile(r"/gradio_api/(queue/join|cancel|run/[^/]+|upload|reset)/?")
 
@@ -108,9 +110,11 @@ class Guard:
     began it.
     """
 
-    def __init__(self, app: Any, uploads: Uploads) -> None:
+    def __init__(self, app: Any, uploads: Uploads, language: str = "auto") -> None:
+        """Stand before ``app``; ``language`` of refusals is the page's."""
         self._app = app
         self._uploads = uploads
+        self._language = language
         self._owners: OrderedDict[str, str] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,8 +129,7 @@ class Guard:
         try:
             body = await self._check(request)
         except _RefusedError as refused:
-            await PlainTextResponse(str(refused), refused.status)(scope, receive, send)
-            return
+            body = self._refusal(request, refused)
         if isinstance(body, Response):
             await body(scope, receive, send)
         elif body is None:
@@ -134,9 +137,14 @@ class Guard:
         else:
             await self._app(scope, _replayed(body, receive), send)
 
+    def _refusal(self, request: Request, refused: _RefusedError) -> Response:
+        """JSON, as Gradio's script wants it."""
+        text = refused.text(language_of(request, self._language))
+        return JSONResponse({"detail": text, "error": text}, refused.status)
+
     async def _check(self, request: Request) -> Response | bytes | None:
         """A response, the body that was read, or nothing if the request may pass as it is."""
-        path, client = request.url.path.removeprefix(request.scope.get("root_path", "")), ""
+        path = request.url.path.removeprefix(request.scope.get("root_path", ""))
         if request.method in ("GET", "HEAD"):
             if not _GET.fullmatch(path):
                 raise _RefusedError(404)
@@ -150,7 +158,7 @@ class Guard:
             raise _RefusedError(404)
         client = client_of(request)
         if not client:
-            raise _RefusedError(403, "Reload the page; it needs its cookie.")
+            raise _RefusedError(403, "no_cookie")
         if "/upload" in path:
             return await self._upload(request, client)
         body = await _read(request, _MAX_BODY_BYTES)
@@ -167,29 +175,31 @@ class Guard:
             raise _RefusedError(400)
         values = content.get("data") or []
         if not isinstance(values, list) or any(isinstance(v, list | dict) for v in values):
-            raise _RefusedError(400, "Only plain values are accepted.")
+            raise _RefusedError(400, "plain_values")
         self._require_owner(content["session_hash"], client)
 
     def _require_owner(self, session: str, client: str) -> None:
-        if not client or len(session) > 64:
-            raise _RefusedError(403)
-        if self._owners.setdefault(session, client) != client:
-            raise _RefusedError(403)
+        if not client:
+            raise _RefusedError(403, "no_cookie")
+        if len(session) > 64 or self._owners.setdefault(session, client) != client:
+            raise _RefusedError(403, "not_yours")
         self._owners.move_to_end(session)
         if len(self._owners) > _MAX_SESSIONS_KNOWN:
             self._owners.popitem(last=False)
 
     async def _upload(self, request: Request, client: str) -> Response:
-        body = await _read(request, _MAX_UPLOAD_BYTES)
+        body = await _read(request, MAX_UPLOAD_BYTES)
         again = Request(request.scope, _replayed(body, request.receive))
         try:
-            async with again.form(max_files=MAX_FILES, max_fields=0) as form:
+            async with again.form(max_files=1000, max_fields=0) as form:
                 files = [f for f in form.getlist("files") if isinstance(f, UploadFile)]
+                if len(files) > MAX_FILES:
+                    raise _RefusedError(400, "many_images", limit=MAX_FILES)
                 if any((f.size or 0) > MAX_FILE_BYTES for f in files):
-                    raise _RefusedError(413, f"A file is larger than {MAX_FILE_BYTES // 10**6} MB.")
+                    raise _RefusedError(413, "large_file", limit=MAX_FILE_BYTES // 10**6)
                 read = [(f.filename or "", await f.read()) for f in files]
         except (MultiPartException, HTTPException, KeyError, AssertionError):
-            raise _RefusedError(400) from None
+            raise _RefusedError(400, "no_upload") from None
         return JSONResponse([self._uploads.add(client, name, content) for name, content in read])
 
     def _with_headers(self, request: Request, send: Send) -> Send:
@@ -198,17 +208,25 @@ class Guard:
             value = f"{COOKIE}={secrets.token_urlsafe(24)}; HttpOnly; SameSite=Lax; Path=/"
             extra.append((b"set-cookie", value.encode()))
 
+        full = False
+
         async def sending(message: Message) -> None:
+            nonlocal full
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *extra]
-            await send(message)
+                full = message["status"] == 503
+                if full:  # Gradio's script puts its own English in place of this status's text
+                    response = self._refusal(request, _RefusedError(429, "busy"))
+                    await response(request.scope, request.receive, send)
+            if not full:
+                await send(message)
 
         return sending
 
 
-class _RefusedError(Exception):
-    def __init__(self, status: int, text: str = "Not allowed.") -> None:
-        super().__init__(text)
+class _RefusedError(ToldError):
+    def __init__(self, status: int, key: str = "refused", **values: object) -> None:
+        super().__init__(key, **values)
         self.status = status
 
 
@@ -218,7 +236,7 @@ async def _read(request: Request, limit: int) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > limit:
-            raise _RefusedError(413, "The request is too large.")
+            raise _RefusedError(413, "large_request")
         parts.append(part)
     return b"".join(parts)
 

@@ -5,35 +5,53 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import threading
 import time
-from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from lavis.chat.conversation import Answer, Conversation, Exchange
 from lavis.chat.engine import ChatEngine, ChatImage
 from lavis.chat.settings import ChatSettings
+from lavis.common.images import open_image
 
 THUMBNAIL = 192  # pixels, longer side
+
+# What a model says is text: its HTML is shown, not obeyed, and its pictures are not fetched.
+_MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table")
+_MARKDOWN.disable("image")
 
 
 class Session:
     """A browser tab's conversation.
 
     Attributes:
+        name: of the page that shows it.
+        client: the browser's secret.
         thumbnails: of each image's number, as a ``data:`` address.
+        values: of the settings at the latest question, as the page sent them.
         answer: the latest one.
         used: when it was used last, by :func:`time.monotonic`.
     """
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, name: str, client: str, conversation: Conversation) -> None:
+        self.name = name
         self.conversation = conversation
+        self.client = client
         self.thumbnails: dict[int, str] = {}
+        self.values: tuple[Any, ...] = ()
         self.answer: Answer | None = None
         self.used = time.monotonic()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to lose."""
+        return not (self.conversation.exchanges or self.conversation.waiting)
 
     @property
     def busy(self) -> bool:
@@ -45,11 +63,12 @@ class Session:
         self.thumbnails[image.number] = data_address(picture)
         self.conversation.show(image)
 
-    def discard(self) -> None:
-        """Take waiting images off."""
-        for image in self.conversation.waiting:
-            self.thumbnails.pop(image.number, None)
-        self.conversation.waiting = []
+    def discard(self, number: int) -> None:
+        """Take a waiting image off."""
+        waiting = self.conversation.waiting
+        if any(image.number == number for image in waiting):
+            self.thumbnails.pop(number, None)
+            self.conversation.waiting = [i for i in waiting if i.number != number]
 
     def close(self) -> None:
         """End an answer that is being made, and give the memory back."""
@@ -67,7 +86,6 @@ class Sessions:
         self._settings = settings
         self._limit = limit
         self._sessions: dict[str, Session] = {}
-        self._lost: deque[str] = deque(maxlen=1000)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -81,36 +99,51 @@ class Sessions:
                 session.used = time.monotonic()
             return session
 
-    def get(self, name: str) -> tuple[Session, bool]:
-        """The session of this name, made if need be; and whether an earlier one was lost."""
+    def get(self, name: str, client: str = "") -> Session:
+        """The session of this name, made if need be for this browser."""
         with self._lock:
             gone: Session | None = None
-            lost = name in self._lost
             if name not in self._sessions:
-                if lost:
-                    self._lost.remove(name)
                 if len(self._sessions) >= self._limit:
                     gone = self._evict()
-                self._sessions[name] = Session(Conversation(self._engine, self._settings))
+                conversation = Conversation(self._engine, self._settings)
+                self._sessions[name] = Session(name, client, conversation)
             session = self._sessions[name]
             session.used = time.monotonic()
         if gone is not None:  # outside the lock: it waits for the token that is being computed
             gone.close()
-        return session, lost
+        return session
+
+    def rename(self, old: str, new: str, client: str) -> Session | None:
+        """Give a browser's session to the page that was loaded in place of an earlier one."""
+        with self._lock:
+            session = self._sessions.get(old)
+            if session is None or not client or session.client != client:
+                return None
+            self._sessions[new] = self._sessions.pop(old)
+            session.name = new
+            session.used = time.monotonic()
+        session.conversation.cancel()  # nobody listens to that answer any more
+        return session
 
     def _evict(self) -> Session:
         name = min(self._sessions, key=lambda n: (self._sessions[n].busy, self._sessions[n].used))
-        self._lost.append(name)
         return self._sessions.pop(name)
 
-    def drop(self, name: str) -> None:
-        """Forget a session: its tab is gone, or has been cut off and will be told."""
+    def leave(self, name: str, grace: float) -> None:
+        """A tab is gone or cut off: forget its session unless it is used again within ``grace``."""
+        timer = threading.Timer(grace, self.drop, (name, time.monotonic()))
+        timer.daemon = True
+        timer.start()
+
+    def drop(self, name: str, unused_since: float = math.inf) -> None:
+        """Forget a session, if it was not used since then."""
         with self._lock:
-            session = self._sessions.pop(name, None)
-            if session is not None:
-                self._lost.append(name)
-        if session is not None:
-            session.close()
+            session = self._sessions.get(name)
+            if session is None or session.used > unused_since:
+                return
+            del self._sessions[name]
+        session.close()
 
     def close(self) -> None:
         """Forget all."""
@@ -120,59 +153,61 @@ class Sessions:
 
 def data_address(picture: Image.Image | Path) -> str:
     """A small copy as a ``data:`` address: what a page shows is never a file of the server."""
-    if isinstance(picture, Path):
-        with Image.open(picture) as opened:
-            picture = opened.convert("RGB")
-    small = picture.copy()
+    small = (open_image(picture) if isinstance(picture, Path) else picture).copy()
+    kind = "png" if max(small.size) <= THUMBNAIL else "jpeg"
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    small.save(buffer, "PNG" if max(picture.size) <= THUMBNAIL else "JPEG", quality=85)
-    kind = "png" if max(picture.size) <= THUMBNAIL else "jpeg"
+    small.save(buffer, kind.upper(), quality=85)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def strip(session: Session, images: list[ChatImage] | tuple[ChatImage, ...], words: str) -> str:
-    """HTML that shows images in a row."""
+def strip(session: Session, images: Sequence[ChatImage], words: str, discard: str = "") -> str:
+    """HTML that shows images in a row; ``discard`` labels a button that takes one off."""
     if not images:
         return ""
-    pictures = "".join(
-        f'<img src="{session.thumbnails.get(i.number, "")}" alt="{html.escape(i.name)}" '
-        f'title="{html.escape(i.name)}">'
-        for i in images
-    )
+    pictures = []
+    for image in images:
+        name = html.escape(image.name)
+        source = session.thumbnails.get(image.number, "")
+        picture = f'<img src="{source}" alt="{name}" title="{name}">'
+        if discard:
+            label = html.escape(discard.format(name=image.name))
+            picture += f'<button data-discard="{image.number}" title="{label}">×</button>'
+        pictures.append(f"<figure>{picture}</figure>")
     label = f"<span>{html.escape(words)}</span>" if words else ""
-    return f'<div class="strip">{label}{pictures}</div>'
+    return f'<div class="strip">{label}{"".join(pictures)}</div>'
 
 
-def history(session: Session, texts: dict[str, str], html_content: Any) -> list[dict[str, Any]]:
-    """A chatbot's messages: text as text, images and remarks through ``html_content(html)``."""
-
-    def said(text: str) -> dict[str, str]:
-        # Gradio's chatbot shows HTML even with render_markdown=False; it only removes scripts.
-        return {"type": "text", "text": html.escape(text)}
-
+def history(session: Session, texts: dict[str, str], part: Any) -> list[dict[str, Any]]:
+    """A chatbot's messages; each part is HTML of ours, made a component by ``part(html)``."""
     messages: list[dict[str, Any]] = []
 
-    def add(role: str, *content: Any) -> None:
-        messages.append({"role": role, "content": list(content)})
+    def add(role: str, *parts: str) -> None:
+        messages.append({"role": role, "content": [part(p) for p in parts if p]})
 
     conversation = session.conversation
     exchanges = list(conversation.exchanges)
     for i, exchange in enumerate(exchanges):
         if i and i == conversation.forgotten:
-            add("assistant", html_content(_remark(texts["unseen"], "line")))
-        shown = strip(session, exchange.images, "")
-        pictures = [html_content(shown)] if shown else []
-        add("user", *pictures, said(exchange.text))
+            add("assistant", _remark(texts["unseen"], "line"))
+        question = f'<div class="said plain">{html.escape(exchange.text)}</div>'
+        add("user", strip(session, exchange.images, ""), question)
         coming = session.busy and i == len(exchanges) - 1
-        answer = exchange.answer or ("…" if coming else "")
-        content: list[Any] = [said(answer)] if answer else []
+        shown = [_answer(exchange.answer, texts, coming)] if exchange.answer or coming else []
         remark = "" if coming else _ending(exchange, texts)
         if remark:
-            content.append(html_content(_remark(remark, "remark")))
-        if content:
-            add("assistant", *content)
+            shown.append(_remark(remark, "remark"))
+        if shown:
+            add("assistant", *shown)
     return messages
+
+
+def _answer(text: str, texts: dict[str, str], coming: bool) -> str:
+    said = f'<div class="said">{_MARKDOWN.render(text or "…")}</div>'
+    if coming:
+        return said
+    label = html.escape(texts["copy"])
+    return f'{said}<button class="copy" data-copy="{html.escape(text)}">{label}</button>'
 
 
 def _ending(exchange: Exchange, texts: dict[str, str]) -> str:

@@ -86,7 +86,7 @@ def web(toybox: Any) -> Iterator[Any]:
     from lavis.chat import ChatSettings
     from lavis.chat.web import WebChat
 
-    page = WebChat(toybox, ChatSettings(max_new_tokens=64, seed=1234), toybox=True)
+    page = WebChat(toybox, ChatSettings(max_new_tokens=64, seed=1234), toybox=True, grace=0)
     page.address = page.launch("127.0.0.1", 0)
     yield page
     page.close()
@@ -123,9 +123,11 @@ class Tab:
         import httpx
 
         self.web = web
-        self.http = httpx.Client(base_url=web.address, timeout=60)
+        self.http = httpx.Client(base_url=web.address, timeout=60, trust_env=False)
         self.http.get("/")
         self.session = secrets.token_hex(6)
+        self.held = ""
+        self.language = "en"
 
     @property
     def conversation(self) -> Any:
@@ -137,11 +139,13 @@ class Tab:
 
     def show(self, *files: Path | tuple[str, bytes]) -> list[dict[str, Any]]:
         names = self.upload(*files).json()
-        return self.call("show", "en", json.dumps(names))
+        return self.call("show", json.dumps(names))
 
     def post(self, name: str, *data: Any, path: str = "gradio_api/queue/join") -> Any:
+        """Fire an event, with what the page sends along with most."""
         index = next(i for i, fn in self.web.demo.fns.items() if fn.name == name)
-        body = {"data": list(data), "fn_index": index, "session_hash": self.session}
+        shared = [] if name in ("load", "stop") else [self.language, self.held]
+        body = {"data": [*shared, *data], "fn_index": index, "session_hash": self.session}
         return self.http.post(path, json=body)
 
     def call(self, name: str, *data: Any, each: Callable[[Any], None] | None = None) -> list[Any]:
@@ -157,10 +161,15 @@ class Tab:
                         each(messages[-1])
                     if messages[-1]["msg"] == "close_stream":
                         break
+        output = messages[-2]["output"].get("data") or []
+        if name not in ("record", "ask", "retry") and messages[-2]["success"]:
+            self.held = output[-1] if isinstance(output[-1], str) else self.held
+        elif name != "record":
+            self.held = self.call("refresh")[-2]["output"]["data"][-1]
         return messages
 
     def ask(self, question: str, each: Any = None, **settings: Any) -> list[Any]:
-        return self.call("ask", "en", question, *chosen(**settings), each=each)
+        return self.call("ask", question, *chosen(**settings), each=each)
 
     def stop(self) -> None:
         self.post("stop", path="gradio_api/run/predict").raise_for_status()

@@ -39,7 +39,7 @@ def test_a_conversation(tab: Tab) -> None:
 def test_two_sessions_do_not_mix(web: Any) -> None:
     one, two = Tab(web), Tab(web)
     one.show(PICTURES / "scene.png")
-    two.call("pick", "en")
+    two.call("pick")
     two.show(PICTURES / "pair.png")
     one.ask("What colour is the star?")
     assert [e.text for e in one.conversation.exchanges] == ["What colour is the star?"]
@@ -50,17 +50,17 @@ def test_two_sessions_do_not_mix(web: Any) -> None:
 def test_undo_retry_clear_and_record(tab: Tab) -> None:
     tab.show(PICTURES / "scene.png")
     tab.ask("How many objects are there?")
-    tab.call("retry", "en", *chosen())
+    tab.call("retry", *chosen())
     assert len(tab.conversation.exchanges) == 1
-    record = json.loads(tab.call("record", "en")[-2]["output"]["data"][0])
+    record = json.loads(tab.call("record")[-2]["output"]["data"][0])
     assert record["exchanges"][0]["question"] == "How many objects are there?"
-    undone = tab.call("undo", "en")[-2]["output"]["data"]
+    undone = tab.call("undo")[-2]["output"]["data"]
     assert undone[0] == "How many objects are there?"
     assert len(tab.conversation.waiting) == 1
-    tab.call("discard", "en")
+    tab.call("discard", str(tab.conversation.waiting[0].number))
     assert tab.conversation.waiting == []
-    tab.call("clear", "en")
-    assert "nothing was asked yet" in warnings(tab.call("undo", "en"))
+    tab.call("clear")
+    assert "nothing was asked yet" in warnings(tab.call("undo"))
 
 
 def test_stop_ends_generation_and_the_conversation_goes_on(
@@ -127,7 +127,7 @@ def test_text_is_shown_as_text(tab: Tab) -> None:
     assert "&lt;img src=http://x.example/a.png&gt; &lt;b&gt;" in shown
     assert "<img" not in shown
     tab.show(('"><script>.png', (PICTURES / "pair.png").read_bytes()))
-    assert "<script>" not in json.dumps(tab.call("refresh", "en"))
+    assert "<script>" not in json.dumps(tab.call("refresh"))
 
 
 def test_no_file_can_be_fetched(tab: Tab) -> None:
@@ -160,21 +160,21 @@ def test_only_own_uploads_are_used(web: Any, tab: Tab) -> None:
     foreign = other.upload(PICTURES / "scene.png").json()[0]
     full = str(web.uploads.folder / foreign)
     for name in (foreign, full, "/etc/passwd", str(PICTURES / "four.png"), f"../{foreign}", ""):
-        messages = tab.call("show", "en", json.dumps([name]))
+        messages = tab.call("show", json.dumps([name]))
         assert warnings(messages) == "This file was not uploaded from this page."
         assert tab.conversation.waiting == []
-    other.call("show", "en", json.dumps([foreign]))
+    other.call("show", json.dumps([foreign]))
     assert len(other.conversation.waiting) == 1
     assert not (web.uploads.folder / foreign).exists()
-    again = other.call("show", "en", json.dumps([foreign]))
+    again = other.call("show", json.dumps([foreign]))
     assert "not uploaded" in warnings(again)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "http://127.0.0.1:1/a.png"])
 def test_a_file_reference_is_refused(tab: Tab, path: str) -> None:
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    assert tab.post("show", "en", file).status_code == 400
-    assert tab.post("show", "en", [file]).status_code == 400
+    assert tab.post("show", file).status_code == 400
+    assert tab.post("show", [file]).status_code == 400
     assert tab.post("show", file, "", path="gradio_api/run/predict").status_code == 400
 
 
@@ -182,12 +182,12 @@ def test_a_session_belongs_to_its_browser(web: Any, tab: Tab) -> None:
     tab.ask("What colour is the star?", max_new_tokens=1)
     thief = Tab(web)
     thief.session = tab.session
-    assert thief.post("record", "en").status_code == 403
+    assert thief.post("record").status_code == 403
     url = f"gradio_api/queue/data?session_hash={tab.session}"
     assert thief.http.get(url).status_code == 403
     assert thief.http.get(f"gradio_api/heartbeat/{tab.session}").status_code == 403
     thief.http.cookies.clear()
-    assert thief.post("record", "en").status_code == 403
+    assert thief.post("record").status_code == 403
     assert thief.upload(PICTURES / "pair.png").status_code == 403
 
 
@@ -216,7 +216,7 @@ def test_large_requests_are_refused(tab: Tab) -> None:
     assert tab.upload(("a.png", bytes(20_000_001))).status_code == 413
     assert tab.upload(*[(f"{i}.png", bytes(17_000_000)) for i in range(5)]).status_code == 413
     assert tab.upload(*[(f"{i}.png", b"") for i in range(17)]).status_code == 400
-    assert tab.post("ask", "en", "a" * 300_000, *chosen()).status_code == 413
+    assert tab.post("ask", "a" * 300_000, *chosen()).status_code == 413
     tab.show(*[PICTURES / "pair.png"] * 16)
     assert "At most 16 images" in warnings(tab.show(PICTURES / "pair.png"))
 
@@ -232,14 +232,14 @@ def test_the_page_names_no_path_and_no_other_host(tab: Tab) -> None:
 
 
 def test_a_tab_that_goes_away_is_forgotten(tab: Tab) -> None:
-    tab.call("pick", "en")
+    tab.call("pick")
     conversation = tab.conversation
     with tab.http.stream("GET", f"gradio_api/heartbeat/{tab.session}") as stream:
         next(stream.iter_lines())
     wait_until(lambda: tab.web.sessions.find(tab.session) is None)
     wait_until(lambda: conversation.images == [])
-    assert "no longer has the earlier conversation" in warnings(tab.call("pick", "en"))
-    assert warnings(tab.call("pick", "en")) == ""
+    assert "no longer has the earlier conversation" in warnings(tab.call("pick"))
+    assert warnings(tab.call("pick")) == ""
 
 
 def test_the_session_idle_longest_goes(toybox: Any) -> None:
