@@ -17,14 +17,7 @@ import torch
 from lavis.chat.conversation import Answer
 from lavis.chat.engine import ChatEngine
 from lavis.chat.settings import ChatSettings
-from lavis.chat.web_guard import (
-    MAX_FILE_BYTES,
-    MAX_FILES,
-    MAX_UPLOAD_BYTES,
-    Guard,
-    Uploads,
-    client_of,
-)
+from lavis.chat.web_guard import MAX_FILES, Guard, Uploads, client_of
 from lavis.chat.web_images import open_upload
 from lavis.chat.web_server import direct, serve
 from lavis.chat.web_sessions import Session, Sessions, history, strip
@@ -37,23 +30,25 @@ with direct():
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from lavis.chat.web_page import CSS, EXAMPLES, SETTINGS, WHOLE, Page, chat_html, script, theme
+    from lavis.chat.web_page import (
+        CSS,
+        EXAMPLES,
+        SETTINGS,
+        Page,
+        chat_html,
+        chosen_settings,
+        script,
+        theme,
+    )  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-MAX_BEAMS = 8
 MAX_QUEUED = 64
 GRACE = 60.0
 """Seconds in which a page that was loaded again gets its conversation back."""
 _EVERY = 0.05  # seconds between two updates of a growing answer
-# Texts of what the page's script may report about an upload.
-_UPLOAD_ERRORS = {
-    "many_images": {"limit": MAX_FILES},
-    "large_file": {"limit": MAX_FILE_BYTES // 10**6},
-    "large_upload": {"limit": MAX_UPLOAD_BYTES // 10**6},
-    "no_cookie": {},
-    "no_upload": {},
-}
+# What the page's script may report of an upload.
+_UPLOAD_ERRORS = ("many_images", "large_file", "large_upload", "no_cookie", "no_upload")
 
 
 class WebChat:
@@ -126,34 +121,20 @@ class WebChat:
         quick = {"show_progress": "hidden", "api_visibility": "private"}
         answers: dict[str, Any] = {**quick, "concurrency_id": "answer", "concurrency_limit": 8}
 
-        page.demo.load(
-            self.load,
-            [page.sent],
-            [language, *page.worded, page.question, *values, *view],
-            js="() => [lavis.kept()]",
-            **quick,
-        )
+        loaded = [language, *page.worded, page.question, *values, *view]
+        page.demo.load(self.load, [page.sent], loaded, js="() => [lavis.kept()]", **quick)
         # Not `change`: the answer to `load` is in that language already, and a second answer to
         # come would undo what the visitor does in the meantime.
-        language.input(
-            self.translate,
-            shared,
-            [*page.worded, *view],
-            js="(language, held) => (lavis.choose(language), [language, held])",
-            **quick,
-        )
+        chosen = "(language, held) => (lavis.choose(language), [language, held])"
+        language.input(self.translate, shared, [*page.worded, *view], js=chosen, **quick)
         page.demo.unload(self.unload)
 
         handed = "(language, held) => [language, held, lavis.{}.shift()]"
         for button, act in ((page.show, self.show), (page.discard, self.discard)):
             button.click(
-                act,
-                [*shared, page.sent],
-                view,
-                js=handed.format(act.__name__),
-                trigger_mode="multiple",
-                **quick,
-            )
+                act, [*shared, page.sent], view, js=handed.format(act.__name__),
+                trigger_mode="multiple", **quick,
+            )  # fmt: skip
         for button, name in zip(page.examples, EXAMPLES, strict=True):
             button.click(self._example(name), shared, view, **quick)
 
@@ -206,7 +187,7 @@ class WebChat:
         session, _ = self._session(request, language, held)
         names = _handed(uploaded)
         if isinstance(names, str) and names in _UPLOAD_ERRORS:
-            self._tell(ToldError(names, **_UPLOAD_ERRORS[names]), language)
+            self._tell(ToldError(names), language)
             return self._view(session, language)
         for token in names[:MAX_FILES] if isinstance(names, list) else [names]:
             taken = self.uploads.take(client_of(request), token if isinstance(token, str) else "")
@@ -220,7 +201,7 @@ class WebChat:
     def _show(self, session: Session, path: Path, name: str, language: str) -> None:
         try:
             if len(session.conversation.waiting) >= MAX_FILES:
-                raise ToldError("many_images", limit=MAX_FILES)
+                raise ToldError("many_images")
             picture = open_upload(path, name)
             session.show(self._engine.encode_image(picture, name), picture)
         except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
@@ -284,7 +265,7 @@ class WebChat:
                 if question is None:
                     return None
                 raise ToldError("not_sent")
-            chosen = _settings(values)
+            chosen = chosen_settings(values)
             if question is None and not conversation.exchanges:
                 raise ToldError("nothing_asked")
             if question is not None and not question.strip():
@@ -394,31 +375,6 @@ class WebChat:
             error = ToldError("no_memory" if memory else key)
         title = html.escape(TEXTS[language]["error"])
         gr.Warning(html.escape(error.text(language)), title=title)
-
-
-def _settings(values: tuple[Any, ...]) -> dict[str, Any]:
-    """The page's settings by name, each one checked.
-
-    Raises:
-        ToldError: a value does not fit.
-    """
-    chosen = dict(zip(SETTINGS, values, strict=True))
-    for name, value in chosen.items():
-        if value is None and name != "seed":
-            raise ToldError("no_value", name=name)
-        if name in WHOLE and isinstance(value, float):
-            if not value.is_integer():
-                raise ToldError("not_whole", name=name)
-            chosen[name] = int(value)
-        try:
-            ChatSettings(**{name: chosen[name]})
-        except ConfigError as error:
-            raise ToldError(f"bad_{name}") from error
-    if chosen["num_beams"] > MAX_BEAMS:
-        raise ToldError("many_beams", limit=MAX_BEAMS)
-    if chosen["num_beams"] > 1 and chosen["do_sample"]:
-        raise ToldError("beams_draw")
-    return chosen
 
 
 def _handed(text: str) -> Any:

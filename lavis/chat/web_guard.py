@@ -18,16 +18,16 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from lavis.chat.web_texts import ToldError, language_of
+from lavis.chat.web_texts import LIMITS, ToldError, language_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-MAX_FILE_BYTES = 20_000_000
-MAX_FILES = 16
-MAX_UPLOAD_BYTES = 4 * MAX_FILE_BYTES
+MAX_FILES = LIMITS["files"]
+MAX_FILE_BYTES = LIMITS["file_mb"] * 10**6
+MAX_UPLOAD_BYTES = LIMITS["upload_mb"] * 10**6
 _MAX_BODY_BYTES = 256_000
 _MAX_PENDING = 32
 _MAX_SESSIONS_KNOWN = 10_000
@@ -188,15 +188,16 @@ class Guard:
             self._owners.popitem(last=False)
 
     async def _upload(self, request: Request, client: str) -> Response:
-        body = await _read(request, MAX_UPLOAD_BYTES)
+        # What surrounds the files in the request comes on top.
+        body = await _read(request, MAX_UPLOAD_BYTES + _MAX_BODY_BYTES, "large_upload")
         again = Request(request.scope, _replayed(body, request.receive))
         try:
             async with again.form(max_files=1000, max_fields=0) as form:
                 files = [f for f in form.getlist("files") if isinstance(f, UploadFile)]
                 if len(files) > MAX_FILES:
-                    raise _RefusedError(400, "many_images", limit=MAX_FILES)
+                    raise _RefusedError(400, "many_images")
                 if any((f.size or 0) > MAX_FILE_BYTES for f in files):
-                    raise _RefusedError(413, "large_file", limit=MAX_FILE_BYTES // 10**6)
+                    raise _RefusedError(413, "large_file")
                 read = [(f.filename or "", await f.read()) for f in files]
         except (MultiPartException, HTTPException, KeyError, AssertionError):
             raise _RefusedError(400, "no_upload") from None
@@ -230,13 +231,13 @@ class _RefusedError(ToldError):
         self.status = status
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, limit: int, key: str = "large_request") -> bytes:
     """The body, refused as soon as it passes the limit."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > limit:
-            raise _RefusedError(413, "large_request")
+            raise _RefusedError(413, key)
         parts.append(part)
     return b"".join(parts)
 

@@ -11,8 +11,9 @@ import gradio as gr
 from lavis.chat.settings import ChatSettings
 from lavis.chat.web_guard import MAX_FILE_BYTES, MAX_FILES, MAX_UPLOAD_BYTES
 from lavis.chat.web_sessions import data_address
-from lavis.chat.web_texts import GRADIO, LANGUAGE_COOKIE, LANGUAGES, TEXTS
+from lavis.chat.web_texts import GRADIO, LANGUAGE_COOKIE, LANGUAGES, LIMITS, TEXTS, ToldError
 from lavis.common.cli import TOYBOX
+from lavis.common.errors import ConfigError
 
 SETTINGS = (
     "do_sample", "temperature", "top_p", "top_k",
@@ -130,6 +131,31 @@ class Page:
         button = gr.Button(TEXTS["en"][key], **{"size": "sm", "min_width": 70} | options)
         self._words.append((button, "value", key))
         return button
+
+
+def chosen_settings(values: tuple[Any, ...]) -> dict[str, Any]:
+    """The page's settings by name, each one checked.
+
+    Raises:
+        ToldError: a value does not fit.
+    """
+    chosen = dict(zip(SETTINGS, values, strict=True))
+    for name, value in chosen.items():
+        if value is None and name != "seed":
+            raise ToldError("no_value", name=name)
+        if name in WHOLE and isinstance(value, float):
+            if not value.is_integer():
+                raise ToldError("not_whole", name=name)
+            chosen[name] = int(value)
+        try:
+            ChatSettings(**{name: chosen[name]})
+        except ConfigError as error:
+            raise ToldError(f"bad_{name}") from error
+    if chosen["num_beams"] > LIMITS["beams"]:
+        raise ToldError("many_beams")
+    if chosen["num_beams"] > 1 and chosen["do_sample"]:
+        raise ToldError("beams_draw")
+    return chosen
 
 
 def heading(language: str, toybox: bool) -> str:

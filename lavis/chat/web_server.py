@@ -10,6 +10,7 @@ from typing import Any
 
 from lavis.common.errors import ConfigError
 
+_PAGES = ("docs_url", "redoc_url", "openapi_url")
 _NAMES = ("no_proxy", "NO_PROXY")
 
 
@@ -67,28 +68,13 @@ def serve(
         # A tunnel is asked for through the proxy, if there is one.
         with direct(f"localhost,{own}" if share else "*"):
             _, address, shared = demo.launch(
-                server_name=f"[{own}]" if ":" in own else own,
-                server_port=port,
-                share=share,
-                root_path=root_path or None,
-                prevent_thread_lock=True,
-                quiet=True,
-                show_error=False,
-                footer_links=[],
-                run_history=False,
-                enable_monitoring=False,
-                mcp_server=False,
-                ssr_mode=False,
-                pwa=False,
-                inbrowser=False,
-                app_kwargs={
-                    "middleware": [guard],
-                    "docs_url": None,
-                    "redoc_url": None,
-                    "openapi_url": None,
-                },
+                server_name=f"[{own}]" if ":" in own else own, server_port=port,
+                share=share, root_path=root_path or None, prevent_thread_lock=True, quiet=True,
+                show_error=False, footer_links=[], run_history=False, enable_monitoring=False,
+                mcp_server=False, ssr_mode=False, pwa=False, inbrowser=False,
+                app_kwargs={"middleware": [guard], **dict.fromkeys(_PAGES)},
                 **looks,
-            )
+            )  # fmt: skip
     except (OSError, ValueError, ImportError, httpx.HTTPError) as error:
         advice = "; --share goes through the proxy of the environment" if share else ""
         raise ConfigError(f"cannot serve on {host}:{port}: {error}{advice}") from error

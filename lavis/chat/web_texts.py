@@ -17,6 +17,7 @@ TEXTS: dict[str, dict[str, str]] = {
 GRADIO = {code: {k: v for k, v in texts.items() if k[0].isupper()} for code, texts in TEXTS.items()}
 """What Gradio's own script may say, as the page puts it."""
 
+LIMITS = {"files": 16, "file_mb": 20, "upload_mb": 80, "megapixels": 50, "beams": 8}
 LANGUAGE_COOKIE = "lavis_language"
 
 
@@ -29,7 +30,7 @@ class ToldError(Exception):
 
     def text(self, language: str) -> str:
         """In the visitor's language."""
-        return TEXTS[language][self.key].format(**self.values)
+        return TEXTS[language][self.key].format(**LIMITS, **self.values)
 
 
 def language_of(request: Any, default: str) -> str:

@@ -161,11 +161,11 @@ class Tab:
                         each(messages[-1])
                     if messages[-1]["msg"] == "close_stream":
                         break
-        output = messages[-2]["output"].get("data") or []
-        if name not in ("record", "ask", "retry") and messages[-2]["success"]:
-            self.held = output[-1] if isinstance(output[-1], str) else self.held
-        elif name != "record":
-            self.held = self.call("refresh")[-2]["output"]["data"][-1]
+        if name in ("ask", "retry"):  # what an answer's last message has is the difference
+            self.call("refresh")
+        elif name != "record" and messages[-2]["success"]:
+            held = messages[-2]["output"]["data"][-1]
+            self.held = held if isinstance(held, str) else self.held
         return messages
 
     def ask(self, question: str, each: Any = None, **settings: Any) -> list[Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import os
+import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -12,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import webui_demo
-from lavis.common.errors import ConfigError
+from lavis.common.errors import ConfigError, WeightsError
 from tests.chat.conftest import PICTURES, Tab, chosen, wait_until, warnings
 from tests.conftest import REPO
 
@@ -52,7 +57,11 @@ def test_undo_retry_clear_and_record(tab: Tab) -> None:
     tab.ask("How many objects are there?")
     tab.call("retry", *chosen())
     assert len(tab.conversation.exchanges) == 1
+    tab.call("retry", *chosen(do_sample=True, temperature=0.5, seed=7))
     record = json.loads(tab.call("record")[-2]["output"]["data"][0])
+    made = record["exchanges"][0]["settings"]
+    assert (made["do_sample"], made["temperature"], made["seed"]) == (True, 0.5, 7)
+    assert "settings" not in record
     assert record["exchanges"][0]["question"] == "How many objects are there?"
     undone = tab.call("undo")[-2]["output"]["data"]
     assert undone[0] == "How many objects are there?"
@@ -60,7 +69,7 @@ def test_undo_retry_clear_and_record(tab: Tab) -> None:
     tab.call("discard", str(tab.conversation.waiting[0].number))
     assert tab.conversation.waiting == []
     tab.call("clear")
-    assert "nothing was asked yet" in warnings(tab.call("undo"))
+    assert "nothing was asked" in warnings(tab.call("undo"))
 
 
 def test_stop_ends_generation_and_the_conversation_goes_on(
@@ -99,7 +108,7 @@ def test_an_answer_that_is_cut_says_so(tab: Tab) -> None:
         ({"top_p": 2}, "top_p must be"),
         ({"max_new_tokens": None}, "max_new_tokens has no value"),
         ({"seed": 1.5}, "seed must be an integer"),
-        ({"num_beams": 2, "do_sample": True}, "beam search does not draw tokens"),
+        ({"num_beams": 2, "do_sample": True}, "A beam search does not draw tokens"),
         ({"num_beams": 9}, "num_beams is at most 8"),
         ({"max_new_tokens": 10**9}, "0 fit"),
     ],
@@ -115,7 +124,7 @@ def test_a_setting_without_effect_is_named(tab: Tab) -> None:
 
 
 def test_beams_and_an_empty_question(tab: Tab) -> None:
-    assert "the question is empty" in warnings(tab.ask("  "))
+    assert "The question is empty" in warnings(tab.ask("  "))
     tab.show(PICTURES / "scene.png")
     tab.ask("What colour is the star?", num_beams=2)
     assert tab.conversation.exchanges[0].answer == "Blue."
@@ -194,11 +203,11 @@ def test_a_session_belongs_to_its_browser(web: Any, tab: Tab) -> None:
 def test_a_file_that_is_no_image(tab: Tab) -> None:
     before = set(tab.web.uploads.folder.iterdir())
     whole = (PICTURES / "scene.png").read_bytes()
-    tiff = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(tiff, "TIFF")
-    for content in (b"no image", b"", whole[: len(whole) // 2], tiff.getvalue()):
+    icon = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(icon, "ICO")
+    for content in (b"no image", b"", whole[: len(whole) // 2], icon.getvalue()):
         said = warnings(tab.show(("a.png", content), PICTURES / "pair.png"))
-        assert said.startswith("a.png: not a PNG, JPEG, WEBP, GIF or BMP image")
+        assert said.startswith("a.png: not a PNG, JPEG, WEBP, GIF, BMP, TIFF")
         assert str(tab.web.uploads.folder) not in said
     assert {i.name for i in tab.conversation.waiting} == {"pair.png"}
     assert set(tab.web.uploads.folder.iterdir()) == before
@@ -215,7 +224,11 @@ def test_a_bomb_is_refused(tab: Tab, huge_png: Path) -> None:
 def test_large_requests_are_refused(tab: Tab) -> None:
     assert tab.upload(("a.png", bytes(20_000_001))).status_code == 413
     assert tab.upload(*[(f"{i}.png", bytes(17_000_000)) for i in range(5)]).status_code == 413
-    assert tab.upload(*[(f"{i}.png", b"") for i in range(17)]).status_code == 400
+    many = tab.upload(*[(f"{i}.png", b"") for i in range(17)])
+    assert (many.status_code, many.json()["detail"]) == (
+        400,
+        "At most 16 images go with one question.",
+    )
     assert tab.post("ask", "a" * 300_000, *chosen()).status_code == 413
     tab.show(*[PICTURES / "pair.png"] * 16)
     assert "At most 16 images" in warnings(tab.show(PICTURES / "pair.png"))
@@ -247,14 +260,13 @@ def test_the_session_idle_longest_goes(toybox: Any) -> None:
     from lavis.chat.web_sessions import Sessions
 
     sessions = Sessions(toybox, ChatSettings(), limit=2)
-    first = sessions.get("a")[0]
+    first = sessions.get("a")
     first.conversation.show(PICTURES / "pair.png")
     first.answer = first.conversation.ask("What?")  # being made: not idle
     sessions.get("b")
     sessions.get("c")
     assert sessions.find("b") is None
     assert sessions.find("a") is first
-    assert sessions.get("b")[1] is True
     assert len(sessions) == 2
 
 
@@ -281,10 +293,303 @@ def test_languages(web: Any) -> None:
     assert accepted_language("de;q=a.b") == "en"
     tab = Tab(web)
     tab.http.headers["accept-language"] = "zh-CN"
-    words = tab.call("load")[-2]["output"]["data"]
+    words = tab.call("load", "")[-2]["output"]["data"]
     assert words[0] == "zh"
     assert "发送" in json.dumps(words, ensure_ascii=False)
-    assert tab.call("ask", "xx", "What?", *chosen())[-2]["success"] is False
+    tab.language = "xx"
+    assert tab.call("discard", "1")[-2]["success"] is False
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "TIFF", "WEBP"])
+def test_what_the_terminal_reads_the_page_reads(tab: Tab, kind: str) -> None:
+    if kind not in Image.registered_extensions().values():
+        pytest.skip(f"this Pillow has no {kind}")
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(content, kind)
+    assert warnings(tab.show(("photo", content.getvalue()))) == ""
+    assert [i.name for i in tab.conversation.waiting] == ["photo"]
+    assert "data:image/png;base64," in json.dumps(tab.call("refresh"))
+
+
+def test_one_waiting_image_is_taken_off(tab: Tab) -> None:
+    tab.show(PICTURES / "pair.png", PICTURES / "scene.png", PICTURES / "pair.png")
+    tab.call("discard", str(tab.conversation.waiting[0].number))
+    assert [i.name for i in tab.conversation.waiting] == ["scene.png", "pair.png"]
+    for wrong in ("0", "[]", "{}", "x", '"1"', "null", "1e999"):
+        tab.call("discard", wrong)
+    assert len(tab.conversation.waiting) == 2
+
+
+def test_answers_are_markdown_whose_html_is_shown_as_text(toybox: Any) -> None:
+    from lavis.chat import ChatSettings, Exchange
+    from lavis.chat.web_sessions import Sessions, history
+    from lavis.chat.web_texts import TEXTS
+
+    session = Sessions(toybox, ChatSettings()).get("a")
+    answer = (
+        "**b** <img src=x onerror=alert(1)>\n- one\n\n`<i> &amp;`\n\n|h|\n|-|\n|c|\n\n"
+        "![p](http://outside.example/a.png) [l](javascript:alert(1)) [k](data:text/html,x)\n\n"
+        "```\n</div><script>\n```"
+    )
+    question = "**q** <b>\n  y"
+    session.conversation.exchanges = [Exchange(question, answer=answer, finish="stop")]
+    (asked,), (said,) = (m["content"] for m in history(session, TEXTS["en"], str)[:2])
+    assert asked == '<div class="said plain">**q** &lt;b&gt;\n  y</div>'
+    for shown in (
+        "<strong>b</strong> &lt;img src=x onerror=alert(1)&gt;",
+        "<li>one</li>", "<code>&lt;i&gt; &amp;amp;</code>", "<th>h</th>", "<td>c</td>",
+        "&lt;/div&gt;&lt;script&gt;",
+        'data-copy="**b** &lt;img src=x onerror=alert(1)&gt;\n- one',
+    ):  # fmt: skip
+        assert shown in said
+    for tag in ("<img", "<script", "<i>", 'href="javascript', 'href="data'):
+        assert tag not in said
+
+
+CHINESE = re.compile("[\u4e00-\u9fff]")
+ENGLISH = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,} [A-Za-z]{2,}")
+
+
+@pytest.mark.parametrize(
+    ("question", "settings"),
+    [
+        ("What?", {"do_sample": True, "temperature": 0}),
+        ("What?", {"repetition_penalty": -1}), ("What?", {"top_p": 2}), ("What?", {"top_k": -1}),
+        ("What?", {"max_new_tokens": None}), ("What?", {"max_new_tokens": 0}),
+        ("What?", {"max_new_tokens": 10**9}), ("What?", {"seed": 1.5}), ("What?", {"seed": -1}),
+        ("What?", {"num_beams": 2, "do_sample": True}), ("What?", {"num_beams": 9}),
+        ("What?", {"num_beams": 0}), ("What?", {"do_sample": "yes"}), ("What?", {"top_p": "x"}),
+        ("What?", {"temperature": 10**400}), ("What?", {"temperature": True}),
+        (" ", {}), ("<ImageHere> and <ImageHere>", {}), ("long " * 5000, {}),
+    ],
+)  # fmt: skip
+def test_every_refusal_is_in_chinese_on_a_chinese_page(
+    tab: Tab, question: str, settings: dict[str, Any]
+) -> None:
+    tab.language = "zh"
+    (said,) = (m for m in tab.ask(question, **settings) if m["msg"] == "log")
+    assert CHINESE.search(said["log"]) and not ENGLISH.search(said["log"])
+    assert said["title"] == "无法完成"
+    assert tab.web.sessions.find(tab.session).conversation.exchanges == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (WeightsError("the output is secret"), "模型的输出不是数字"),
+        (ConfigError("the setting is secret"), "服务器出错了"),
+        (torch.OutOfMemoryError("CUDA is secret"), "内存或显存不足"),
+        (MemoryError("secret"), "内存或显存不足"),
+        (RuntimeError("the path is secret"), "服务器出错了"),
+    ],
+)
+def test_no_raised_text_reaches_a_page(
+    tab: Tab, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    tab.language = "zh"
+    monkeypatch.setattr(tab.web._engine, "extend", fail)
+    messages = tab.ask("What?")
+    assert said in warnings(messages) and "secret" not in json.dumps(messages)
+    monkeypatch.setattr(tab.web._engine, "encode_image", fail)
+    messages = tab.show(PICTURES / "pair.png")
+    assert said in warnings(messages) and "secret" not in json.dumps(messages)
+
+
+def test_every_text_that_is_told_exists_in_both_languages() -> None:
+    from lavis.chat.web_texts import TEXTS
+
+    source = "".join(p.read_text("utf-8") for p in (REPO / "lavis/chat").glob("web*.[pj]*"))
+    told = re.findall(r'(?:ToldError|_RefusedError)\((?:\d+, )?"(\w+)"', source)
+    told += re.findall(r'lavis\.press\("show", "(\w+)"', source)
+    assert len(set(told)) > 15
+    for key in {*told, *(f"bad_{name}" for name in web_page().SETTINGS)}:
+        assert key in TEXTS["zh"], key
+    for key, words in TEXTS["zh"].items():
+        fields = [sorted(re.findall(r"{\w+}", t)) for t in (words, TEXTS["en"][key])]
+        assert fields[0] == fields[1], key
+        assert CHINESE.search(words) or key in ("top_p", "top_k", "num_beams"), key
+        assert not CHINESE.search(TEXTS["en"][key]), key
+
+
+def web_page() -> Any:
+    import lavis.chat.web  # imports Gradio past any proxy
+    from lavis.chat import web_page
+
+    assert lavis.chat.web
+    return web_page
+
+
+def test_a_refusal_is_json_in_the_visitors_language(tab: Tab) -> None:
+    tab.http.headers["accept-language"] = "zh-CN"
+    for answer, status in (
+        (tab.upload(("a.png", bytes(20_000_001))), 413),
+        (tab.post("ask", "a" * 300_000, *chosen()), 413),
+        (tab.upload(*[(f"{i}.png", b"") for i in range(17)]), 400),
+        (tab.upload(*[(f"{i}.png", b"") for i in range(1001)]), 400),
+        (tab.post("show", ["a"]), 400),
+        (tab.http.get("gradio_api/info"), 404),
+        (Tab(tab.web).http.get("gradio_api/info", headers={"accept-language": "zh"}), 404),
+    ):
+        assert answer.status_code == status
+        assert CHINESE.search(answer.json()["detail"])
+        assert answer.json()["error"] == answer.json()["detail"]
+    tab.http.cookies.set("lavis_language", "en")
+    assert tab.http.get("gradio_api/info").json()["detail"] == "This request is not allowed."
+    tab.http.cookies.clear()
+    assert "cookie" in tab.post("ask", "a", *chosen()).json()["detail"]
+
+
+def test_a_full_queue_is_explained() -> None:
+    import httpx
+    from starlette.responses import Response
+
+    from lavis.chat.web_guard import Guard, Uploads
+
+    async def ask() -> Any:
+        guard = Guard(Response("busy", 503), Uploads(), "zh")
+        transport = httpx.ASGITransport(app=guard)
+        async with httpx.AsyncClient(transport=transport, base_url="http://page") as client:
+            return await client.get("/config")
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json()["detail"]) == (
+        429, "等待回答的人太多，请稍后再试。"
+    )  # fmt: skip
+
+
+def test_a_restarted_server_does_not_answer_about_nothing(toybox: Any) -> None:
+    from lavis.chat.web import WebChat
+
+    first = WebChat(toybox)
+    first.address = first.launch("127.0.0.1", 0)
+    tab = Tab(first)
+    app_id = tab.http.get("gradio_api/app_id").json()
+    tab.show(PICTURES / "scene.png")
+    tab.ask("What colour is the star?", max_new_tokens=1)
+    assert tab.held == tab.session
+    first.close()
+
+    second = WebChat(toybox)
+    tab.web = second
+    try:
+        assert second.launch("127.0.0.1", tab.http.base_url.port) == first.address
+        assert tab.http.get("gradio_api/app_id").json() != app_id
+        messages = tab.ask("What is left of it?")
+        assert "no longer has the earlier conversation" in warnings(messages)
+        assert "Your question was not sent" in warnings(messages)
+        (done,) = (m for m in messages if m["msg"] == "process_completed")
+        assert tab.conversation.exchanges == [] and done["success"]
+        question = [m for m in messages if m["msg"] == "process_generating"][0]["output"]["data"][0]
+        assert question == {"__type__": "update"}  # as it is
+        assert warnings(tab.ask("How many?", max_new_tokens=1)) == ""
+        assert len(tab.conversation.exchanges) == 1
+    finally:
+        second.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["retry", "undo", "record", "refresh", "translate", "clear", "pick"]
+)
+def test_a_forgotten_conversation_is_told_at_any_button(tab: Tab, name: str) -> None:
+    tab.held = tab.session
+    messages = tab.call(name, *(chosen() if name == "retry" else ()))
+    assert warnings(messages) == (
+        "The server no longer has the earlier conversation (it may have been restarted); this "
+        "starts a new one."
+    )
+
+
+def test_a_reloaded_page_has_its_conversation(tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tab.web, "_grace", 60)
+    tab.show(PICTURES / "scene.png")
+    tab.ask("What colour is the star?", temperature=0.5)
+    kept = json.dumps({"held": tab.session, "question": "What about"})
+    conversation = tab.conversation
+    for wrong in ("[]", "{", json.dumps({"held": [tab.session]}), "null", '{"held": "other"}'):
+        loaded = tab.call("load", wrong)[-2]
+        assert loaded["success"] and loaded["output"]["data"][-5] == {"__type__": "update"}
+    thief = Tab(tab.web)
+    assert "no longer has" in warnings(thief.call("load", kept))
+
+    with tab.http.stream("GET", f"gradio_api/heartbeat/{tab.session}") as stream:
+        next(stream.iter_lines())
+    tab.session = secrets.token_hex(6)
+    messages = tab.call("load", kept)
+    shown = messages[-2]["output"]["data"]
+    assert warnings(messages) == ""
+    assert "Blue." in json.dumps(shown[-5]) and shown[-1] == tab.session
+    assert 0.5 in shown and "What about" in shown
+    assert tab.conversation is conversation
+
+
+def test_a_session_is_dropped_only_if_it_stays_unused(toybox: Any) -> None:
+    from lavis.chat import ChatSettings
+    from lavis.chat.web_sessions import Sessions
+
+    sessions = Sessions(toybox, ChatSettings())
+    session = sessions.get("a", "client")
+    left = session.used
+    sessions.find("a")
+    sessions.drop("a", left)
+    assert sessions.find("a") is session
+    assert sessions.rename("a", "b", "other") is None and sessions.rename("a", "b", "") is None
+    assert sessions.rename("a", "b", "client") is session and session.name == "b"
+    sessions.drop("a")
+    assert sessions.find("b") is session
+    sessions.drop("b", session.used)
+    assert len(sessions) == 0
+
+
+SERVED = """
+from lavis.chat.web_server import direct, serve
+before = dict(__import__("os").environ)
+with direct():
+    import gradio
+    import httpx
+    from starlette.middleware import Middleware
+    from lavis.chat.web_guard import Guard, Uploads
+with gradio.Blocks() as demo:
+    gr = gradio.Textbox()
+for host in ("127.0.0.1", "localhost", "::1", "[::1]"):
+    address = serve(demo, Middleware(Guard, uploads=Uploads()), host, 0, share=False, root_path="/x")
+    answer = httpx.get(address + "config", trust_env=False)
+    print(address.rsplit(":", 1)[0], answer.json()["root"].rsplit("/", 1)[1])
+    answer = httpx.get(address + "x/config", trust_env=False)
+    demo.close(verbose=False)
+assert dict(__import__("os").environ).items() >= before.items()
+"""
+
+
+def test_no_proxy_stands_before_the_page() -> None:
+    proxies = {
+        "http_proxy": "foo", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": ",,://[",
+        "all_proxy": "socks5://127.0.0.1:9", "GRADIO_ANALYTICS_ENABLED": "False",
+    }  # fmt: skip
+    with socket.create_server(("::1", 0), family=socket.AF_INET6):
+        pass
+    done = subprocess.run(
+        [sys.executable, "-c", SERVED], cwd=REPO, env=os.environ | proxies,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "http://127.0.0.1", "x", "http://localhost", "x", "http://[::1]", "x", "http://[::1]", "x"
+    ]  # fmt: skip
+
+
+def test_a_tunnel_without_a_way_is_an_error() -> None:
+    from lavis.chat.web_server import serve
+
+    class Demo:
+        def launch(self, **options: Any) -> Any:
+            assert os.environ["no_proxy"].endswith("127.0.0.1")
+            return None, "http://127.0.0.1", None
+
+    with pytest.raises(ConfigError, match="--share: there is no tunnel"):
+        serve(Demo(), None, "127.0.0.1", 1, share=True, root_path="")
 
 
 def test_mistakes_in_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,8 +601,14 @@ def test_mistakes_in_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         monkeypatch.setattr(sys, "argv", ["webui_demo.py", "--port", port])
-        with pytest.raises(ConfigError, match=f"--port {port} cannot be used"):
+        with pytest.raises(ConfigError, match=f"--port {port} cannot be used: another program"):
             webui_demo.main()
+    for host, number, why in (
+        ("127.0.0.1", 65536, "from 0 to 65535"), ("127.0.0.1", -1, "from 0 to 65535"),
+        ("192.0.2.1", 0, "no such address"), ("no such host", 0, "Name or service not known"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=why):
+            webui_demo.check_address(host, number)
 
 
 def test_mistakes_are_found_before_anything_large_is_imported() -> None:
