@@ -118,8 +118,10 @@ class WebChat:
         language, view = page.language, page.view
         shared = [language, page.held]
         values = [page.settings[name] for name in SETTINGS]
-        quick = {"show_progress": "hidden", "api_visibility": "private"}
-        answers: dict[str, Any] = {**quick, "concurrency_id": "answer", "concurrency_limit": 8}
+        hidden = {"show_progress": "hidden", "api_visibility": "private"}
+        # Made one after another, so that no older view of a conversation comes after a newer one.
+        quick: dict[str, Any] = {**hidden, "concurrency_id": "view", "concurrency_limit": 1}
+        answers: dict[str, Any] = {**hidden, "concurrency_id": "answer", "concurrency_limit": 8}
 
         loaded = [language, *page.worded, page.question, *values, *view]
         page.demo.load(self.load, [page.sent], loaded, js="() => [lavis.kept()]", **quick)
@@ -147,7 +149,7 @@ class WebChat:
             self.refresh, shared, view, **quick
         )
         # Not in the queue: it must get through when the queue is full.
-        page.stop.click(self.stop, None, None, queue=False, **quick)
+        page.stop.click(self.stop, None, None, queue=False, **hidden)
         page.undo.click(self.undo, shared, [page.question, *view], **quick)
         page.clear.click(self.clear, shared, view, **quick)
         page.download.click(self.record, shared, [page.record], **quick).then(

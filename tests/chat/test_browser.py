@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -208,6 +209,109 @@ def test_bad_files_and_text_that_looks_like_html(
     shown = page.locator("#chat .user-row .said")
     expect(shown.locator("*")).to_have_count(0)
     assert shown.inner_text() == text
+
+
+def test_settings_keep_what_is_typed_at_once(visit: Any) -> None:
+    page = visit().page
+    # In the same moment in which they first appear: nothing may put the first values back.
+    page.evaluate("""() => {
+        document.querySelector("#toggle").click();
+        const box = document.querySelector("#set-max_new_tokens input");
+        box.value = "2";
+        box.dispatchEvent(new Event("input", {bubbles: true}));
+    }""")
+    page.locator("#example-0").click()
+    expect(waiting(page)).to_have_count(1)
+    ask(page, "Describe this image in detail.")
+    expect(page.locator("#chat .remark")).to_have_text(re.compile("The answer was cut"))
+    for name in ("do_sample", "repetition_penalty"):
+        label = page.locator(f"#set-{name} label")
+        assert label.evaluate("e => e.scrollWidth <= e.clientWidth")
+        assert label.evaluate("e => e.scrollHeight <= e.clientHeight")
+
+
+def test_paste_drop_and_take_off(visit: Any) -> None:
+    page = visit().page
+    content = base64.b64encode((PICTURES / "pair.png").read_bytes()).decode()
+    for kind, place in (("paste", "clipboardData"), ("drop", "dataTransfer")):
+        page.evaluate(
+            """([kind, place, content]) => {
+                const blob = new Blob([Uint8Array.from(atob(content), c => c.charCodeAt(0))]);
+                const data = new DataTransfer();
+                data.items.add(new File([blob], `${kind}.png`, {type: "image/png"}));
+                const event = new Event(kind, {bubbles: true, cancelable: true});
+                Object.defineProperty(event, place, {value: data});
+                document.querySelector("#question textarea").dispatchEvent(event);
+            }""",
+            [kind, place, content],
+        )
+        expect(page.locator(f"#waiting img[alt='{kind}.png']")).to_have_count(1)
+    page.get_by_title("Remove paste.png").click()
+    expect(waiting(page)).to_have_count(1)
+    expect(page.locator("#waiting img[alt='drop.png']")).to_have_count(1)
+    page.set_input_files("#files", [PICTURES / "pair.png"] * 17)
+    expect(page.get_by_text("At most 16 images go with one question.")).to_be_visible()
+    expect(waiting(page)).to_have_count(1)
+
+
+def test_copy(visit: Any) -> None:
+    visitor = visit()
+    page = visitor.page
+    visitor.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#example-0").click()
+    expect(waiting(page)).to_have_count(1)
+    ask(page, "What colour is the star?")
+    page.get_by_role("button", name="Copy").click()
+    expect(page.locator("button.copy.done")).to_have_count(1)
+    assert page.evaluate("navigator.clipboard.readText()") == "Blue."
+
+
+def test_a_reload_keeps_conversation_question_and_settings(
+    visit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visitor = visit()
+    page = visitor.page
+    monkeypatch.setattr(visitor.web, "_grace", 60)
+    page.locator("#example-0").click()
+    expect(waiting(page)).to_have_count(1)
+    choose(page, max_new_tokens=50)
+    ask(page, "What colour is the star?")
+    expect(answer(page, 0)).to_have_text("Blue.")
+    expect(page.locator("#send")).to_be_visible()
+    page.fill("#question textarea", "How many objects are there?")
+    page.reload()
+    expect(answer(page, 0)).to_have_text("Blue.")
+    expect(page.locator("#question textarea")).to_have_value("How many objects are there?")
+    choose(page)
+    expect(page.locator("#set-max_new_tokens input")).to_have_value("50")
+    page.press("#question textarea", "Enter")
+    expect(answer(page, 1)).to_have_text("Three.")
+
+
+def test_a_page_whose_server_was_restarted_says_so(browser: Any, toybox: Any) -> None:
+    from lavis.chat.web import WebChat
+
+    server = WebChat(toybox)
+    server.address = server.launch("127.0.0.1", 0)
+    visitor = Visitor(browser, server, "zh-CN")
+    page = visitor.page
+    page.locator("#example-0").click()
+    expect(waiting(page)).to_have_count(1)
+    server.close()
+    page.fill("#question textarea", "星形是什么颜色的？")
+    page.press("#question textarea", "Enter")
+    expect(page.get_by_text("连接已断开")).to_be_visible()
+    again = WebChat(toybox)
+    try:
+        again.launch("127.0.0.1", int(server.address.rsplit(":", 1)[1].strip("/")))
+        expect(page.get_by_text(re.compile("服务器已不再保存之前的对话"))).to_be_visible()
+        expect(page.locator("#question textarea")).to_have_value("星形是什么颜色的？")
+        expect(waiting(page)).to_have_count(0)
+        page.press("#question textarea", "Enter")
+        expect(page.locator("#chat .bot-row .copy")).to_have_count(1)
+    finally:
+        visitor.context.close()
+        again.close()
 
 
 def test_phone_width(visit: Any) -> None:
