@@ -30,16 +30,7 @@ with direct():
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from lavis.chat.web_page import (
-        CSS,
-        EXAMPLES,
-        SETTINGS,
-        Page,
-        chat_html,
-        chosen_settings,
-        script,
-        theme,
-    )  # fmt: skip
+    from lavis.chat.web_page import EXAMPLES, SETTINGS, Page, chat_html, chosen_settings, looks
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +86,9 @@ class WebChat:
     def launch(self, host: str, port: int, *, share: bool = False, root_path: str = "") -> str:
         """Serve the page; arguments, result and errors as :func:`serve`."""
         guard = Middleware(Guard, uploads=self.uploads, language=self._language)
-        looks = {"theme": theme(), "css": CSS, "head": script()}
         # Read at every upload and cache write: nothing lands in a folder that others share.
         os.environ["GRADIO_TEMP_DIR"] = str(self.uploads.folder)
-        return serve(self.demo, guard, host, port, share=share, root_path=root_path, **looks)
+        return serve(self.demo, guard, host, port, share=share, root_path=root_path, **looks())
 
     def wait(self) -> None:
         """Serve until Ctrl-C."""
@@ -124,7 +114,8 @@ class WebChat:
         answers: dict[str, Any] = {**hidden, "concurrency_id": "answer", "concurrency_limit": 8}
 
         loaded = [language, *page.worded, page.question, *values, *view]
-        page.demo.load(self.load, [page.sent], loaded, js="() => [lavis.kept()]", **quick)
+        kept = [page.sent, page.question]
+        page.demo.load(self.load, kept, loaded, js="() => lavis.kept()", **quick)
         # Not `change`: the answer to `load` is in that language already, and a second answer to
         # come would undo what the visitor does in the meantime.
         chosen = "(language, held) => (lavis.choose(language), [language, held])"
@@ -156,18 +147,18 @@ class WebChat:
             None, [page.record], None, js="lavis.save"
         )
 
-    def load(self, request: gr.Request, kept: str) -> list[Any]:
+    def load(self, request: gr.Request, held: str, question: str) -> list[Any]:
         """The page in the visitor's language, with what an earlier page of its tab kept."""
         language = language_of(request, self._language)
-        held, question = _kept(kept)
         words = [language, *self.page.words(language), question or gr.skip()]
         session = self.sessions.rename(held, request.session_hash, client_of(request))
         if session is None and held:
             self._tell(ToldError("forgotten"), language)
         if session is None:
             return [*words, *[gr.skip()] * (len(SETTINGS) + len(self.page.view))]
+        session.language = language
         values = session.values or [gr.skip()] * len(SETTINGS)
-        return [*words, *values, *self._view(session, language)]
+        return [*words, *values, *self._view(session)]
 
     def unload(self, request: gr.Request) -> None:
         """The tab is gone."""
@@ -175,6 +166,9 @@ class WebChat:
 
     def translate(self, request: gr.Request, language: str, held: str) -> list[Any]:
         """The page in another language."""
+        session = self.sessions.find(request.session_hash)
+        if session is not None:
+            session.language = language
         return [*self.page.words(language), *self.refresh(request, language, held)]
 
     def refresh(self, request: gr.Request, language: str, held: str) -> list[Any]:
@@ -182,7 +176,7 @@ class WebChat:
         session = self.sessions.find(request.session_hash)
         if session is None and held:
             self._tell(ToldError("forgotten"), language)
-        return self._view(session, language)
+        return self._view(session)
 
     def show(self, request: gr.Request, language: str, held: str, uploaded: str) -> list[Any]:
         """Take what the visitor uploaded; nothing else is opened, whatever the name says."""
@@ -190,7 +184,7 @@ class WebChat:
         names = _handed(uploaded)
         if isinstance(names, str) and names in _UPLOAD_ERRORS:
             self._tell(ToldError(names), language)
-            return self._view(session, language)
+            return self._view(session)
         for token in names[:MAX_FILES] if isinstance(names, list) else [names]:
             taken = self.uploads.take(client_of(request), token if isinstance(token, str) else "")
             if taken is None:
@@ -198,7 +192,7 @@ class WebChat:
                 continue
             self._show(session, *taken, language)
             taken[0].unlink(missing_ok=True)
-        return self._view(session, language)
+        return self._view(session)
 
     def _show(self, session: Session, path: Path, name: str, language: str) -> None:
         try:
@@ -213,7 +207,7 @@ class WebChat:
         def pick(request: gr.Request, language: str, held: str) -> list[Any]:
             session, _ = self._session(request, language, held)
             self._show(session, EXAMPLES[name], name, language)
-            return self._view(session, language)
+            return self._view(session)
 
         return pick
 
@@ -221,18 +215,17 @@ class WebChat:
         """Take a waiting image off."""
         session, _ = self._session(request, language, held)
         session.discard(_handed(number))
-        return self._view(session, language)
+        return self._view(session)
 
     def ask(
         self, request: gr.Request, language: str, held: str, question: str, *values: Any
     ) -> Iterator[list[Any]]:
         """Ask; the answer grows on the page. A question about what is forgotten is not asked."""
-        session, known = self._session(request, language, held)
+        session, known = self._session(request, language, held, "not_sent")
         text = str(question or "")
-        begin = session.conversation.ask
-        start = self._start(session, language, text, lambda **v: begin(text, **v), values, known)
+        start = self._start(session, language, text, values) if known else None
         if start is None:
-            yield [gr.skip(), *self._view(session, language)]
+            yield [gr.skip(), *self._view(session)]
             return
         first = True
         for view in self._follow(session, start, language):
@@ -244,36 +237,28 @@ class WebChat:
     ) -> Iterator[list[Any]]:
         """Answer the last question again."""
         session, known = self._session(request, language, held)
-        begin = session.conversation.retry
-        start = self._start(session, language, None, begin, values, known)
+        start = self._start(session, language, None, values) if known else None
         if start is None:
-            yield self._view(session, language)
+            yield self._view(session)
         else:
             yield from self._follow(session, start, language)
 
     def _start(
-        self,
-        session: Session,
-        language: str,
-        question: str | None,
-        begin: Callable[..., Answer],
-        values: tuple[Any, ...],
-        known: bool,
+        self, session: Session, language: str, question: str | None, values: tuple[Any, ...]
     ) -> Answer | None:
-        """Begin an answer, or say why not."""
+        """Begin to answer a question, or the last one again, or say why not."""
         conversation = session.conversation
         try:
-            if not known:
-                if question is None:
-                    return None
-                raise ToldError("not_sent")
             chosen = chosen_settings(values)
             if question is None and not conversation.exchanges:
                 raise ToldError("nothing_asked")
             if question is not None and not question.strip():
                 raise ToldError("empty_question")
             try:
-                answer = begin(**chosen)
+                if question is None:
+                    answer = conversation.retry(**chosen)
+                else:
+                    answer = conversation.ask(question, **chosen)
             except DataError as error:
                 named = (question or "").count(IMAGE_PLACEHOLDER)
                 number = len(conversation.waiting)
@@ -301,18 +286,18 @@ class WebChat:
         """
         session.answer = answer
         try:
-            yield self._view(session, language, answering=True)
+            yield self._view(session, answering=True)
             shown = time.monotonic()
             for _ in answer:
                 if time.monotonic() - shown >= _EVERY:
-                    yield self._view(session, language, answering=True)
+                    yield self._view(session, answering=True)
                     shown = time.monotonic()
         except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
             self._tell(error, language)
         finally:  # also when nobody listens any more
             if not answer.finished:
                 answer.cancel()
-        yield self._view(session, language, answering=True)
+        yield self._view(session, answering=True)
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that is being made."""
@@ -328,13 +313,13 @@ class WebChat:
             text = session.conversation.undo().text
         elif known:
             self._tell(ToldError("nothing_asked"), language)
-        return [text, *self._view(session, language)]
+        return [text, *self._view(session)]
 
     def clear(self, request: gr.Request, language: str, held: str) -> list[Any]:
         """Forget the conversation."""
         session, _ = self._session(request, language, held)
         session.close()
-        return self._view(session, language)
+        return self._view(session)
 
     def record(self, request: gr.Request, language: str, held: str) -> str:
         """The conversation as JSON; "" if it is forgotten."""
@@ -345,19 +330,21 @@ class WebChat:
         del record["settings"]  # those that the page began with; each answer has its own
         return json.dumps(record, ensure_ascii=False, indent=2)
 
-    def _session(self, request: gr.Request, language: str, held: str) -> tuple[Session, bool]:
+    def _session(
+        self, request: gr.Request, language: str, held: str, lost: str = "forgotten"
+    ) -> tuple[Session, bool]:
         """The visitor's session, and whether it is the one whose conversation the page shows."""
         known = not held or self.sessions.find(request.session_hash) is not None
         if not known:  # the server was started again, or it was idle longest of too many
-            self._tell(ToldError("forgotten"), language)
-        return self.sessions.get(request.session_hash, client_of(request)), known
+            self._tell(ToldError(lost), language)
+        session = self.sessions.get(request.session_hash, client_of(request))
+        session.language = session.language or language
+        return session, known
 
-    def _view(
-        self, session: Session | None, language: str, *, answering: bool = False
-    ) -> list[Any]:
-        texts = TEXTS[language]
+    def _view(self, session: Session | None, *, answering: bool = False) -> list[Any]:
         if session is None:
-            return [[], "", gr.update(visible=not answering), gr.update(visible=answering), ""]
+            return [[], "", gr.update(visible=True), gr.update(visible=False), ""]
+        texts = TEXTS[session.language]
         busy = answering or session.busy
         waiting = session.conversation.waiting
         return [
@@ -385,11 +372,3 @@ def _handed(text: str) -> Any:
         return json.loads(text or "[]")
     except (ValueError, RecursionError):
         return text
-
-
-def _kept(text: str) -> tuple[str, str]:
-    """The session that an earlier page of this tab showed, and the question in its box."""
-    kept = _handed(text)
-    values = [kept.get(name) if isinstance(kept, dict) else "" for name in ("held", "question")]
-    held, question = [value if isinstance(value, str) else "" for value in values]
-    return held, question

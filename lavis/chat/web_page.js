@@ -47,7 +47,7 @@ const lavis = {
 
   // Stored when a page goes and taken out when the next one comes: a duplicated tab finds nothing.
   kept() {
-    const kept = sessionStorage.getItem("lavis") ?? "";
+    const kept = JSON.parse(sessionStorage.getItem("lavis") ?? '["", ""]');
     sessionStorage.removeItem("lavis");
     return kept;
   },
@@ -65,7 +65,7 @@ const lavis = {
 window.addEventListener("pagehide", () => {
   const held = document.querySelector("#held textarea")?.value ?? "";
   const question = document.querySelector("#question textarea")?.value ?? "";
-  if (held || question) sessionStorage.setItem("lavis", JSON.stringify({held, question}));
+  if (held || question) sessionStorage.setItem("lavis", JSON.stringify([held, question]));
 });
 window.addEventListener("pageshow", event => event.persisted && lavis.kept());
 

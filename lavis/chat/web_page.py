@@ -170,33 +170,29 @@ def chat_html(content: str) -> Any:
     return gr.HTML(content, padding=False, render=False)
 
 
-def theme() -> Any:
-    """Colours, and fonts that the visitor's system has."""
-    return gr.themes.Base(
-        primary_hue="blue",
-        neutral_hue="slate",
-        font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    )
-
-
 _PICTURES = "\n".join(
     f"#example-{i} {{background-image: url({data_address(path)})}}"
     for i, path in enumerate(EXAMPLES.values())
 )
 
-CSS = Path(__file__).with_suffix(".css").read_text(encoding="utf-8") + _PICTURES
+_CSS = Path(__file__).with_suffix(".css")
+_SCRIPT = Path(__file__).with_suffix(".js")
 
-_SCRIPT = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
 
-
-def script() -> str:
-    """HTML of the page's own script and of what it has to know."""
+def looks() -> dict[str, Any]:
+    """Options of the launch: colours, fonts that the visitor's system has, the page's script."""
     known = {
-        "words": GRADIO,
-        "cookie": LANGUAGE_COOKIE,
-        "files": MAX_FILES,
-        "file_bytes": MAX_FILE_BYTES,
-        "upload_bytes": MAX_UPLOAD_BYTES,
+        "words": GRADIO, "cookie": LANGUAGE_COOKIE, "files": MAX_FILES,
+        "file_bytes": MAX_FILE_BYTES, "upload_bytes": MAX_UPLOAD_BYTES,
+    }  # fmt: skip
+    script = f"const KNOWN = {json.dumps(known)};\n{_SCRIPT.read_text(encoding='utf-8')}"
+    return {
+        "theme": gr.themes.Base(
+            primary_hue="blue",
+            neutral_hue="slate",
+            font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
+            font_mono=["ui-monospace", "monospace"],
+        ),
+        "css": _CSS.read_text(encoding="utf-8") + _PICTURES,
+        "head": f"<script>{script}</script>",
     }
-    return f"<script>const KNOWN = {json.dumps(known)};\n{_SCRIPT}</script>"

@@ -33,6 +33,7 @@ class Session:
     Attributes:
         name: of the page that shows it.
         client: the browser's secret.
+        language: that was chosen last; an event that was under way may still have the one before.
         thumbnails: of each image's number, as a ``data:`` address.
         values: of the settings at the latest question, as the page sent them.
         answer: the latest one.
@@ -43,6 +44,7 @@ class Session:
         self.name = name
         self.conversation = conversation
         self.client = client
+        self.language = ""
         self.thumbnails: dict[int, str] = {}
         self.values: tuple[Any, ...] = ()
         self.answer: Answer | None = None

@@ -45,17 +45,8 @@ def language_of(request: Any, default: str) -> str:
 
 def accepted_language(header: str) -> str:
     """The interface language for a browser's ``Accept-Language`` header."""
-    weighted = []
-    for part in header.split(","):
-        name, _, parameters = part.partition(";")
-        found = re.search(r"q\s*=\s*([\d.]+)", parameters)
-        try:
-            weight = float(found[1]) if found else 1.0
-        except ValueError:
-            weight = 0.0
-        weighted.append((weight, name.strip().lower()[:2]))
-    # The sort is stable: of equal weights the first one counts.
-    for _, name in sorted(weighted, key=lambda pair: -pair[0]):
-        if name in LANGUAGES:
-            return name
-    return "en"
+    found = re.findall(
+        r"(?:^|,)\s*(zh|en)\b[\w-]*\s*(?:;\s*q\s*=\s*([01](?:\.\d+)?))?", header, re.I
+    )
+    # Of equal weights the first one counts.
+    return str(max(found, key=lambda pair: float(pair[1] or 1), default=("en", ""))[0].lower())

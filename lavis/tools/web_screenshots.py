@@ -76,7 +76,7 @@ def _picture(
     page.locator("h1", has_text={"en": "Chat about", "zh": "看图"}[language]).wait_for()
     for turn, question in enumerate(questions):
         if turn == 0:
-            page.set_input_files("#entry input[type=file]", TOYBOX / "image" / "scene.png")
+            page.set_input_files("#files", TOYBOX / "image" / "scene.png")
             page.locator("#waiting img").wait_for()
         page.fill("#question textarea", question)
         page.press("#question textarea", "Enter")

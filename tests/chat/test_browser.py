@@ -300,7 +300,7 @@ def test_a_page_whose_server_was_restarted_says_so(browser: Any, toybox: Any) ->
     server.close()
     page.fill("#question textarea", "星形是什么颜色的？")
     page.press("#question textarea", "Enter")
-    expect(page.get_by_text("连接已断开")).to_be_visible()
+    expect(page.get_by_text("与服务器的连接已断开，正在重新连接……")).to_be_visible()
     again = WebChat(toybox)
     try:
         again.launch("127.0.0.1", int(server.address.rsplit(":", 1)[1].strip("/")))
