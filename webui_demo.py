@@ -28,8 +28,10 @@ def main() -> int:
     parser.add_argument("--lang", default="auto", choices=["zh", "en", "auto"])
     args = parser.parse_args()
     setup_logging()
-    if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("the web page needs Gradio: pip install 'lavis-minigpt4qwen[web]'")
+    if not all(map(importlib.util.find_spec, ("gradio", "markdown_it"))):
+        raise ConfigError(
+            "the web page needs Gradio and markdown-it-py: pip install 'lavis-minigpt4qwen[web]'"
+        )
     check_address(args.host, args.port)
     engine, settings, toybox = load_chat(args)
 

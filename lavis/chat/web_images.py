@@ -12,7 +12,7 @@ from lavis.common.images import open_image
 
 Image.init()
 # Less than all that Pillow knows: some of that runs other programs.
-_WANTED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+_WANTED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JXL")
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 MAX_PIXELS = LIMITS["megapixels"] * 10**6
 
