@@ -16,6 +16,7 @@ from PIL import Image
 from lavis.chat.conversation import Answer, Conversation, Exchange
 from lavis.chat.engine import ChatEngine, ChatImage
 from lavis.chat.settings import ChatSettings
+from lavis.common.images import as_image
 
 THUMBNAIL = 192  # pixels, longer side
 
@@ -120,15 +121,12 @@ class Sessions:
 
 def data_address(picture: Image.Image | Path) -> str:
     """A small copy as a ``data:`` address: what a page shows is never a file of the server."""
-    if isinstance(picture, Path):
-        with Image.open(picture) as opened:
-            picture = opened.convert("RGB")
-    small = picture.copy()
+    small = as_image(picture)
+    kind = "PNG" if max(small.size) <= THUMBNAIL else "JPEG"
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    small.save(buffer, "PNG" if max(picture.size) <= THUMBNAIL else "JPEG", quality=85)
-    kind = "png" if max(picture.size) <= THUMBNAIL else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    small.save(buffer, kind, quality=85)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def strip(session: Session, images: list[ChatImage] | tuple[ChatImage, ...], words: str) -> str:
