@@ -141,6 +141,7 @@ def test_a_ramp_of_16_bits_stays_one(kind: str, dtype: str) -> None:
         (LEVELS.astype(np.int64), LEVELS),
         (LEVELS.astype(np.float16) / 255, LEVELS),
         (np.array([[0, 255]], np.uint16), np.array([[0, 1]], np.uint8)),  # 16 bits, by their type
+        (np.array([[0, 255]], ">u2"), np.array([[0, 1]], np.uint8)),
         (np.array([[0.0, 0.5, 1.0]]), np.array([[0, 128, 255]], np.uint8)),
     ],
 )
