@@ -53,6 +53,19 @@ def test_no_star_import(path: Path) -> None:
             assert all(alias.name != "*" for alias in node.names)
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_pictures_are_read_in_one_place(path: Path) -> None:
+    if path.relative_to(ROOT / "lavis").as_posix() == "common/images.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            called = ast.unparse(node.func)
+            assert called not in ("Image.open", "ImageOps.exif_transpose"), f"{path}: {called}"
+            values = [*node.args, *(keyword.value for keyword in node.keywords)]
+            literals = [v.value for v in values if isinstance(v, ast.Constant)]
+            assert node.func.attr != "convert" or "RGB" not in literals, f"{path}: {called}"
+
+
 @pytest.mark.parametrize(
     "config", [MiniGPT4QwenConfig, ViTConfig, QFormerConfig, RunConfig, DatasetConfig, BuildInfo]
 )

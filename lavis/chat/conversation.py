@@ -7,10 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-
-from PIL import Image
 
 from lavis.chat.cache import ConversationCache
 from lavis.chat.engine import ChatEngine, ChatImage, TokenChooser
@@ -92,11 +89,11 @@ class Conversation:
         """All images, in the order in which they were shown."""
         return [i for e in self.exchanges for i in e.images] + self.waiting
 
-    def show(self, *images: Image.Image | str | Path | ChatImage) -> list[ChatImage]:
-        """Show images with the next question.
+    def show(self, *images: object) -> list[ChatImage]:
+        """Show images with the next question: encoded ones, or what ``encode_image`` takes.
 
         Raises:
-            DataError: a file is missing or no image; then none of them is shown.
+            DataError: one is missing or no image; then none of them is shown.
         """
         new = [
             image if isinstance(image, ChatImage) else self.engine.encode_image(image)

@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from transformers import (
 from lavis.chat.cache import ConversationCache
 from lavis.chat.settings import ChatSettings
 from lavis.common.errors import DataError, WeightsError
-from lavis.common.images import open_image
+from lavis.common.images import as_image
 
 if TYPE_CHECKING:
     from lavis.models import MiniGPT4Qwen
@@ -64,20 +65,20 @@ class ChatEngine:
         self._processor = processor
         self._lock = threading.Lock()  # one forward pass at a time: bounded memory
 
-    def encode_image(self, image: Image.Image | Tensor | str | Path, name: str = "") -> ChatImage:
+    def encode_image(self, image: object, name: str = "") -> ChatImage:
         """Encode an image, once for all turns.
 
         Args:
-            image: a picture, its file, or the (3, H, W) tensor that a processor made of it.
+            image: what :func:`~lavis.common.images.as_image` takes (a path, a Pillow image, an
+                array, bytes, a file), or the (3, H, W) tensor that a processor made of it.
             name: how it is shown; the file's name by default.
 
         Raises:
-            DataError: the file is no image, or a tensor has the wrong shape.
+            DataError: it is no image, or a tensor has the wrong shape.
         """
-        if isinstance(image, str | Path):
+        if isinstance(image, str | PathLike):
             name = name or Path(image).name
-            image = open_image(Path(image))
-        pixels = image if isinstance(image, Tensor) else self._processor(image.convert("RGB"))
+        pixels = image if isinstance(image, Tensor) else self._processor(as_image(image))
         with self._lock, torch.no_grad():
             embeds = self.model.encode_image(pixels[None].to(self.model.device))[0]
         return ChatImage(name or "image", embeds, next(_NUMBERS))

@@ -18,7 +18,7 @@ from PIL import Image
 from lavis.chat.conversation import Answer, Conversation, Exchange
 from lavis.chat.engine import ChatEngine, ChatImage
 from lavis.chat.settings import ChatSettings
-from lavis.common.images import open_image
+from lavis.common.images import as_image
 
 THUMBNAIL = 192  # pixels, longer side
 
@@ -155,12 +155,12 @@ class Sessions:
 
 def data_address(picture: Image.Image | Path) -> str:
     """A small copy as a ``data:`` address: what a page shows is never a file of the server."""
-    small = (open_image(picture) if isinstance(picture, Path) else picture).copy()
-    kind = "png" if max(small.size) <= THUMBNAIL else "jpeg"
+    small = as_image(picture)
+    kind = "PNG" if max(small.size) <= THUMBNAIL else "JPEG"
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    small.save(buffer, kind.upper(), quality=85)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    small.save(buffer, kind, quality=85)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def strip(session: Session, images: Sequence[ChatImage], words: str, discard: str = "") -> str:

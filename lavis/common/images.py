@@ -226,12 +226,12 @@ def _to_8_bits(levels: np.ndarray, name: str) -> np.ndarray:
         return levels.astype(np.uint8)
     if kind not in "buif":
         raise DataError(f"{name} holds {levels.dtype}, not numbers")
-    low, high = levels.min(), levels.max()
+    low, high = float(levels.min()), float(levels.max())
     if not (low >= 0 and high <= 65535):  # NaN is not either
         raise DataError(
             f"{name} holds levels from {low} to {high}; scale them to 0..1, 0..255 or 0..65535"
         )
-    full = 65535 if levels.dtype == np.uint16 or high > 255 else 255
+    full = 65535 if levels.dtype.newbyteorder("=") == np.uint16 or high > 255 else 255
     if kind == "b" or (kind == "f" and high <= 1):
         full = 1
-    return np.rint(levels * (255.0 / full)).astype(np.uint8)
+    return np.rint(levels.astype(np.float64) * (255 / full)).astype(np.uint8)

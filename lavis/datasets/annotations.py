@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from lavis.common.errors import DataError
+from lavis.common.images import refuse_address
 from lavis.common.paths import is_file
 from lavis.common.types import IMAGE_PLACEHOLDER, BadSample
-from lavis.processors.conversation import SYSTEM_PROMPT, Turn
+from lavis.processors.conversation import IMAGE, SYSTEM_PROMPT, Turn
 
 logger = logging.getLogger(__name__)
 _NOT_JSON = (ValueError, RecursionError)  # what `json.loads` raises
-_IMAGE_SPAN = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 _READ = ("id", "image", "images", "video", "videos", "words", "kind", "language", "system")
 _OWN = {
     "minigpt4qwen": ("instruction", "output", "input", "history"),
@@ -47,12 +48,15 @@ _FOREIGN = {
     "conversation": "turns of another format",
     "chosen": "a pair of answers",
     "rejected": "a pair of answers",
+    "rejected_response": "a pair of answers",
     "tools": "tools",
+    "functions": "tools",
     "audio": "sound",
     "audios": "sound",
     "objects": "places in the image",
     "bbox": "places in the image",
 }  # what would be lost
+_MEDIA = re.compile(r"(?i)(?<![a-z])(image|img|photo|picture|video|frames)")
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,10 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
     if path.suffix.lower() == ".jsonl":
-        if text.lstrip().startswith("["):
+        if found := re.match(r"\s*(\[|{\s*\n)", text):
+            what = "a list" if found[1] == "[" else "one object over several lines"
             raise DataError(
-                f"{path} holds a list, where a .jsonl file has an object on each line; rename it "
+                f"{path} holds {what}, where a .jsonl file has an object on each line; rename it "
                 "to .json"
             )
         return list(_read_lines(text))
@@ -170,7 +175,10 @@ def _check_keys(raw: dict[str, Any], record_format: str) -> list[str]:
             )
     known = (*own, *_READ)
     unread = [key for key in given if key not in known]
+    shown = any(raw.get(key) for key in ("image", "images", "video", "videos", "words"))
     for key in unread:
+        if not shown and isinstance(raw[key], str | list) and _MEDIA.search(key):
+            raise DataError(f"`{key}` is not read; name files in `image` or `video`")
         if key in _FOREIGN or any(key in keys for keys in _OWN.values()):
             raise DataError(
                 f"`{key}` ({_FOREIGN.get(key, 'turns')}) is not read in format {record_format} and "
@@ -200,7 +208,7 @@ def _from_minigpt4qwen(sample_id: str, raw: dict[str, Any], root: Path | None) -
     if more := raw.get("input"):
         if not isinstance(more, str) or len(questions) > 1:
             raise DataError(f"`input` must be a text, and `instruction` one too, not {more!r:.60}")
-        questions = [f"{questions[0]}\n{more}"]
+        questions = ["\n".join(filter(None, (questions[0], more)))]
     turns: list[Turn] = []
     for pair in [*_history(raw), *zip(questions, answers, strict=True)]:
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
@@ -222,7 +230,7 @@ def _from_llava(sample_id: str, raw: dict[str, Any], root: Path | None) -> Recor
     messages = raw.get("conversations")
     if not isinstance(messages, list) or not messages:
         raise DataError(f"`conversations` must be {_TURNS['llava']}")
-    marks = ("<image>", "<video>") if raw.get("video") or raw.get("videos") else ("<image>",)
+    marks = "<image>" if raw.get("image") or raw.get("images") else "<image>|<video>"
     turns: list[Turn] = []
     for i, message in enumerate(messages):
         expected = "human" if i % 2 == 0 else "gpt"
@@ -238,9 +246,7 @@ def _from_llava(sample_id: str, raw: dict[str, Any], root: Path | None) -> Recor
                 f"{source!r:.30}{why}"
             )
         if expected == "human":
-            for mark in marks:
-                text = text.replace(mark, _IMAGE_SPAN)
-            turns.append(Turn("user", text))
+            turns.append(Turn("user", re.sub(marks, IMAGE, text)))
         else:
             turns.append(Turn("assistant", text))
     if len(turns) % 2:
@@ -274,6 +280,7 @@ def _record(sample_id: str, turns: list[Turn], raw: dict[str, Any], root: Path |
     for name in [*names, *([video] if video else [])]:
         if not isinstance(name, str):
             raise DataError(f"an image or video must be a file name, not {name!r:.60}")
+        refuse_address(name)
     words = raw.get("words") or []
     if not isinstance(words, list) or not all(isinstance(w, str) and w.strip() for w in words):
         raise DataError(f"`words` must be a list of phrases, not {words!r:.60}")
@@ -287,7 +294,8 @@ def _record(sample_id: str, turns: list[Turn], raw: dict[str, Any], root: Path |
     if placeholders != media:
         what = "video" if video else "image" if media == 1 else "images"
         llava = "conversations" in raw
-        mark = ("<video>" if video else "<image>") if llava else IMAGE_PLACEHOLDER
+        said = "<video>" in str(raw.get("conversations")) and not names
+        mark = ("<video>" if video or said else "<image>") if llava else IMAGE_PLACEHOLDER
         raise DataError(
             f"{placeholders} {mark} placeholder{'s' * (placeholders != 1)} in the "
             f"{'questions' if llava else 'instruction'} but {media} {what}; the numbers must be "

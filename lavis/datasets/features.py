@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from lavis.common.errors import DataError
-from lavis.common.images import open_image
+from lavis.common.images import IMAGE_READING, open_image
 from lavis.datasets.feature_store import FeatureStore
 
-_FORMAT = 1  # counts changes of this package's own transforms and encoding that change features
+_FORMAT = 1, IMAGE_READING  # counts changes of the transforms and of the encoding beside it
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class CachedFeatures:
 
     def key(self, path: Path, view: int) -> bytes:
         """32 bytes for a view of an image whose hash is known."""
-        parts = [_FORMAT, self.encoder, self.transform, str(self.store.dtype)]
+        parts: list[object] = [_FORMAT, self.encoder, self.transform, str(self.store.dtype)]
         parts += [self.digests[path], view]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).digest()
 

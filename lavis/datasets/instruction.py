@@ -112,8 +112,8 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         left = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns if t.role == "user")
         if left != images:
             raise DataError(
-                f"the text processor leaves {left} of {images} image placeholders: an image stands "
-                "past its max_words, or it removes them; use base_instruction"
+                f"the text processor makes {left} image placeholders of {images}; it must not "
+                f"write {IMAGE_PLACEHOLDER}"
             )
         return turns
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
 
 from lavis.common.errors import DataError
+from lavis.common.images import to_rgb
+from lavis.common.packages import check_packages
 
 
 def frame_indices(total: int, max_frames: int) -> list[int]:
@@ -48,7 +51,8 @@ def open_frames(path: Path, max_frames: int) -> list[Image.Image]:
         with av.open(str(path)) as container:
             for i, frame in enumerate(container.decode(video=0)):
                 if i in set(wanted):
-                    frames.append(frame.to_image())
+                    # a phone films on its side, and says so
+                    frames.append(to_rgb(frame.to_image().rotate(frame.rotation, expand=True)))
                 if len(frames) == len(wanted):
                     return frames
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -56,9 +60,9 @@ def open_frames(path: Path, max_frames: int) -> list[Image.Image]:
     raise DataError(f"{path} ends after {len(frames)} of the {len(wanted)} frames wanted")
 
 
+@cache
 def _import_av():  # type: ignore[no-untyped-def]
-    try:
-        import av
-    except ImportError as error:
-        raise DataError("videos need PyAV: pip install 'lavis-minigpt4qwen[video]'") from error
+    check_packages("video", "a video")  # an older PyAV does not say which way up a frame is
+    import av
+
     return av

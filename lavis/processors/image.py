@@ -7,6 +7,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from lavis.common.images import to_rgb
 from lavis.processors.config import CLIP_MEAN, CLIP_STD, ImageEvalConfig, ImageTrainConfig
 
 
@@ -28,7 +29,7 @@ class ImageProcessor:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return a (3, H, W) float tensor."""
-        return self.transform(image.convert("RGB"))
+        return self.transform(to_rgb(image))
 
 
 class BlipImageEval(ImageProcessor):

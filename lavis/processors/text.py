@@ -41,15 +41,16 @@ class BlipCaption:
         return self.config.prompt + _first_words(text, self.config.max_words)
 
 
-_IMAGES = re.compile(rf"(?:<Img>)?(?:{IMAGE_PLACEHOLDER})+(?:</Img>)?")
-_STAND_IN = "\ue000"  # no letter, no space, no punctuation: processors pass it on
+_IMAGES = re.compile(rf"((?:(?<!\s)\s+)?(?:<Img>\s*)?(?:{IMAGE_PLACEHOLDER})+(?:\s*</Img>)?\s*)")
 
 
 def process_around_images(processor: Callable[[str], str], text: str) -> str:
-    """Apply a text processor to a question, but not to what marks its images in it."""
-    images = iter(_IMAGES.findall(text))
-    processed = processor(_IMAGES.sub(_STAND_IN, text))
-    return re.sub(_STAND_IN, lambda _: next(images, _STAND_IN), processed)
+    """Apply a text processor to each stretch of a question between images, and to nothing else."""
+    parts = _IMAGES.split(text)  # stretches of text at even places
+    return "".join(
+        part if i % 2 or (not part and len(parts) > 1) else processor(part)
+        for i, part in enumerate(parts)
+    )
 
 
 def _first_words(text: str, count: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavis.common.cli import printable
+from lavis.common.images import open_image
 from lavis.tasks.scoring import Prediction
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ def draw_answers(
     a font for it is installed; elsewhere the grid shows English and the log says so.
     """
     from matplotlib.figure import Figure
-    from PIL import Image
 
     font = _cjk_font()
     asked = [p for p in _take_turns(predictions) if not p.skipped]
@@ -41,8 +41,7 @@ def draw_answers(
     for axes in grid:
         axes.set_axis_off()
     for axes, prediction in zip(grid, shown, strict=False):
-        with Image.open(prediction.image) as image:
-            axes.imshow(image.convert("RGB"))
+        axes.imshow(open_image(prediction.image))
         verdict = "" if prediction.right else f"\n(truth: {_wrapped(prediction.truth)})"
         axes.set_title(
             f"{_wrapped(prediction.question)}\n{_wrapped(prediction.answer)}{verdict}",

@@ -379,6 +379,48 @@ def test_llava_speaks_of_its_own_marks(media: Path, talk: Any, more: Any, messag
     assert reason(media, {"conversations": said, **more}, "llava").startswith(message)
 
 
+@pytest.mark.parametrize("names", [None, "a.png"])
+def test_a_video_mark_without_a_video(media: Path, names: Any) -> None:
+    said = [{"from": "human", "value": "<video> q"}, {"from": "gpt", "value": "a"}]
+    found = reason(media, {"conversations": said, "image": names}, "llava")
+    assert found.startswith(
+        "0 <image> placeholders in the questions but 1 image;"
+        if names
+        else "1 <video> placeholder in the questions but 0 images;"
+    )
+
+
+@pytest.mark.parametrize(
+    "key", ["image_path", "Image", "img", "imageUrl", "video_path", "my_photos"]
+)
+def test_media_under_a_name_that_is_not_read(media: Path, key: str) -> None:
+    record = {"instruction": "q", "output": "a"}
+    wanted = f"`{key}` is not read; name files in `image` or `video`"
+    for value in ("a.png", ["a.png"]):
+        assert reason(media, record | {key: value}) == wanted
+    shown = record | {"instruction": ASK, "image": "a.png", key: "b.png"}  # about the one that is
+    others = [record | {key: value} for value in (None, "", [], 7, True)]
+    others += [record | {"framework": "x", "imagine": "x"}]
+    assert all(isinstance(r, Record) for r in read(media, [shown, *others]))
+
+
+def test_an_address_in_place_of_a_file(media: Path) -> None:
+    for key, name in (("image", "https://a.b/c.png"), ("videos", ["s3://a/v.mp4"])):
+        found = reason(media, {key: name, "instruction": ASK, "output": "a"})
+        assert found.endswith("is an address, not a file: download it first")
+
+
+def test_input_without_an_instruction(media: Path) -> None:
+    (record,) = read(media, [{"instruction": "", "input": "cat", "output": "a"}])
+    assert isinstance(record, Record) and record.turns[0].text == "cat"
+
+
+def test_one_object_over_several_lines_of_a_jsonl_file(media: Path) -> None:
+    text = '\ufeff{ \n "annotations": []\n}'
+    with pytest.raises(DataError, match=r"holds one object over several lines, where .* to \.json"):
+        read(media, text, name="ann.jsonl")
+
+
 def test_role_and_content_in_llava(media: Path) -> None:
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert reason(media, {"conversations": said}, "llava") == (

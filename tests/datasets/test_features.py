@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lavis.common import hashing
+from lavis.common import hashing, images
 from lavis.common.errors import DataError
 from lavis.common.hashing import FileHashes
 from lavis.common.registry import PROCESSORS
+from lavis.datasets import features
 from lavis.datasets.feature_store import FeatureStore
 from lavis.datasets.features import (
     CachedFeatures,
@@ -110,6 +111,17 @@ class _Custom:
 def processor(name: str, **options: Any) -> Any:
     config = ImageTrainConfig if "train" in name else ImageEvalConfig
     return PROCESSORS.get(name)(config(name, **options))
+
+
+def test_features_of_another_reading_of_pictures_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {tmp_path: "a"}
+    cached = CachedFeatures(fill(tmp_path, []), "e", "t", 1, digests, {})
+    before = cached.key(tmp_path, 0)
+    assert features._FORMAT == (1, images.IMAGE_READING)
+    monkeypatch.setattr(features, "_FORMAT", (1, images.IMAGE_READING + 1))
+    assert cached.key(tmp_path, 0) != before
 
 
 def test_what_a_transform_is() -> None:

@@ -14,12 +14,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lavis.common.errors import ConfigError, DataError
+from lavis.common.registry import PROCESSORS
 from lavis.common.schema import (
     AnnotationConfig,
     BuildInfo,
     DatasetConfig,
     ImagesConfig,
     PreprocessConfig,
+    ProcessorConfig,
     SplitProcessors,
 )
 from lavis.common.types import BadSample, Batch, Sample
@@ -248,11 +250,22 @@ def test_image_damaged_after_the_check(root: Path, tokenizer: Any) -> None:
     )
 
 
-def test_text_processor_that_loses_the_placeholder(root: Path, tokenizer: Any) -> None:
-    short = SplitProcessors(train=BaseTextConfig("base_text", max_words=1))
-    write(root, {"image": "0.png", "instruction": "WHAT is <ImageHere>?", "output": "a"})
-    with pytest.raises(DataError, match="the text processor leaves 0 of 1 image placeholders: an"):
-        build(root, tokenizer, text_processor=short)
+class Show:
+    """A third party's text processor that writes what it must not."""
+
+    def __init__(self, config: ProcessorConfig) -> None:
+        self.config = config
+
+    def __call__(self, text: str) -> str:
+        return f"<ImageHere>{text}"
+
+
+def test_text_processor_that_adds_a_placeholder(root: Path, tokenizer: Any) -> None:
+    if "test_show" not in PROCESSORS:
+        PROCESSORS.register("test_show", config=ProcessorConfig)(Show)
+    show = SplitProcessors(train=ProcessorConfig("test_show"))
+    with pytest.raises(DataError, match="the text processor makes 2 image placeholders of 1; it "):
+        build(root, tokenizer, text_processor=show)
 
 
 @pytest.mark.parametrize(
@@ -260,9 +273,9 @@ def test_text_processor_that_loses_the_placeholder(root: Path, tokenizer: Any) -
     [
         (
             BlipCaptionConfig("blip_caption", prompt="say: "),
-            "say: <Img><ImageHere></Img> what is it",
+            "<Img><ImageHere></Img> say: what is it",
         ),
-        (BaseTextConfig("base_text", max_words=3), "<Img><ImageHere></Img> what is"),
+        (BaseTextConfig("base_text", max_words=2), "<Img><ImageHere></Img> what is"),
     ],
 )
 def test_text_processors_leave_images_alone(

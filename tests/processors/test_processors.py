@@ -22,7 +22,7 @@ from lavis.processors.config import (
     ImageTrainConfig,
 )
 from lavis.processors.image import Blip2ImageTrain, BlipImageEval
-from lavis.processors.text import BaseInstruction, BaseText, BlipCaption
+from lavis.processors.text import BaseInstruction, BaseText, BlipCaption, process_around_images
 from lavis.processors.tokenizer import QwenTokenizer
 from tests.conftest import TOY
 
@@ -107,6 +107,35 @@ def test_blip_caption() -> None:
     processor = BlipCaption(BlipCaptionConfig("blip_caption", prompt="a photo of ", max_words=3))
     assert processor("A  (Red) square!\n") == "a photo of a red square"
     assert processor("one two three four") == "a photo of one two three"
+
+
+IMAGE = "<Img><ImageHere></Img>"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (f"{IMAGE} What IS it?", f"{IMAGE} what is"),
+        ("<ImageHere>\n<ImageHere>What IS it?", "<ImageHere>\n<ImageHere>what is"),
+        ("<Img> <ImageHere><ImageHere> </Img>  A B C", "<Img> <ImageHere><ImageHere> </Img>  a b"),
+        (f"What IS it? {IMAGE}", f"what is {IMAGE}"),  # images past max_words stay
+        (f"A B C {IMAGE} D E F {IMAGE}\n", f"a b {IMAGE} d e {IMAGE}\n"),
+        ("A \ue000 <imagehere> B", "a \ue000"),
+        (IMAGE, IMAGE),
+        ("", ""),
+    ],
+)
+def test_texts_are_processed_around_images(text: str, wanted: str) -> None:
+    processor = BaseText(BaseTextConfig("base_text", max_words=2))
+    assert process_around_images(processor, text) == wanted
+    whole = BaseInstruction(BaseInstructionConfig("base_instruction"))
+    assert process_around_images(whole, text) == text
+
+
+def test_a_prompt_stands_before_text_and_not_before_an_image() -> None:
+    caption = BlipCaption(BlipCaptionConfig("blip_caption", prompt="see ", max_words=2))
+    assert process_around_images(caption, f"{IMAGE} (What) IS it") == f"{IMAGE} see what is"
+    assert process_around_images(caption, "") == "see "
 
 
 # --- the vocabulary -------------------------------------------------------------------------

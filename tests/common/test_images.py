@@ -1,0 +1,507 @@
+"""Pictures: which pixels a file or an object stands for, and what is said if it holds none."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import struct
+import sys
+import types
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from lavis.common import images
+from lavis.common.errors import DataError
+from lavis.common.images import as_image, open_image, to_rgb
+
+SEEN = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+LEVELS = np.arange(0, 256, 5, dtype=np.uint8)[None].repeat(2, 0)
+TURNS = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.T,
+    6: lambda x: x.T[::-1],  # the camera's top is the right side of what is stored: quarter left
+    7: lambda x: x[::-1, ::-1].T,
+    8: lambda x: x.T[:, ::-1],
+}  # what a camera stores of what it sees
+
+
+def gray(image: Image.Image) -> np.ndarray:
+    """Levels of an RGB picture whose channels are equal."""
+    pixels = np.asarray(image)
+    assert image.mode == "RGB" and (pixels == pixels[..., :1]).all()
+    return pixels[..., 0]
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def oriented(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+def png(size: tuple[int, int], depth: int, colour: int, rows: bytes, key: bytes) -> bytes:
+    """A PNG with a transparent colour, by hand: Pillow does not write these depths."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+# --- the right way up -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_every_orientation_is_upright(kind: str, orientation: int) -> None:
+    blocks = SEEN.repeat(16, 0).repeat(16, 1)
+    stored = Image.fromarray(np.ascontiguousarray(TURNS[orientation](blocks)))
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    content = saved(stored.convert("RGB"), kind, exif=oriented(orientation), **options)
+    image = as_image(content)
+    assert image.size == (96, 64)
+    error = np.abs(np.asarray(image).astype(int) - blocks[..., None])
+    assert error.max() <= (12 if kind == "JPEG" else 0)
+    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(image))  # turned once
+    assert np.array_equal(np.asarray(to_rgb(Image.open(io.BytesIO(content)))), np.asarray(image))
+
+
+def test_the_table_of_orientations_is_pillows() -> None:
+    for orientation in range(1, 9):
+        image = Image.fromarray(SEEN)
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        assert np.array_equal(gray(to_rgb(image)), np.asarray(ImageOps.exif_transpose(image)))
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"",
+        b"Exif\0\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"\xff" * 40,
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x09",
+    ],
+)
+def test_damaged_exif_leaves_the_picture_as_it_is(exif: bytes) -> None:
+    image = Image.fromarray(SEEN)
+    image.info["exif"] = exif
+    assert np.array_equal(gray(to_rgb(image)), SEEN)
+    flat = saved(Image.new("L", (6, 4), 100), "JPEG", exif=exif)
+    assert gray(as_image(flat)).tolist() == [[100] * 6] * 4
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 300])
+def test_an_orientation_that_is_none(orientation: int) -> None:
+    content = saved(Image.fromarray(SEEN), exif=oriented(orientation))
+    assert np.array_equal(gray(as_image(content)), SEEN)
+
+
+# --- more than 8 bits -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_a_ramp_of_16_bits_stays_one(kind: str, dtype: str) -> None:
+    image = Image.fromarray((LEVELS.astype(np.uint16) * 257).astype(dtype))
+    assert np.array_equal(gray(to_rgb(image)), LEVELS)
+    if (kind, dtype) != ("PPM", ">u2"):  # which Pillow does not write
+        assert np.array_equal(gray(as_image(saved(image, kind))), LEVELS)
+
+
+@pytest.mark.parametrize(
+    ("levels", "wanted"),
+    [
+        (LEVELS.astype(np.int32) * 257, LEVELS),
+        (LEVELS.astype(np.int32), LEVELS),  # as Pillow converts L to I
+        (LEVELS.astype(np.float32) / 255, LEVELS),
+        (LEVELS.astype(np.float32), LEVELS),
+        (LEVELS.astype(np.float32) * 257, LEVELS),
+        (LEVELS > 99, (LEVELS > 99) * np.uint8(255)),
+        (LEVELS.astype(np.int64), LEVELS),
+        (LEVELS.astype(np.float16) / 255, LEVELS),
+        (np.array([[0, 255]], np.uint16), np.array([[0, 1]], np.uint8)),  # 16 bits, by their type
+        (np.array([[0, 255]], ">u2"), np.array([[0, 1]], np.uint8)),
+        (np.array([[0.0, 0.5, 1.0]]), np.array([[0, 128, 255]], np.uint8)),
+    ],
+)
+def test_levels_are_scaled_by_type_and_content(levels: np.ndarray, wanted: np.ndarray) -> None:
+    assert np.array_equal(gray(as_image(levels)), wanted)
+    if levels.dtype in (np.int32, np.float32):
+        assert np.array_equal(gray(to_rgb(Image.fromarray(levels))), wanted)
+        assert np.array_equal(gray(as_image(saved(Image.fromarray(levels), "TIFF"))), wanted)
+
+
+@pytest.mark.parametrize("levels", [[np.nan, 1], [0, np.inf], [-np.inf, 0], [-1, 2], [0, 65536]])
+def test_levels_of_no_known_range(levels: list[float]) -> None:
+    image = Image.fromarray(np.array([levels], np.float32))
+    low, high = np.min(levels), np.max(levels)
+    with pytest.raises(DataError, match=rf"the image holds levels from {low:.1f} to {high:.1f}; "):
+        to_rgb(image)
+
+
+# --- transparency ---------------------------------------------------------------------------
+
+
+def test_alpha_is_put_on_white() -> None:
+    rgba = Image.fromarray(np.array([[[0, 100, 255, a] for a in (0, 51, 128, 255)]], np.uint8))
+    wanted = [[255, 255, 255], [204, 224, 255], [127, 177, 255], [0, 100, 255]]
+    for kind in ("PNG", "TIFF", "WEBP"):
+        options: dict[str, Any] = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+        assert np.asarray(as_image(saved(rgba, kind, **options)))[0].tolist() == wanted
+    assert np.asarray(as_image(np.asarray(rgba)))[0].tolist() == wanted
+    two = Image.merge("LA", (Image.new("L", (1, 1), 0), Image.new("L", (1, 1), 51)))
+    for kind in ("PNG", "TIFF"):
+        assert gray(as_image(saved(two, kind))).tolist() == [[204]]
+
+
+def test_transparent_palette_entries() -> None:
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
+    image.putpalette([0, 0, 0, 10, 20, 30, 255, 0, 0])
+    for transparency in (1, b"\xff\x00\xff"):
+        content = saved(image, transparency=transparency)
+        wanted = [[0, 0, 0], [255, 255, 255], [255, 0, 0]]
+        assert np.asarray(as_image(content))[0].tolist() == wanted
+    half = saved(image, transparency=b"\xff\x33\xff")
+    assert np.asarray(as_image(half))[0, 1].tolist() == [206, 208, 210]
+    quantized = Image.new("RGBA", (1, 1), (255, 0, 0, 0)).quantize()
+    assert np.asarray(to_rgb(quantized)).tolist() == [[[255, 255, 255]]]
+    pa = Image.new("RGBA", (1, 1), (255, 0, 0, 0)).convert("PA")
+    assert np.asarray(to_rgb(pa)).tolist() == [[[255, 255, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (png((3, 1), 8, 0, b"\0\x00\x64\xc8", b"\0\x64"), [0, 255, 200]),
+        (png((2, 1), 16, 0, b"\0" + struct.pack(">2H", 0x6464, 0x6465), b"\x64\x64"), [255, 100]),
+        (png((2, 1), 16, 0, b"\0" + struct.pack(">2H", 0, 0xC8C8), b"\0\0"), [255, 200]),
+        (png((4, 1), 2, 0, b"\0\x1b", b"\0\1"), [0, 255, 170, 255]),
+        (png((2, 1), 4, 0, b"\0\x5a", b"\0\5"), [255, 170]),
+        (png((2, 1), 1, 0, b"\0\x40", b"\0\0"), [255, 255]),
+        (png((2, 1), 8, 2, b"\0\1\1\1\2\2\2", b"\0\1\0\1\0\1"), [255, 2]),
+        (png((2, 1), 16, 2, b"\0" + b"\x64\x32" * 3 + b"\x65\0" * 3, b"\x64\x32" * 3), [255, 101]),
+    ],
+    ids=["L", "I;16", "black I;16", "2 bits", "4 bits", "1 bit", "RGB", "RGB of 16 bits"],
+)
+def test_a_transparent_colour(content: bytes, wanted: list[int]) -> None:
+    assert gray(as_image(content)).tolist() == [wanted]
+
+
+# --- other modes, animations, shapes --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "RGBa", "LA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"]
+)
+def test_modes(mode: str) -> None:
+    image = Image.new("RGB", (2, 1), (255, 255, 255))
+    if mode == "LAB":
+        from PIL import ImageCms
+
+        profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")  # type: ignore[assignment]
+    else:
+        image = image.convert("RGBA" if mode == "RGBa" else mode).convert(mode)
+    assert (np.asarray(to_rgb(image)) >= (254 if mode == "LAB" else 255)).all()
+
+
+def test_the_inverted_cmyk_of_a_jpeg() -> None:
+    content = saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
+    assert np.abs(np.asarray(as_image(content))[4, 4].astype(int) - [255, 0, 0]).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_the_first_picture_of_an_animation(kind: str) -> None:
+    first = Image.fromarray(np.array([[[200, 0, 0, 255], [9, 9, 9, 0]]], np.uint8))
+    more = [Image.new("RGBA", (2, 1), (0, 200, 0, 255))] * 2
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    content = saved(first, kind, save_all=True, append_images=more, **options)
+    assert np.asarray(as_image(content))[0].tolist() == [[200, 0, 0], [255, 255, 255]]
+
+
+def test_a_very_long_picture(tmp_path: Path) -> None:
+    Image.new("L", (10_000, 1), 7).save(tmp_path / "a.png")
+    assert gray(open_image(tmp_path / "a.png")).tolist() == [[7] * 10_000]
+
+
+def test_the_original_is_not_changed() -> None:
+    image = Image.new("RGB", (2, 3))
+    image.info["transparency"] = (0, 0, 0)
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    assert to_rgb(image).size == (3, 2)
+    assert image.size == (2, 3) and image.info["transparency"] == (0, 0, 0)
+    assert image.getexif()[ExifTags.Base.Orientation] == 6
+
+
+# --- what stands for an image ---------------------------------------------------------------
+
+
+class _Where:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __fspath__(self) -> str:
+        return str(self._path)
+
+
+def test_whatever_holds_a_picture(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(SEEN).save(path)
+    content = path.read_bytes()
+    written = io.BytesIO()
+    written.write(content)  # and not rewound
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    os.close(writing)
+    with path.open("rb") as file, Image.open(path) as lazy, os.fdopen(reading, "rb") as pipe:
+        values = (path, str(path), _Where(path), content, bytearray(content), memoryview(content))
+        for value in (*values, file, written, pipe, lazy, SEEN, SEEN[..., None], SEEN.astype(int)):
+            assert np.array_equal(gray(as_image(value)), SEEN), value
+    colours = np.stack([SEEN, SEEN + 1, SEEN + 2], -1)
+    assert np.array_equal(np.asarray(as_image(colours)), colours)
+    assert np.array_equal(np.asarray(as_image(colours[::-1, ::2])), colours[::-1, ::2])
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], {}, 3, torch.zeros(3, 2, 2), io.StringIO("x"), ["a.png"]]
+)
+def test_what_holds_none(value: Any) -> None:
+    with pytest.raises(DataError, match="an image must be a file's path, a Pillow image, an array"):
+        as_image(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.zeros((3, 4, 5)), r"must be \(H, W\), \(H, W, 3\) or \(H, W, 4\), not \(3, 4, 5\)"),
+        (np.zeros((1, 2, 2, 3)), r"not \(1, 2, 2, 3\)"),
+        (np.zeros(3), r"not \(3,\)"),
+        (np.full((2, 2, 3), -0.5), "levels from -0.5 to -0.5; scale them to 0..1, 0..255 or 0..6"),
+        (np.array([["a"]]), "holds <U1, not numbers"),
+        (np.array([[1j]]), "holds complex128, not numbers"),
+        (np.zeros((0, 3, 3), np.uint8), "has no pixels: 3 x 0"),
+        (Image.new("RGB", (0, 4)), "has no pixels: 0 x 4"),
+        (b"", "is not an image that can be read: it is empty"),
+    ],
+)
+def test_values_of_the_right_kind_that_hold_none(value: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_image(value)
+
+
+def test_a_picture_whose_file_is_closed_or_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.effect_noise((90, 90), 50).save(path)
+    with Image.open(path) as closed:
+        pass
+    with pytest.raises(DataError, match="the image cannot be read: "):
+        to_rgb(closed)
+    cut = path.read_bytes()[:-300]
+    for value in (cut, io.BytesIO(cut), Image.open(io.BytesIO(cut))):
+        with pytest.raises(DataError, match=r"cannot be read: .*truncated"):
+            as_image(value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://a.b/c.jpg",
+        "HTTP://a.b/c.jpg",
+        "s3://a/b.png",
+        "file:///a.png",
+        "data:image/png;base64,A",
+    ],
+)
+def test_an_address(address: str) -> None:
+    for value in (address, Path(address)):
+        with pytest.raises(DataError, match=r"is an address, not a file: download it first"):
+            open_image(value)
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    for path, reason in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none.png", "No such file or directory"),
+        (Path("C:/none.png"), "No such file or directory"),
+        (tmp_path / "a\0b", "embedded null byte"),
+        (tmp_path / ("x" * 999), "File name too long"),
+    ):
+        with pytest.raises(DataError) as caught:
+            open_image(path)
+        assert str(caught.value) == f"{path} cannot be read: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("content", "about"),
+    [
+        (b"", "it is empty"),
+        (b"\0" * 5000, "it holds zeros"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "it is a Git LFS pointer: ",
+        ),
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+            "it is HEIC: install pillow-heif, or convert it to",
+        ),
+        (b"\0\0\0\x1cftypavis\0\0\0\0", "it is AVIF"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "it is JPEG XL: install pillow-jxl-plugin, or convert it"),
+        (b"\xff\x0a\xfa\x7f", "it is JPEG XL"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0", "it is a video"),
+        (b'<?xml version="1.0"?>\n<!-- a -->\n<svg xmlns="x">', "it is SVG"),
+        (b"%PDF-1.7\n", "it is PDF"),
+        (b"\xef\xbb\xbf \n<!DOCTYPE html><html><svg>", "it holds HTML or XML"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied', "it holds HTML or XML"),
+        (b'{"error": "not found"}', "it holds JSON"),
+        (b"PK\x03\x04\x14\0", "it is an archive"),
+        (b"\x93NUMPY\x01\0v\0", "it is a NumPy file"),
+    ],
+)
+def test_files_of_another_kind_are_named(tmp_path: Path, content: bytes, about: str) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    for formats, kinds in ((None, ""), (("PNG", "JPEG"), " as PNG, JPEG")):
+        with pytest.raises(DataError) as caught:
+            open_image(path, formats=formats)
+        start = f"{path} is not an image that can be read{kinds}: {about}"
+        if about == "it is AVIF" and not formats:  # which Pillow may know, and find damaged
+            start = str(path)
+        assert str(caught.value).startswith(start)
+
+
+def test_postscript_is_not_run() -> None:
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(DataError, match="the image is PostScript"):
+        as_image(page)
+
+
+def test_max_pixels() -> None:
+    content = saved(Image.new("L", (1001, 1000)))
+    message = "too large: 1001 x 1000 pixels are more than the 1 million that are allowed"
+    with pytest.raises(DataError, match=message):
+        as_image(content, max_pixels=1_000_000)
+    assert as_image(content, max_pixels=1_001_000).size == (1001, 1000)
+
+
+def test_heic_is_read_where_the_plugin_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    plugin = types.ModuleType("pillow_heif")
+    called: list[bool] = []
+    plugin.register_heif_opener = lambda: called.append(True)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    spec = importlib.util.spec_from_file_location("images_again", images.__file__)  # type: ignore[attr-defined]
+    assert spec and spec.loader
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))  # type: ignore[attr-defined]
+    assert called == [True]
+
+
+# --- all readers agree ----------------------------------------------------------------------
+
+
+@pytest.fixture()
+def odd(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """A picture on its side with 16 bits and a transparent level, and what it shows."""
+    shown = np.arange(60, dtype=np.uint16).reshape(6, 10) * 1000
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in shown.T[::-1])
+    content = png((6, 10), 16, 0, rows, struct.pack(">H", 7000))
+    path = tmp_path / "odd.png"
+    with Image.open(io.BytesIO(content)) as image:
+        image.save(path, exif=oriented(6), transparency=7000)
+    whole = path.read_bytes()
+    if b"tRNS" not in whole:  # then put it where the format wants it
+        at = whole.index(b"IDAT") - 4
+        chunk = content[content.index(b"tRNS") - 4 :][:14]
+        path.write_bytes(whole[:at] + chunk + whole[at:])
+    wanted = np.rint(shown / 257).astype(np.uint8)
+    wanted[shown == 7000] = 255
+    return path, wanted
+
+
+def test_every_reader_sees_the_same(
+    odd: tuple[Path, np.ndarray], tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    from lavis.chat import ChatEngine
+    from lavis.chat.web_sessions import data_address
+    from lavis.common.schema import (
+        AnnotationConfig,
+        BuildInfo,
+        DatasetConfig,
+        ImagesConfig,
+        PreprocessConfig,
+        SplitProcessors,
+    )
+    from lavis.common.types import Sample
+    from lavis.datasets.builders import InstructionBuilder
+    from lavis.datasets.features import draw_view
+    from lavis.processors.config import ImageEvalConfig
+    from lavis.processors.conversation import ConversationEncoder
+    from lavis.processors.image import BlipImageEval
+    from lavis.tasks.report import draw_answers
+    from lavis.tasks.scoring import Prediction
+
+    path, shown = odd
+    assert np.array_equal(gray(open_image(path)), shown)
+    config = ImageEvalConfig("blip_image_eval", 10)
+    wanted = BlipImageEval(config)(Image.fromarray(shown).convert("RGB"))
+
+    (tmp_path / "ann.json").write_text(
+        json.dumps([{"image": path.name, "instruction": "<ImageHere>a", "output": "b"}])
+    )
+    data = DatasetConfig(BuildInfo({"train": AnnotationConfig("ann.json")}, ImagesConfig(".")))
+    builder = InstructionBuilder(
+        "demo", data, PreprocessConfig(SplitProcessors(train=config)), str(tmp_path)
+    )
+    encoder = ConversationEncoder(tokenizer, 2)
+    sample = builder.build("train", encoder, train=True, seed=0, on_bad="error")[0, 0]
+    assert isinstance(sample, Sample) and torch.equal(sample.pixel_values[0], wanted)
+
+    assert torch.equal(draw_view(path, BlipImageEval(config), 0, 0, ""), wanted)
+
+    class Model:
+        tokenizer = types.SimpleNamespace(im_end_id=0, im_start_id=1, eod_id=2)
+        device = "cpu"
+
+        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels
+
+    engine = ChatEngine(Model(), BlipImageEval(config))  # type: ignore[arg-type]
+    with Image.open(path) as lazy:
+        for value in (path, str(path), path.read_bytes(), path.open("rb"), lazy, shown):
+            assert torch.equal(engine.encode_image(value).embeds, wanted)
+    assert engine.encode_image(path).name == engine.encode_image(str(path)).name == "odd.png"
+    with pytest.raises(DataError, match="an image must be a file's path"):
+        engine.encode_image(None)
+
+    thumbnail = data_address(path).removeprefix("data:image/png;base64,")
+    assert np.array_equal(gray(as_image(base64.b64decode(thumbnail))), shown)
+    assert data_address(open_image(path)) == data_address(path)
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(Axes, "imshow", lambda self, image: drawn.append(np.asarray(image)))
+    prediction = Prediction("1", "question", "en", "a", "b", "c", str(path))
+    draw_answers([prediction], tmp_path / "r.png", columns=1, rows=1)
+    assert np.array_equal(drawn[0][..., 0], shown)
