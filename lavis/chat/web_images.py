@@ -8,7 +8,7 @@ from PIL import Image
 
 from lavis.chat.web_texts import LIMITS, ToldError
 from lavis.common.errors import DataError
-from lavis.common.images import open_image
+from lavis.common.images import TooLargeError, open_image
 
 Image.init()
 # Less than all that Pillow knows: some of that runs other programs.
@@ -26,15 +26,5 @@ def open_upload(path: Path, name: str) -> Image.Image:
     try:
         return open_image(path, formats=FORMATS, max_pixels=MAX_PIXELS)
     except DataError as error:
-        key = "many_pixels" if _is_large(path) else "unreadable"
+        key = "many_pixels" if isinstance(error, TooLargeError) else "unreadable"
         raise ToldError(key, name=name, formats=", ".join(FORMATS)) from error
-
-
-def _is_large(path: Path) -> bool:
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.width * image.height > MAX_PIXELS
-    except Image.DecompressionBombError:
-        return True
-    except Exception:  # noqa: BLE001 -- Pillow's readers raise what their format's library does
-        return False

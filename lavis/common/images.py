@@ -53,6 +53,10 @@ _CONTENTS = (
 )
 
 
+class TooLargeError(DataError):
+    """A picture has more pixels than are allowed."""
+
+
 def open_image(
     path: str | os.PathLike[str],
     *,
@@ -66,8 +70,8 @@ def open_image(
         max_pixels: refuse a larger picture before decoding it. Without, Pillow's own limit holds.
 
     Raises:
-        DataError: if the file is missing, damaged, of another format, or so large that it may be
-            a bomb.
+        DataError: if the file is missing, damaged or of another format; :class:`TooLargeError` if
+            it may be a bomb.
     """
     refuse_address(os.fspath(path))
     try:
@@ -169,7 +173,7 @@ def _decode(
         if image.format == "EPS":  # Pillow would have Ghostscript run what the file says
             raise DataError(f"{name} is PostScript: draw it to a PNG")
         if max_pixels is not None and image.width * image.height > max_pixels:
-            raise DataError(
+            raise TooLargeError(
                 f"{name} is too large: {image.width} x {image.height} pixels are more than the "
                 f"{max_pixels / 1e6:.0f} million that are allowed"
             )
@@ -183,7 +187,7 @@ def _explained(name: str) -> Iterator[None]:
     except (DataError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name} is too large: {error}") from error
+        raise TooLargeError(f"{name} is too large: {error}") from error
     except Exception as error:  # Pillow's decoders raise what their format's library does
         raise DataError(f"{name} cannot be read: {str(error) or type(error).__name__}") from error
 

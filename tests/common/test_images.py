@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from lavis.common import images
 from lavis.common.errors import DataError
-from lavis.common.images import as_image, open_image, to_rgb
+from lavis.common.images import TooLargeError, as_image, open_image, to_rgb
 
 SEEN = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
 LEVELS = np.arange(0, 256, 5, dtype=np.uint8)[None].repeat(2, 0)
@@ -399,7 +399,7 @@ def test_postscript_is_not_run() -> None:
 def test_max_pixels() -> None:
     content = saved(Image.new("L", (1001, 1000)))
     message = "too large: 1001 x 1000 pixels are more than the 1 million that are allowed"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(TooLargeError, match=message):
         as_image(content, max_pixels=1_000_000)
     assert as_image(content, max_pixels=1_001_000).size == (1001, 1000)
 
