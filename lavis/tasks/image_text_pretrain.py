@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from lavis.common import dist
 from lavis.common.errors import ConfigError, DataError
+from lavis.common.packages import check_packages
 from lavis.common.paths import cache_path, require_checkpoint, require_writable
 from lavis.common.registry import BUILDERS, MODELS
 from lavis.common.schema import Config
@@ -232,13 +232,10 @@ class ImageTextPretrainTask:
 
     def _check_packages(self) -> None:
         run = self.config.run
-        deepspeed = run.strategy == "deepspeed" or run.runner == "deepspeed_runner"
-        for wanted, package in ((deepspeed, "deepspeed"), (run.wandb_project, "wandb")):
-            if wanted and find_spec(package) is None:
-                raise ConfigError(
-                    f"this run needs {package}: pip install 'lavis-minigpt4qwen[{package}]', or "
-                    f"pip install {package}"
-                )
+        if run.strategy == "deepspeed" or run.runner == "deepspeed_runner":
+            check_packages("deepspeed", "run.strategy: deepspeed")
+        if run.wandb_project is not None:
+            check_packages("wandb", "run.wandb_project")
 
     def _check_model(self, *, answers: bool) -> None:
         model: Any = self.config.model

@@ -441,3 +441,10 @@ def test_other_keys_are_named_in_the_log(media: Path, caplog: pytest.LogCaptureF
 def test_a_list_in_a_jsonl_file(media: Path, text: str) -> None:
     with pytest.raises(DataError, match=r"ann\.jsonl holds a list, where .*; rename it to \.json"):
         read(media, text, name="ann.jsonl")
+
+
+def test_a_pointer_of_git_lfs(media: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name in ("ann.json", "ann.jsonl"):
+        with pytest.raises(DataError, match=rf"{name} is a Git LFS pointer; .*: git lfs pull"):
+            read(media, pointer, name=name)

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,14 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    version = metadata.version
+    missing = {"wandb": "none-such-package"}
+    monkeypatch.setattr(metadata, "version", lambda name: version(missing.get(name, name)))
     with pytest.raises(ConfigError) as caught:
         prepare(tmp_path, *SHORT, "run.wandb_project=mine")
     assert str(caught.value) == (
-        "this run needs wandb: pip install 'lavis-minigpt4qwen[wandb]', or pip install wandb"
+        "run.wandb_project needs wandb>=0.30, which is not installed. Install with: "
+        "pip install -e '.[wandb]'"
     )
 
 
