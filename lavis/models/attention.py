@@ -95,7 +95,7 @@ def packed_attention(
         length = attention_mask.length if isinstance(attention_mask, MaskRule) else row_length
         length = key.shape[2] if length is None else length
         return _attend_all(module, query, key, value, attention_mask, softmax, length, kwargs), None
-    _refuse(kwargs, {"is_causal"} if kwargs.get("is_causal") in (None, True) else set())
+    _refuse(kwargs, {"is_causal"} if kwargs.get("is_causal") else set())
     if isinstance(attention_mask, Tensor) or (
         attention_mask is None and kwargs.get("sliding_window") is not None
     ):
@@ -112,7 +112,8 @@ def packed_attention(
 def _refuse(kwargs: dict[str, Any], known: set[str]) -> None:
     """Whatever a family passes changes the result, unless it is known not to."""
     for name, given in kwargs.items():
-        if given is not None and given is not False and name not in _UNUSED | known:
+        off = given is None or (given is False and name != "is_causal")
+        if not off and name not in _UNUSED | known:
             raise ConfigError(f"attention knows no {name!r}, which this family asks for")
 
 

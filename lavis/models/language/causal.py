@@ -42,7 +42,7 @@ class CausalLM(nn.Module):
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ConfigError(f"{name} has no linear output head")
-        if not any(isinstance(m, nn.ModuleList) for m in self.base.children()):
+        if not any(_has_layers(m) for m in model.modules()):
             raise ConfigError(f"{name} has no list of decoder layers")
         embeddings: Any = model.get_input_embeddings()
         self.vocab_size, self.width = embeddings.weight.shape
@@ -55,8 +55,7 @@ class CausalLM(nn.Module):
     @property
     def base(self) -> nn.Module:
         """The model without its head."""
-        base: nn.Module = self.model.get_decoder()
-        return base
+        return next(m for m in self.model.modules() if _has_layers(m))
 
     @property
     def head(self) -> nn.Linear:
@@ -96,6 +95,7 @@ class CausalLM(nn.Module):
         apart = [self._forward(e, p, None, None) for e, p in zip(*rows, strict=True)]
         return torch.cat(apart, dim=1)
 
+    @torch.no_grad()  # with gradients, layers that are recomputed would not fill the cache
     def prefix(self, ids: Tensor) -> tuple[Tensor, tuple[KeysAndValues, ...]]:
         """(1, P) ids -> (1, P, C) hidden states, and each layer's keys and values."""
         cache = DynamicCache()  # without a configuration: no layer forgets what leaves its window
@@ -160,7 +160,12 @@ class CausalLM(nn.Module):
             **more,
         )
         hidden: Tensor = output.last_hidden_state
-        return hidden
+        return hidden.to(self.head.weight.dtype)  # residuals are wider in some families
+
+
+def _has_layers(module: nn.Module) -> bool:
+    lists = (m for m in module.children() if isinstance(m, nn.ModuleList))
+    return isinstance(module, PreTrainedModel) and any(lists)
 
 
 def _context(config: Any) -> int:

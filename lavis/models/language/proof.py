@@ -50,7 +50,12 @@ def prove(llm: CausalLM) -> CausalLM:
     documents = list(row.split(_LENGTHS, dim=1))
     for ids in documents[1:]:
         ids[:, :_PREFIX] = documents[0][:, :_PREFIX]
-    wanted = _stock(llm, documents)
+    try:
+        wanted = _stock(llm, documents)
+    except Exception as error:  # whatever a family that nobody tried may raise
+        raise ConfigError(
+            f"{type(llm.model).__name__} does not run here: {_first_line(error)}"
+        ) from error
     if not llm.packs:
         llm.run_plainly("its attention function cannot be replaced")
     elif reason := _wrong(llm, lambda: _packed(llm, documents), wanted):
@@ -122,11 +127,15 @@ def _wrong(llm: CausalLM, compute: Callable[[], Tensor], wanted: Tensor) -> str:
     try:
         got = compute()
     except Exception as error:  # noqa: BLE001  whatever a family that nobody tried may raise
-        return f"{type(error).__name__}: {error}".split("\n")[0][:200]
-    limit, share = _TOLERANCE.get(wanted.dtype, _TOLERANCE[torch.float32])
+        return _first_line(error)
+    limit, share = _TOLERANCE[llm.head.weight.dtype]
     error = (got.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
     worst = float(error.flatten().sort().values[int(share * (error.numel() - 1))])
     return "" if worst <= limit else f"by {worst:.1e} of a vector's length"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
 def _set_head(llm: CausalLM, ids: Tensor) -> None:
@@ -134,7 +143,7 @@ def _set_head(llm: CausalLM, ids: Tensor) -> None:
 
     Logits are made large on the way, since a cap hardly bends small ones.
     """
-    hidden = llm.base(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = llm.hidden(llm.embed(ids), _positions([ids.shape[1]]).to(ids.device))
     raw = llm.head(hidden).float()
     gain = 100 / float(raw.abs().max())
     hook = llm.head.register_forward_hook(lambda module, args, output: output * gain)
@@ -144,7 +153,7 @@ def _set_head(llm: CausalLM, ids: Tensor) -> None:
         hook.remove()
     raw = raw * gain
     measured = float((wanted * raw).sum() / raw.square().sum())
-    limit, _ = _TOLERANCE.get(hidden.dtype, _TOLERANCE[torch.float32])
+    limit, _ = _TOLERANCE[llm.head.weight.dtype]
     for scale, cap in _candidates(llm.model.config.to_dict(), measured):
         got = raw * scale if cap is None else cap * (raw * scale / cap).tanh()
         if (got - wanted).norm() <= limit * wanted.norm():
