@@ -194,9 +194,10 @@ def _each(
     rows = []
     for q, k, v in zip(*parts, strict=True):
         k, v = _after(prefix, k, v)
-        n, given = q.shape[2], softmax.scaling is not None and not softmax.dropout
-        if _is_short(q, k) and softmax.fused and given:
-            rows.append(_products(q, k, v, masks.of(n, q.device), softmax.scaling))
+        n, scaling = q.shape[2], softmax.scaling
+        by_products = _is_short(q, k) and softmax.fused and not softmax.dropout
+        if by_products and scaling is not None:
+            rows.append(_products(q, k, v, masks.of(n, q.device), scaling))
         else:
             needed = prefix is not None or not masks.plain or not softmax.fused
             rows.append(_sdpa(q, k, v, masks.of(n, q.device) if needed else None, softmax))
@@ -285,7 +286,10 @@ def _turn(
     if mask is not None:
         # Without padding, only new tokens are hidden, from those before them.
         first = length - query.shape[2] if bool(mask[..., : -query.shape[2]].all()) else 0
-        scores[..., first:length].masked_fill_(~mask[..., first:], -math.inf)
+        # The smallest number, not minus infinity: a row of padding sees nothing, and its NaN would
+        # spread through its keys and values.
+        hidden = torch.finfo(scores.dtype).min
+        scores[..., first:length].masked_fill_(~mask[..., first:], hidden)
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 

@@ -18,7 +18,6 @@ class LanguageModel(Protocol):
         width: C, of an embedding.
         context: longest sequence, in tokens, that it computes as it was trained to.
         vocab_size: V, rows of the embeddings.
-        head: (V, C) output head; its weight may be the embeddings' own.
         logit_scale: factor of the head's output.
         packs: whether documents of a row attend apart in one pass, also after a prefix. Otherwise
             :meth:`hidden` computes them one by one, and takes no prefix.
@@ -28,10 +27,13 @@ class LanguageModel(Protocol):
     width: int
     context: int
     vocab_size: int
-    head: nn.Linear
     logit_scale: float
     packs: bool
     caches: bool
+
+    @property
+    def head(self) -> nn.Linear:
+        """(V, C) output head; its weight may be the embeddings' own."""
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, C); anything for ids outside the vocabulary: image positions."""

@@ -66,10 +66,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["chunked_attention", "full_attention"],
     },
 }  # fmt: skip
-RECURRENT: dict[str, dict[str, Any]] = {
+APART: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "jamba": {},
+    "stablelm": {},  # its layers do not pass on which documents there are
 }
 COMMON = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -82,7 +83,7 @@ LENGTHS, P = (5, 13, 9), 3
 @cache
 def stock(name: str) -> PreTrainedModel:
     """A small model with random weights, large enough that everything matters."""
-    options = COMMON | (FAMILIES | RECURRENT)[name]
+    options = COMMON | (FAMILIES | APART)[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(name, **options), attn_implementation="eager", dtype=torch.float32
@@ -254,8 +255,10 @@ def test_saved_loaded_and_asked(name: str, tmp_path: Path) -> None:
     assert answers[0].tolist() == answers[1].tolist()
 
 
-@pytest.mark.parametrize("name", RECURRENT)
-def test_a_recurrent_family_is_found_out(name: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("name", APART)
+def test_a_family_that_cannot_pack_is_found_out(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "lavis"):
         llm = prove(CausalLM(copy.deepcopy(stock(name))))
     assert not llm.packs
@@ -373,6 +376,61 @@ def test_the_language_model_inside_a_larger_one(tmp_path: Path) -> None:
     ids = documents()[1]
     with torch.no_grad():
         close(llm.model(input_ids=ids).logits, text(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", ["phi", "gemma2", "gpt_oss"])
+def test_padding_in_half_precision(name: str) -> None:
+    """Rows of padding see nothing at all; what they become must not reach the prompt."""
+    ids = documents()[1][:, :5]
+    row, mask = F.pad(ids, (8, 0)), F.pad(torch.ones(1, 5).long(), (8, 0))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    llm = CausalLM(copy.deepcopy(stock(name)).to(torch.bfloat16))
+    with torch.no_grad():
+        got = llm.hidden(llm.embed(row), positions, mask=mask)[:, 8:].float()
+        wanted = llm.hidden(llm.embed(ids), positions[:, 8:]).float()
+    assert float((got - wanted).norm() / wanted.norm()) < 0.03
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen2", **COMMON, rope_theta=10000.0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    path = tmp_path / "small.gguf"
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(97)
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "model.layers.": "blk.", "self_attn.o_proj": "attn_output", "self_attn.": "attn_",
+        "_proj": "", "mlp.": "ffn_", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    for key, tensor in model.state_dict().items():
+        name = key
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    llm = load_hf(path, device=torch.device("cpu"), dtype=None)
+    ids = documents()[1]
+    with torch.no_grad():
+        close(llm.model(input_ids=ids).logits, model(input_ids=ids).logits)
+    path.write_bytes(path.read_bytes()[:-4000])
+    with pytest.raises(WeightsError, match=r"small\.gguf cannot be read"):
+        load_hf(path, device=torch.device("cpu"), dtype=None)
+    with pytest.raises(WeightsError, match="no file"):
+        load_hf(tmp_path / "other.gguf", device=torch.device("cpu"), dtype=None)
 
 
 def test_packed_attention_is_in_force() -> None:

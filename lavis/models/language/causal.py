@@ -113,10 +113,12 @@ class CausalLM(nn.Module):
     @property
     def chunked(self) -> bool:
         """Whether the loss never holds all logits: the head is linear, and whole in memory."""
-        head = self.head
-        whole = not hasattr(head.weight, "ds_id") and type(head.weight.data) is Tensor
+        head: nn.Module = self.head
+        weight: Any = head.weight
+        whole = not hasattr(weight, "ds_id") and type(weight.data) is Tensor
         # A head that adapters wrap has more than its weight.
-        return whole and type(head) is nn.Linear and head.bias is None and self.softcap is None
+        plain = type(head) is nn.Linear and getattr(head, "bias", None) is None
+        return whole and plain and self.softcap is None
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of (N, C) hidden states for (N,) targets, summed, fp32."""

@@ -129,8 +129,8 @@ def _wrong(llm: CausalLM, compute: Callable[[], Tensor], wanted: Tensor) -> str:
     except Exception as error:  # noqa: BLE001  whatever a family that nobody tried may raise
         return _first_line(error)
     limit, share = _TOLERANCE[llm.head.weight.dtype]
-    error = (got.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
-    worst = float(error.flatten().sort().values[int(share * (error.numel() - 1))])
+    errors = (got.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
+    worst = float(errors.flatten().sort().values[int(share * (errors.numel() - 1))])
     return "" if worst <= limit else f"by {worst:.1e} of a vector's length"
 
 
