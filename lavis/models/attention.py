@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from lavis.common.errors import ConfigError
+from lavis.models.masks import Documents, KeysAndValues, MaskRule, Masks
+
+__all__ = ["PACKED", "Documents", "KeysAndValues", "document_lengths", "packed_attention"]
 
 PACKED = "lavis_packed"
 """Name of the implementation, for ``config._attn_implementation``."""
@@ -26,60 +29,35 @@ PACKED = "lavis_packed"
 _SHORT = 512  # tokens; longer documents' probabilities would take too much memory
 _FEW = 64  # queries of a turn of chat; with more, the fused kernel wins
 
-KeysAndValues = tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True)
-class Documents:
-    """What attention must know of a packed row.
+class Softmax:
+    """How scores become probabilities.
 
     Attributes:
-        lengths: tokens of each document in the row, T in all.
-        prefix: each layer's keys and values, (1, heads, P, head_dim), of the P tokens that stand
-            before every document; empty without.
-        square: mask the square over all documents instead of attending apart.
+        scaling: of the scores; ``None`` is one over the root of the head's width.
+        dropout: of the probabilities.
+        softcap: scores s become c tanh(s / c).
+        sinks: (heads,), scores of a position that has no value.
     """
 
-    lengths: tuple[int, ...]
-    prefix: tuple[KeysAndValues, ...] = ()
-    square: bool = False
+    scaling: float | None
+    dropout: float = 0.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     @property
-    def prefix_length(self) -> int:
-        """P."""
-        return self.prefix[0][0].shape[2] if self.prefix else 0
+    def fused(self) -> bool:
+        """Whether fused kernels know it."""
+        return self.softcap is None and self.sinks is None
 
-    def mask(self, length: int, device: torch.device) -> Tensor:
-        """(N, P + N) bool: what a document's N tokens see of the prefix and of themselves."""
-        if (length, device) not in self._masks:
-            sees = torch.ones(
-                length, self.prefix_length + length, dtype=torch.bool, device=device
-            ).tril_(self.prefix_length)
-            self._masks[length, device] = sees
-        return self._masks[length, device]
 
-    def square_mask(self, device: torch.device) -> Tensor:
-        """(T, P + T) bool: what each token of the row sees."""
-        if device not in self._squares:
-            own = torch.block_diag(
-                *(torch.ones(n, n, dtype=torch.bool).tril_() for n in self.lengths)
-            )
-            before = torch.ones(len(own), self.prefix_length, dtype=torch.bool)
-            self._squares[device] = torch.cat([before, own], 1).bool().to(device)
-        return self._squares[device]
-
-    def ends(self, device: torch.device, *, prefix: bool) -> Tensor:
-        """(D + 1,) int32 cumulative lengths, with or without the prefix."""
-        each = (n + self.prefix_length * prefix for n in self.lengths)
-        return torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device)
-
-    @cached_property
-    def _masks(self) -> dict[tuple[int, torch.device], Tensor]:
-        return {}
-
-    @cached_property
-    def _squares(self) -> dict[torch.device, Tensor]:
-        return {}
+# What layers pass along and attention has no use for. A window is the mask's business.
+_UNUSED = {
+    "cache", "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions",
+    "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids",
+    "return_dict", "sliding_window", "use_cache",
+}  # fmt: skip
 
 
 @torch.compiler.disable  # every batch has other lengths, every layer another prefix
@@ -88,11 +66,13 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | MaskRule | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     documents: Documents | None = None,
     row_length: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within documents; without ``documents`` this is plain SDPA, or the same as products.
@@ -100,38 +80,88 @@ def packed_attention(
     Args:
         query: (1, heads, T, head_dim), the row's documents end to end; key and value alike.
         row_length: how many keys and values there are, if room for more follows them: zeros, or
-            what was there before.
+            what was there before. A :class:`MaskRule` says it, too.
+        softcap: see :class:`Softmax`.
+        s_aux: the sinks there.
 
     Returns:
         (1, T, heads, head_dim), as Transformers' attention functions do.
+
+    Raises:
+        ConfigError: the family asks for something that would be left out.
     """
+    softmax = Softmax(scaling, dropout, softcap, s_aux)
     if documents is None:
-        if _is_turn(query, key, attention_mask) and scaling is not None and not dropout:
-            length = key.shape[2] if row_length is None else row_length
-            return _turn(query, key, value, attention_mask, scaling, length), None
-        key, value = key[:, :, :row_length], value[:, :, :row_length]
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        length = attention_mask.length if isinstance(attention_mask, MaskRule) else row_length
+        length = key.shape[2] if length is None else length
+        return _attend_all(module, query, key, value, attention_mask, softmax, length, kwargs), None
+    _refuse(kwargs, {"is_causal"} if kwargs.get("is_causal") else set())
+    if isinstance(attention_mask, Tensor) or (
+        attention_mask is None and kwargs.get("sliding_window") is not None
+    ):
+        raise ConfigError("this family's mask cannot be applied document by document")
     prefix = None
     if documents.prefix:
         keys, values = documents.prefix[module.layer_idx]  # type: ignore[index]
         prefix = (keys.to(key), values.to(value))
-    attend = _choose(query, documents, dropout)
-    return attend(query, key, value, documents, prefix, scaling, dropout), None
+    masks = documents.causal if attention_mask is None else attention_mask.inside(documents)
+    attend = _choose(query, value, documents, masks, softmax)
+    return attend(query, key, value, documents, prefix, masks, softmax), None
 
 
-Attend = Callable[
-    [Tensor, Tensor, Tensor, Documents, KeysAndValues | None, float | None, float], Tensor
-]
+def _refuse(kwargs: dict[str, Any], known: set[str]) -> None:
+    """Whatever a family passes changes the result, unless it is known not to."""
+    for name, given in kwargs.items():
+        off = given is None or (given is False and name != "is_causal")
+        if not off and name not in _UNUSED | known:
+            raise ConfigError(f"attention knows no {name!r}, which this family asks for")
 
 
-def _choose(query: Tensor, documents: Documents, dropout: float) -> Attend:
+def _attend_all(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | MaskRule | None,
+    softmax: Softmax,
+    length: int,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Rows that are a document each: prompts, turns of chat; perhaps padded on the left."""
+    _refuse(kwargs, {"is_causal", "position_bias"})
+    if not softmax.fused:
+        _refuse(kwargs, {"is_causal"})
+        if isinstance(mask, MaskRule):
+            mask = mask.explicit
+        elif mask is None:
+            n = query.shape[2]
+            mask = torch.ones(n, length, dtype=torch.bool, device=query.device).tril_(length - n)
+        out = _by_hand(query, key[:, :, :length], value[:, :, :length], mask, softmax)
+        return out.transpose(1, 2)
+    mask = mask.whole if isinstance(mask, MaskRule) else mask
+    scaling, dropout = softmax.scaling, softmax.dropout
+    plain = kwargs.get("position_bias") is None
+    if _is_turn(query, key, mask) and plain and scaling is not None and not dropout:
+        return _turn(query, key, value, mask, scaling, length)
+    key, value = key[:, :, :length], value[:, :, :length]
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return out
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Documents, KeysAndValues | None, Masks, Softmax], Tensor]
+
+
+def _choose(
+    query: Tensor, value: Tensor, documents: Documents, masks: Masks, softmax: Softmax
+) -> Attend:
     """The one place that says which kernel computes what."""
     if documents.square:
         return _square
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.device.type == "cuda" and half and not dropout:
+    plain = softmax.fused and not softmax.dropout and masks.plain
+    if query.device.type == "cuda" and half and plain and query.shape[-1] == value.shape[-1]:
         return _varlen
     return _each
 
@@ -142,12 +172,12 @@ def _square(
     value: Tensor,
     documents: Documents,
     prefix: KeysAndValues | None,
-    scaling: float | None,
-    dropout: float,
+    masks: Masks,
+    softmax: Softmax,
 ) -> Tensor:
     key, value = _after(prefix, key, value)
-    mask = documents.square_mask(query.device)
-    return _sdpa(query, key, value, mask, scaling, dropout).transpose(1, 2)
+    mask = masks.square(query.device)
+    return _sdpa(query, key, value, mask, softmax).transpose(1, 2)
 
 
 def _each(
@@ -156,19 +186,21 @@ def _each(
     value: Tensor,
     documents: Documents,
     prefix: KeysAndValues | None,
-    scaling: float | None,
-    dropout: float,
+    masks: Masks,
+    softmax: Softmax,
 ) -> Tensor:
     """One document after the other: no kernel for packed rows on a CPU."""
     parts = (x.split(documents.lengths, dim=2) for x in (query, key, value))
     rows = []
     for q, k, v in zip(*parts, strict=True):
         k, v = _after(prefix, k, v)
-        if _is_short(q, k) and scaling is not None and not dropout:
-            rows.append(_products(q, k, v, documents.mask(q.shape[2], q.device), scaling))
+        n, scaling = q.shape[2], softmax.scaling
+        by_products = _is_short(q, k) and softmax.fused and not softmax.dropout
+        if by_products and scaling is not None:
+            rows.append(_products(q, k, v, masks.of(n, q.device), scaling))
         else:
-            mask = None if prefix is None else documents.mask(q.shape[2], q.device)
-            rows.append(_sdpa(q, k, v, mask, scaling, dropout))
+            needed = prefix is not None or not masks.plain or not softmax.fused
+            rows.append(_sdpa(q, k, v, masks.of(n, q.device) if needed else None, softmax))
     return torch.cat(rows, dim=2).transpose(1, 2)
 
 
@@ -185,8 +217,8 @@ def _varlen(
     value: Tensor,
     documents: Documents,
     prefix: KeysAndValues | None,
-    scaling: float | None,
-    dropout: float,
+    masks: Masks,
+    softmax: Softmax,
 ) -> Tensor:
     """FlashAttention over variable lengths; its causal mask is aligned at the end of the keys."""
     from torch.nn.attention.varlen import varlen_attn
@@ -205,7 +237,7 @@ def _varlen(
         documents.ends(q.device, prefix=True),
         longest,
         longest + documents.prefix_length,
-        scale=scaling,
+        scale=softmax.scaling,
         window_size=(-1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
@@ -254,28 +286,46 @@ def _turn(
     if mask is not None:
         # Without padding, only new tokens are hidden, from those before them.
         first = length - query.shape[2] if bool(mask[..., : -query.shape[2]].all()) else 0
-        scores[..., first:length].masked_fill_(~mask[..., first:], -math.inf)
+        # The smallest number, not minus infinity: a row of padding sees nothing, and its NaN would
+        # spread through its keys and values.
+        hidden = torch.finfo(scores.dtype).min
+        scores[..., first:length].masked_fill_(~mask[..., first:], hidden)
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
 def _sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softmax: Softmax
 ) -> Tensor:
+    """(B, heads, N, head_dim); without a mask causal, which needs as many keys as queries."""
+    if not softmax.fused and mask is not None:
+        return _by_hand(query, key, value, mask, softmax)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
         is_causal=mask is None,
-        scale=scaling,
-        dropout_p=dropout,
+        scale=softmax.scaling,
+        dropout_p=softmax.dropout,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _by_hand(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softmax: Softmax) -> Tensor:
+    """The definition, for what no fused kernel knows; probabilities in fp32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scaling = query.shape[-1] ** -0.5 if softmax.scaling is None else softmax.scaling
+    scores = (query @ key.transpose(2, 3)).float() * scaling
+    if softmax.softcap is not None:
+        scores = softmax.softcap * (scores / softmax.softcap).tanh()
+    # Rows of padding see nothing: they must not become NaN, which keys and values would spread.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if softmax.sinks is not None:
+        sinks = softmax.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(-1)[..., : key.shape[2]].to(value)
+    return F.dropout(weights, softmax.dropout) @ value
 
 
 def document_lengths(document_ids: Tensor) -> tuple[int, ...]:
@@ -285,4 +335,4 @@ def document_lengths(document_ids: Tensor) -> tuple[int, ...]:
 
 
 AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
+AttentionMaskInterface.register(PACKED, MaskRule)

@@ -1,0 +1,1 @@
+"""Language models as parts: any causal one of Transformers."""

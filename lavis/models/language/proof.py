@@ -1,0 +1,183 @@
+"""What a language model can do is shown on the model itself, when it is built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from lavis.common.errors import ConfigError
+from lavis.models.attention import PACKED
+from lavis.models.language.causal import CausalLM
+from lavis.models.masks import Documents
+
+logger = logging.getLogger(__name__)
+
+_LENGTHS = (5, 9, 13)
+_PREFIX = 3
+_PIECES = (5, 1, 7)
+# Largest difference, relative to the vector's length. A choice of experts may flip by rounding, so
+# that in half precision a quarter of the tokens may differ by more; a wrong mask spares none.
+_TOLERANCE = {torch.float32: (1e-4, 1.0), torch.float16: (1e-2, 0.75), torch.bfloat16: (5e-2, 0.75)}
+
+
+class _Roomy(DynamicLayer):
+    """Buffers that go on after the last key, as a conversation's do."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(*args, **kwargs)
+        return F.pad(keys, (0, 0, 0, 4), value=3.0), F.pad(values, (0, 0, 0, 4), value=7.0)
+
+
+@torch.no_grad()
+def prove(llm: CausalLM) -> CausalLM:
+    """Compare the fast path with the family's own, on random tokens, and set what holds.
+
+    Raises:
+        ConfigError: not even documents one by one come out right, or the logits do not come from
+            the head in a known way.
+    """
+    was_training = llm.training
+    llm.eval()
+    device = next(llm.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    row = torch.randint(llm.vocab_size, (1, sum(_LENGTHS)), generator=draw).to(device)
+    documents = list(row.split(_LENGTHS, dim=1))
+    for ids in documents[1:]:
+        ids[:, :_PREFIX] = documents[0][:, :_PREFIX]
+    try:
+        wanted = _stock(llm, documents)
+    except Exception as error:  # whatever a family that nobody tried may raise
+        raise ConfigError(
+            f"{type(llm.model).__name__} does not run here: {_first_line(error)}"
+        ) from error
+    if not llm.packs:
+        llm.run_plainly("its attention function cannot be replaced")
+    elif reason := _wrong(llm, lambda: _packed(llm, documents), wanted):
+        llm.run_plainly(f"packed, they differ from each alone ({reason})")
+    elif reason := _wrong(llm, lambda: _after_prefix(llm, documents), _without_prefix(wanted)):
+        llm.run_plainly(f"after a prefix, they differ from each whole ({reason})")
+    elif reason := _wrong(llm, lambda: _cached(llm, documents[-1]), wanted[:, -_LENGTHS[-1] :]):
+        llm.caches = False
+        logger.info(
+            "%s: nothing is kept between turns of a conversation (%s)",
+            type(llm.model).__name__, reason,
+        )  # fmt: skip
+    if not llm.packs and (reason := _wrong(llm, lambda: _packed(llm, documents), wanted)):
+        raise ConfigError(
+            f"{type(llm.model).__name__} cannot be used: read as embeddings, a text gives another "
+            f"result than read as tokens ({reason})"
+        )
+    _set_head(llm, documents[-1])
+    return llm.train(was_training)
+
+
+def _stock(llm: CausalLM, documents: list[Tensor]) -> Tensor:
+    """Hidden states of each document alone, by the family's own attention, from ids."""
+    model = llm.model
+    if llm.packs:
+        model.set_attn_implementation("eager")
+    try:
+        rows = [llm.base(input_ids=ids, use_cache=False).last_hidden_state for ids in documents]
+    finally:
+        if llm.packs:
+            model.set_attn_implementation(PACKED)
+    return torch.cat(rows, dim=1)
+
+
+def _positions(lengths: list[int], start: int = 0) -> Tensor:
+    return torch.cat([torch.arange(start, n) for n in lengths])[None]
+
+
+def _packed(llm: CausalLM, documents: list[Tensor]) -> Tensor:
+    row = torch.cat(documents, dim=1)
+    positions = _positions([d.shape[1] for d in documents]).to(row.device)
+    lengths = Documents(tuple(d.shape[1] for d in documents))
+    return llm.hidden(llm.embed(row), positions, documents=lengths)
+
+
+def _after_prefix(llm: CausalLM, documents: list[Tensor]) -> Tensor:
+    _, prefix = llm.prefix(documents[0][:, :_PREFIX])
+    row = torch.cat([ids[:, _PREFIX:] for ids in documents], dim=1)
+    positions = _positions([d.shape[1] for d in documents], _PREFIX).to(row.device)
+    lengths = tuple(d.shape[1] - _PREFIX for d in documents)
+    return llm.hidden(llm.embed(row), positions, documents=Documents(lengths, prefix))
+
+
+def _without_prefix(hidden: Tensor) -> Tensor:
+    return torch.cat([h[:, _PREFIX:] for h in hidden.split(_LENGTHS, dim=1)], dim=1)
+
+
+def _cached(llm: CausalLM, ids: Tensor) -> Tensor:
+    cache, rows, start = Cache(layer_class_to_replicate=_Roomy), [], 0
+    for piece in ids.split(_PIECES, dim=1):
+        positions = torch.arange(start, start + piece.shape[1], device=ids.device)[None]
+        rows.append(llm.hidden(llm.embed(piece), positions, cache=cache))
+        start += piece.shape[1]
+    return torch.cat(rows, dim=1)
+
+
+def _wrong(llm: CausalLM, compute: Callable[[], Tensor], wanted: Tensor) -> str:
+    """Why the result is not what is wanted; empty if it is."""
+    try:
+        got = compute()
+    except Exception as error:  # noqa: BLE001  whatever a family that nobody tried may raise
+        return _first_line(error)
+    limit, share = _TOLERANCE[llm.head.weight.dtype]
+    errors = (got.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
+    worst = float(errors.flatten().sort().values[int(share * (errors.numel() - 1))])
+    return "" if worst <= limit else f"by {worst:.1e} of a vector's length"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
+def _set_head(llm: CausalLM, ids: Tensor) -> None:
+    """Find scale and soft cap: how the stock model's logits come from the head's output.
+
+    Logits are made large on the way, since a cap hardly bends small ones.
+    """
+    hidden = llm.hidden(llm.embed(ids), _positions([ids.shape[1]]).to(ids.device))
+    raw = llm.head(hidden).float()
+    gain = 100 / float(raw.abs().max())
+    hook = llm.head.register_forward_hook(lambda module, args, output: output * gain)
+    try:
+        wanted = llm.model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    raw = raw * gain
+    measured = float((wanted * raw).sum() / raw.square().sum())
+    limit, _ = _TOLERANCE[llm.head.weight.dtype]
+    for scale, cap in _candidates(llm.model.config.to_dict(), measured):
+        got = raw * scale if cap is None else cap * (raw * scale / cap).tanh()
+        if (got - wanted).norm() <= limit * wanted.norm():
+            llm.logit_scale, llm.softcap = scale, cap
+            break
+    else:
+        raise ConfigError(
+            f"{type(llm.model).__name__} computes its logits in a way that is not known here: "
+            "neither scaled nor capped"
+        )
+    if not llm.chunked:
+        logger.info(
+            "%s: the logits of all supervised tokens are held at once: its head has %s",
+            type(llm.model).__name__, "a bias" if cap is None else "a soft cap",
+        )  # fmt: skip
+
+
+def _candidates(config: dict[str, Any], measured: float) -> Iterator[tuple[float, float | None]]:
+    """Scales and caps, likely ones first. A measured scale is a number of the configuration."""
+    numbers = {k: v for k, v in config.items() if type(v) in (int, float) and v > 0}
+    yield from ((1.0, float(v)) for k, v in numbers.items() if "softcap" in k or "soft_cap" in k)
+    yield 1.0, None
+    known = [x for v in numbers.values() for x in (float(v), 1 / v)]
+    near = min(known, key=lambda x: abs(x - measured), default=measured)
+    if abs(near - measured) <= 1e-2 * abs(measured):
+        yield near, None
+    yield measured, None

@@ -1,0 +1,145 @@
+"""What a token of a row sees: of its document, of what stands before it, of no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from lavis.common.errors import ConfigError
+
+KeysAndValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What attention must know of a packed row.
+
+    Attributes:
+        lengths: tokens of each document in the row, T in all.
+        prefix: each layer's keys and values, (1, heads, P, head_dim), of the P tokens that stand
+            before every document; empty without.
+        square: mask the square over all documents instead of attending apart.
+    """
+
+    lengths: tuple[int, ...]
+    prefix: tuple[KeysAndValues, ...] = ()
+    square: bool = False
+
+    @property
+    def prefix_length(self) -> int:
+        """P."""
+        return self.prefix[0][0].shape[2] if self.prefix else 0
+
+    @cached_property
+    def causal(self) -> Masks:
+        """Every token sees all that stands before it in its document."""
+        return Masks(self, dict.fromkeys(self.lengths))
+
+    def ends(self, device: torch.device, *, prefix: bool) -> Tensor:
+        """(D + 1,) int32 cumulative lengths, with or without the prefix."""
+        each = (n + self.prefix_length * prefix for n in self.lengths)
+        return torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device)
+
+
+class Masks:
+    """What the tokens of a row's documents see, made once for all layers.
+
+    Attributes:
+        plain: whether all masks are causal and nothing more, so that kernels need none.
+    """
+
+    def __init__(self, documents: Documents, sees: Mapping[int, Tensor | None]) -> None:
+        """Take (N, P + N) bool masks by the documents' lengths N; ``None`` is causal."""
+        self._documents = documents
+        self._sees = sees
+        self.plain = all(mask is None for mask in sees.values())
+        self._causal: dict[tuple[int, torch.device], Tensor] = {}
+        self._squares: dict[torch.device, Tensor] = {}
+
+    def of(self, length: int, device: torch.device) -> Tensor:
+        """(N, P + N) bool: what a document's N tokens see of the prefix and of themselves."""
+        mask = self._sees[length]
+        if mask is not None:
+            return mask
+        if (length, device) not in self._causal:
+            self._causal[length, device] = _causal(length, self._documents.prefix_length, device)
+        return self._causal[length, device]
+
+    def square(self, device: torch.device) -> Tensor:
+        """(T, P + T) bool: what each token of the row sees."""
+        if device not in self._squares:
+            each = [self.of(n, device) for n in self._documents.lengths]
+            before = torch.cat([m[:, : self._documents.prefix_length] for m in each])
+            own = torch.block_diag(*(m[:, self._documents.prefix_length :] for m in each))
+            self._squares[device] = torch.cat([before, own.bool()], 1)
+        return self._squares[device]
+
+
+class MaskRule:
+    """A mask that a family asked for, not made yet: attention may not need it.
+
+    Families say here, and nowhere else reliably, what a token sees: windows, chunks. The rule is a
+    function of two positions, so it also says what a token sees inside its document.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        """Take what Transformers gives to the functions that make masks."""
+        self._arguments = arguments
+        self._inside: dict[int, Masks] = {}
+
+    @property
+    def length(self) -> int:
+        """How many keys there are; what follows them in a cache's buffer is room."""
+        return int(self._arguments["kv_length"])
+
+    @cached_property
+    def whole(self) -> Tensor | None:
+        """(B, 1, N, K) bool, or ``None`` for what SDPA does without a mask."""
+        return sdpa_mask(**self._arguments)
+
+    @cached_property
+    def explicit(self) -> Tensor:
+        """(B, 1, N, K) bool, also where SDPA would need none."""
+        never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        mask: Tensor = sdpa_mask(**(self._arguments | never))
+        return mask
+
+    def inside(self, documents: Documents) -> Masks:
+        """The rule applied to each document of a row, with the prefix before it.
+
+        Raises:
+            ConfigError: the rule is of positions in the row, not in the document.
+        """
+        if self._arguments["attention_mask"] is None:  # Transformers looked for documents itself
+            raise ConfigError("documents need an attention mask of ones beside them")
+        if self._arguments["mask_function"] is causal_mask_function:
+            return documents.causal
+        if id(documents) not in self._inside:  # one in a forward pass
+            sees = {n: self._sees(n, documents.prefix_length) for n in set(documents.lengths)}
+            self._inside[id(documents)] = Masks(documents, sees)
+        return self._inside[id(documents)]
+
+    def _sees(self, length: int, before: int) -> Tensor | None:
+        """(N, P + N), or ``None`` for a document that is shorter than windows and chunks."""
+        mask: Tensor = sdpa_mask(
+            batch_size=1,
+            q_length=length,
+            kv_length=before + length,
+            q_offset=before,
+            mask_function=self._arguments["mask_function"],
+            use_vmap=self._arguments["use_vmap"],
+            device=self._arguments["device"],
+            allow_is_causal_skip=False,
+        )[0, 0]
+        return None if mask.equal(_causal(length, before, mask.device)) else mask
+
+
+def _causal(length: int, before: int, device: torch.device) -> Tensor:
+    return torch.ones(length, before + length, dtype=torch.bool, device=device).tril_(before)
