@@ -197,10 +197,8 @@ class FastTokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of a token, maybe a part of a character; none for a special token."""
-        if token >= self.vocab_size:
+        if token >= self.vocab_size or (token in self._added and self._added[token].special):
             return b""
-        if token in self._added:
-            return b"" if self._added[token].special else self._added[token].content.encode()
         name = self.hf.backend_tokenizer.id_to_token(token)
         return b"" if name is None else self._bytes_of(name)
 

@@ -60,6 +60,14 @@ def byte_level(*, nfc: bool = False, trim: bool = False) -> Tokenizer:
     return t
 
 
+def sentencepiece_decoder(*, strip: bool) -> dict[str, Any]:
+    return {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"},
+        *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if strip else []),
+    ]}  # fmt: skip
+
+
 def sentencepiece(prefix: str, controls: list[str]) -> Tokenizer:
     """As Llama 2, Mistral, Phi-3, Gemma and InternLM2 have it; ``prefix`` says how a blank leads.
 
@@ -80,11 +88,7 @@ def sentencepiece(prefix: str, controls: list[str]) -> Tokenizer:
         t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
     state = json.loads(t.to_str())
     state["added_tokens"] = [a for a in state["added_tokens"] if a["content"] not in HEX]
-    state["decoder"] = {"type": "Sequence", "decoders": [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"}, {"type": "Fuse"},
-        *([] if prefix == "none" else [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]),
-    ]}  # fmt: skip
+    state["decoder"] = sentencepiece_decoder(strip=prefix != "none")
     return Tokenizer.from_str(json.dumps(state))
 
 
@@ -99,6 +103,7 @@ def unigram() -> Tokenizer:
     ))  # fmt: skip
     state = json.loads(t.to_str())
     state["model"]["byte_fallback"] = True
+    state["decoder"] = sentencepiece_decoder(strip=True)
     state["added_tokens"] = [a for a in state["added_tokens"] if a["content"] not in HEX]
     state["model"]["vocab"] = [
         [w, -20.0 if w in HEX else score] for w, score in state["model"]["vocab"]
