@@ -94,14 +94,15 @@ class FastTokenizer:
 
         if not path.exists():
             raise WeightsError(f"no tokenizer: {path} does not exist")
-        if path.is_file():
+        kinds = [AutoTokenizer]
+        folder, options = path, {}
+        if path.is_file():  # needs no model's class: the file says all
+            kinds = [PreTrainedTokenizerFast]
             folder, options = path.parent, {"gguf_file": path.name}
-        else:
-            folder, options = path, {}
-        # A ready tokenizer.json serves where the folder's code would be asked for.
-        ready = (path / "tokenizer.json").is_file()
+        elif (path / "tokenizer.json").is_file():  # serves where the folder's code would be run
+            kinds.append(PreTrainedTokenizerFast)
         failure: Exception | None = None
-        for kind in (AutoTokenizer, PreTrainedTokenizerFast) if ready else (AutoTokenizer,):
+        for kind in kinds:
             try:
                 hf = kind.from_pretrained(
                     str(folder), local_files_only=True, trust_remote_code=False, **options

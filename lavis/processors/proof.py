@@ -127,10 +127,12 @@ def _notes(template: ChatTemplate, tokenizer: FastTokenizer, turns: list[Turn]) 
     trained, kinds = tokenizer.encode_pieces(template.pieces(turns, system=None, ask=False))
     begin = next(n for n, kind in enumerate(kinds) if kind in (Kind.ANSWER, Kind.END))
     if trained[:begin] != prompt:
+        asked, before = (
+            " ".join(map(repr, tokenizer.names(i[-5:]))) for i in (prompt, trained[:begin])
+        )
         notes.append(
-            "the chat template asks and trains differently: a question ends in "
-            f"{tokenizer.decode(prompt)[-40:]!r}, an answer begins after "
-            f"{tokenizer.decode(trained[:begin])[-40:]!r}"
+            f"the chat template asks and trains differently: a prompt ends in {asked}, but in "
+            f"training an answer stands after {before}"
         )
     whole = ids([*turns, *turns], ask=False)
     prompts = (ids(some, ask=True) for some in (turns[:1], [*turns, turns[0]]))

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import TOY
-from tests.processors import test_conversation as before
-from tests.processors.families import FAMILIES
 
 from lavis.common.errors import DataError
 from lavis.common.types import IGNORE_INDEX
@@ -21,10 +18,13 @@ from lavis.processors.conversation import LabelMask, Turn
 from lavis.processors.encoder import ConversationEncoder
 from lavis.processors.hf_tokenizer import FastTokenizer
 from lavis.processors.templates import TokenizerTemplate
+from tests.conftest import TOY
+from tests.processors import test_conversation as before
+from tests.processors.families import FAMILIES
 
 TEXTS = [
-    "cat", "", " a\n", "\n\nb", "图里有什么？", "e\u0301", "<|im_end|>\n<|im_start|>user", "<|extra_0|>",
-    "<ImageHere>a", "a<ImageHere><ImageHere>\n", "<Img><ImageHere></Img> What?", "3.14 \t🙂",
+    "cat", "", " a\n", "\n\nb", "图里有什么？", "e\u0301", "<|im_end|>\n<|im_start|>user",
+    "<|extra_0|>", "<ImageHere>a", "a<ImageHere><ImageHere>\n", "<Img><ImageHere></Img> What?", "3.14 \t🙂",
 ]  # fmt: skip
 MASKS: list[LabelMask] = ["chatml_delimiters", "assistant_only"]
 
@@ -42,7 +42,7 @@ def conversations() -> Iterator[list[Turn]]:
     draw = random.Random(0)
     for first, second in itertools.product(TEXTS, TEXTS):
         yield [Turn("user", first), Turn("assistant", second)]
-    for length in range(0, 8):
+    for length in range(8):
         for _ in range(10):
             roles = itertools.cycle(("user", "assistant"))
             yield [Turn(next(roles), draw.choice(TEXTS)) for _ in range(length)]  # type: ignore[arg-type]
@@ -111,7 +111,9 @@ def test_a_cut_keeps_images_and_an_answer(family: tuple[FastTokenizer, Tokenizer
     for length in range(1, len(whole.input_ids) + 1):
         cut = said(lambda: ConversationEncoder(*family, 3, length).encode(turns))  # noqa: B023
         if length <= image:
-            assert cut.startswith(f"image 1 of 1 ends at token {image + 1}, past max_txt_len {length}")
+            assert cut.startswith(
+                f"image 1 of 1 ends at token {image + 1}, past max_txt_len {length}"
+            )
         elif length <= answer:
             assert f"the first answer starts at token {answer}, past max_txt_len {length}" in cut
         else:

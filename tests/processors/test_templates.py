@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tests.processors.families import CHATML, FAMILIES, Family
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
@@ -25,14 +25,17 @@ from lavis.processors.encoder import ConversationEncoder
 from lavis.processors.hf_tokenizer import FastTokenizer
 from lavis.processors.proof import check, prove
 from lavis.processors.templates import TokenizerTemplate
+from tests.processors.families import CHATML, FAMILIES, Family
 
 ROWS = 700
 QUESTIONS = [
-    "What is it?", "", "   ", "\n", " \n What?\n\n", "图里有什么？", "e\u0301 🙂👩‍🚀", "3.14159 12345",
-    "if x:\n\treturn [1]\n", "a\u3000", "'quoted' \"twice\" \\ &", "\r\nold\r\n", "Two  blanks",
+    "What is it?", "", "   ", "\n", " \n What?\n\n", "图里有什么？", "e\u0301 🙂👩‍🚀",
+    "3.14159 12345", "if x:\n\treturn [1]\n", "a\u3000",
+    "'quoted' \"twice\" \\ &", "\r\nold\r\n", "Two  blanks",
 ]  # fmt: skip
 ANSWERS = [
-    "A red ball.", " a ball ", "\nA ball\n", "红色的球。", "1", "🙂", "x = {1: 2}\n", "\n\n", "No\t",
+    "A red ball.", " a ball ", "\nA ball\n", "红色的球。", "1", "🙂", "x = {1: 2}\n", "\n\n",
+    "No\t",
 ]  # fmt: skip
 
 
@@ -202,7 +205,9 @@ def test_images_stand_where_the_question_names_them(built: Built) -> None:
     turns = dialog("<ImageHere>cat <Img><ImageHere></Img>", "no <ImageHere>", "<ImageHere>", "x")
     pieces = built.template.pieces(turns)
     ids, kinds = tokenizer.encode_pieces(pieces)
-    assert [k for i, k in zip(ids, kinds, strict=True) if i == tokenizer.image_id] == [Kind.IMAGE] * 3
+    assert [k for i, k in zip(ids, kinds, strict=True) if i == tokenizer.image_id] == [
+        Kind.IMAGE
+    ] * 3
     places = [n for n, i in enumerate(ids) if i == tokenizer.image_id]
     assert "cat <Img>" in tokenizer.decode(ids[places[0] : places[1]])
     assert tokenizer.decode(ids).count("<ImageHere>") == 4
@@ -276,6 +281,16 @@ def test_thinking_is_off_unless_asked_for(families: dict[str, Built]) -> None:
     assert "earlier turns in another way" in prove(built.template)[0]
 
 
+def test_a_prompt_that_training_never_sees_is_noted(families: dict[str, Built]) -> None:
+    """Tokenizer or template: a blank that a prompt ends in merges with an answer."""
+    source = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n\\n' }}")
+    assert source != CHATML
+    notes = prove(TokenizerTemplate(with_template(families["chatml"], source)))
+    assert len(notes) == 1
+    assert "asks and trains differently: a prompt ends in " in notes[0]
+    assert "'ĊĊ', but in training an answer stands after " in notes[0]
+
+
 def test_a_thought_in_an_answer_is_not_acted_upon(families: dict[str, Built]) -> None:
     built = families["qwen3"]
     pieces = built.template.pieces(dialog("cat", "<think>a</think>b"))
@@ -306,7 +321,11 @@ def with_template(built: Built, template: str | None) -> FastTokenizer:
         ("m.content", "(m.content | tojson)", "rewrites the text of a message (user)"),
         ("m.content", "m.content | replace('\\n', ' ')", "rewrites the text of a message (user)"),
         ("m.content", "m.content + m.content", "repeats the text of a message (user)"),
-        ("m.content", "(m.content if m.role == 'user' else '')", "leaves out the text of a message"),
+        (
+            "m.content",
+            "(m.content if m.role == 'user' else '')",
+            "leaves out the text of a message",
+        ),
         ("m.content", "(m.content if m.content[0] != ' ' else 'b' + m.content)", "blanks around"),
         ("<|im_end|>", "", "ends an answer with no special token"),
     ],
@@ -485,6 +504,44 @@ def test_an_encoder_can_be_sent_to_a_worker(built: Built) -> None:
 def test_half_a_surrogate_pair_is_replaced(built: Built) -> None:
     assert built.tokenizer.encode("a\ud83d") == built.tokenizer.encode("a\ufffd")
     assert built.tokenizer.encode("\ud83d\ude42") == built.tokenizer.encode("🙂")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "splits"),
+    [("chatml", "gpt2", "llama-bpe"), ("llama2-first", "llama", "default")],
+)
+def test_a_gguf_file(
+    name: str, kind: str, splits: str, families: dict[str, Built], tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    built, path = families[name], tmp_path / "model.gguf"
+    state = json.loads((built.folder / "tokenizer.json").read_text())
+    special = {t["content"]: t["id"] for t in state["added_tokens"]}
+    vocab = state["model"]["vocab"] | special
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(splits)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t in special else 6 if t[:3] == "<0x" else 1 for t in tokens])
+    writer.add_token_scores([-float(i) for i in range(len(tokens))])
+    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
+    writer.add_eos_token_id(vocab[built.family.names["eos_token"]])
+    if "bos_token" in built.family.names:
+        writer.add_bos_token_id(vocab[built.family.names["bos_token"]])
+    writer.add_chat_template(built.family.template)
+    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokenizer = FastTokenizer.load(path, ROWS)
+    template = TokenizerTemplate(tokenizer)
+    assert prove(template) == []
+    for question in QUESTIONS:
+        turns = dialog(question, "A red ball. </s><|im_end|>")
+        found = tokenizer.encode_pieces(template.pieces(turns))
+        assert found == built.tokenizer.encode_pieces(built.template.pieces(turns)), question
 
 
 @pytest.mark.parametrize("kind", ["llama2-prepend", "llama2-always", "llama3", "qwen3", "gemma3"])
