@@ -228,7 +228,7 @@ class TokenizerTemplate:
 
     def _unasked(self, roles: _Roles, gap: str) -> str:
         """The end of the markup before an answer that no prompt has: the model writes it."""
-        if not roles:
+        if not roles or roles[-1][0] != "user":
             return ""
         asked = self._gaps(roles, True)[1][-1]
         return gap.removeprefix(asked) if gap.startswith(asked) else ""

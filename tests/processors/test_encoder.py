@@ -24,7 +24,8 @@ from tests.processors.families import FAMILIES
 
 TEXTS = [
     "cat", "", " a\n", "\n\nb", "图里有什么？", "e\u0301", "<|im_end|>\n<|im_start|>user",
-    "<|extra_0|>", "<ImageHere>a", "a<ImageHere><ImageHere>\n", "<Img><ImageHere></Img> What?", "3.14 \t🙂",
+    "<|extra_0|>", "<ImageHere>a", "a<ImageHere><ImageHere>\n", "<Img><ImageHere></Img> What?",
+    "3.14 \t🙂",
 ]  # fmt: skip
 MASKS: list[LabelMask] = ["chatml_delimiters", "assistant_only"]
 
