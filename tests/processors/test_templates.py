@@ -25,7 +25,7 @@ from lavis.processors.encoder import ConversationEncoder
 from lavis.processors.hf_tokenizer import FastTokenizer
 from lavis.processors.proof import check, prove
 from lavis.processors.templates import TokenizerTemplate
-from tests.processors.families import CHATML, FAMILIES, Family
+from tests.processors.families import CHATML, FAMILIES, Family, byte_level
 
 ROWS = 700
 QUESTIONS = [
@@ -475,6 +475,20 @@ def test_words_in_pieces_are_no_vocabulary_for_us(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(str(tmp_path))
     with pytest.raises(WeightsError, match="neither a byte-level nor a SentencePiece tokenizer"):
         FastTokenizer.load(tmp_path, ROWS)
+
+
+def test_a_special_token_in_a_vocabulary_that_skips_merges(tmp_path: Path) -> None:
+    """Where a whole word of the vocabulary is taken as it stands, a special token is one too."""
+    state = json.loads(byte_level(trim=True).to_str())
+    state["pre_tokenizer"] = state["pre_tokenizer"]["pretokenizers"][1]
+    state["model"]["vocab"]["<s>"] = end = len(state["model"]["vocab"])
+    backend = Tokenizer.from_str(json.dumps(state))
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<s>")
+    assert hf("<s>").input_ids == [end]
+    hf.save_pretrained(str(tmp_path))
+    tokenizer = FastTokenizer.load(tmp_path, ROWS)
+    assert tokenizer.encode_markup("<s>") == [end]
+    assert tokenizer.names(tokenizer.encode("<s>")) == ["<", "s", ">"]
 
 
 def test_end_and_padding_tokens(families: dict[str, Built], tmp_path: Path) -> None:
