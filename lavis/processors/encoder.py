@@ -56,16 +56,23 @@ class ConversationEncoder:
                 f"image {number} of {len(ends)} ends at token {ends[number - 1]}, past max_txt_len "
                 f"{self.max_txt_len}; raise model.max_txt_len or shorten the text before it"
             )
-        if Kind.ANSWER not in kinds[: self.max_txt_len]:
+        said = [kind is Kind.ANSWER for kind in kinds]
+        starts = [n for n, one in enumerate(said) if one and not (n and said[n - 1])]
+        if not starts or starts[0] >= self.max_txt_len:
             raise DataError(
-                f"no answer to learn from: the first answer starts at token "
-                f"{kinds.index(Kind.ANSWER)}, past max_txt_len {self.max_txt_len}; raise "
-                "model.max_txt_len or shorten the question"
-                if Kind.ANSWER in kinds
+                f"no answer to learn from: the first answer starts at token {starts[0]}, past "
+                f"max_txt_len {self.max_txt_len}; raise model.max_txt_len or shorten the question"
+                if starts
                 else "no answer to learn from: every answer is empty"
             )
         labels = self._labels(Ids(ids, kinds))
-        return Encoded(ids[: self.max_txt_len], labels[: self.max_txt_len], len(ends))
+        return Encoded(
+            ids[: self.max_txt_len],
+            labels[: self.max_txt_len],
+            len(ends),
+            cut_tokens=max(len(ids) - self.max_txt_len, 0),
+            cut_answers=sum(start >= self.max_txt_len for start in starts),
+        )
 
     def constant_prefix(self) -> tuple[list[int], list[int]]:
         """Ids and labels that every conversation begins with, at most up to the first question."""
