@@ -1,0 +1,143 @@
+"""Conversation -> token ids and labels, in one function so that they cannot drift apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from lavis.common.errors import DataError
+from lavis.common.types import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded
+from lavis.processors.chatml import text_pieces
+from lavis.processors.contracts import ChatTemplate, Ids, Kind, Piece, Tokenizer
+from lavis.processors.conversation import IMAGE, LabelMask, Turn
+
+_SUPERVISED: dict[LabelMask, frozenset[Kind]] = {
+    "chatml_delimiters": frozenset({Kind.ANSWER, Kind.END, Kind.DELIMITER}),
+    "assistant_only": frozenset({Kind.ANSWER, Kind.END}),
+}
+
+
+@dataclass(frozen=True)
+class ConversationEncoder:
+    """Encodes conversations for training and prompts for generation.
+
+    Attributes:
+        tokenizer: gives ids.
+        template: gives the characters, and whose they are.
+        num_query_token: ids that stand for one image.
+        max_txt_len: longest training example, in ids.
+        label_mask: ``chatml_delimiters`` supervises the answers and the template's special tokens,
+            as the original does; ``assistant_only`` supervises the answers and what ends them.
+        system: the system prompt; with None the template's own.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    num_query_token: int
+    max_txt_len: int = 512
+    label_mask: LabelMask = "chatml_delimiters"
+    system: str | None = None
+
+    def encode(self, turns: Sequence[Turn]) -> Encoded:
+        """Encode a training example, cut at ``max_txt_len``.
+
+        Raises:
+            DataError: if the cut would lose an image or leave no answer token to learn from.
+        """
+        ids, kinds = self._expand(self._encode(turns))
+        width = self.num_query_token
+        ends = [n for n, kind in enumerate(kinds, start=1) if kind is Kind.IMAGE][
+            width - 1 :: width
+        ]
+        if ends and ends[-1] > self.max_txt_len:
+            number = sum(end <= self.max_txt_len for end in ends) + 1
+            raise DataError(
+                f"image {number} of {len(ends)} ends at token {ends[number - 1]}, past max_txt_len "
+                f"{self.max_txt_len}; raise model.max_txt_len or shorten the text before it"
+            )
+        said = [kind is Kind.ANSWER for kind in kinds]
+        starts = [n for n, one in enumerate(said) if one and not (n and said[n - 1])]
+        if not starts or starts[0] >= self.max_txt_len:
+            raise DataError(
+                f"no answer to learn from: the first answer starts at token {starts[0]}, past "
+                f"max_txt_len {self.max_txt_len}; raise model.max_txt_len or shorten the question"
+                if starts
+                else "no answer to learn from: every answer is empty"
+            )
+        labels = self._labels(Ids(ids, kinds))
+        return Encoded(
+            ids[: self.max_txt_len],
+            labels[: self.max_txt_len],
+            len(ends),
+            cut_tokens=max(len(ids) - self.max_txt_len, 0),
+            cut_answers=sum(start >= self.max_txt_len for start in starts),
+        )
+
+    def constant_prefix(self) -> tuple[list[int], list[int]]:
+        """Ids and labels that every conversation begins with, at most up to the first question."""
+        probes: list[list[Piece]] = []
+        for question in ("a", "b", IMAGE_PLACEHOLDER, ""):
+            turns = [Turn("user", question), Turn("assistant", "c")]
+            for some, ask in ((turns, False), ([*turns, *turns], False), (turns[:1], True)):
+                probes.append(self.template.pieces(some, system=self.system, ask=ask))
+        same = takewhile(lambda column: len(set(column)) == 1, zip(*probes, strict=False))
+        prefix = self.tokenizer.settled([column[0] for column in same])
+        return prefix.ids, self._labels(prefix)
+
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Ids of a conversation that ends with a question, up to where the answer begins."""
+        return self._expand(self._encode(turns, ask=True)).ids
+
+    def latest(
+        self, history: Sequence[tuple[str, str]], query: str, room: int, start: int = 0
+    ) -> tuple[list[int], int]:
+        """The prompt of a question with as many of the latest exchanges as ``room`` tokens hold.
+
+        Images of those left out stay: they move to the beginning of the oldest text that is left.
+
+        Args:
+            start: how many of the oldest are left out in any case.
+
+        Returns:
+            The prompt's ids, more than ``room`` if the images and the question alone are, and how
+            many of the oldest exchanges are left out.
+        """
+        for dropped in range(start, len(history) + 1):
+            kept = [
+                t for q, a in history[dropped:] for t in (Turn("user", q), Turn("assistant", a))
+            ]
+            first, *rest = [*kept, Turn("user", query)]
+            images = sum(q.count(IMAGE_PLACEHOLDER) for q, _ in history[:dropped])
+            if images:
+                first = Turn("user", f"{IMAGE * images} {first.text}")
+            prompt = self.prompt([first, *rest])
+            if len(prompt) <= room:
+                break
+        return prompt, dropped
+
+    def prompt_from_markup(self, text: str) -> list[int]:
+        """Ids of a prompt in the template's markup, as the original's ``generate`` takes it.
+
+        Special tokens in ``text`` are markup: never call it on what a user typed.
+        """
+        pieces = text_pieces(text, Kind.MARKUP, images=True)
+        return self._expand(self.tokenizer.encode_pieces(pieces)).ids
+
+    def _encode(self, turns: Sequence[Turn], *, ask: bool = False) -> Ids:
+        return self.tokenizer.encode_pieces(
+            self.template.pieces(turns, system=self.system, ask=ask)
+        )
+
+    def _expand(self, encoded: Ids) -> Ids:
+        """Give each image its ids."""
+        result = Ids([], [])
+        for i, kind in zip(*encoded, strict=True):
+            number = self.num_query_token if kind is Kind.IMAGE else 1
+            result.ids.extend([i] * number)
+            result.kinds.extend([kind] * number)
+        return result
+
+    def _labels(self, encoded: Ids) -> list[int]:
+        learn = _SUPERVISED[self.label_mask]
+        return [i if kind in learn else IGNORE_INDEX for i, kind in zip(*encoded, strict=True)]

@@ -1,0 +1,155 @@
+"""Does a template give what Transformers gives? Asked with probe conversations before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lavis.common.errors import ConfigError
+from lavis.common.types import IMAGE_PLACEHOLDER
+from lavis.processors.contracts import ChatTemplate, Kind
+from lavis.processors.conversation import Turn
+from lavis.processors.hf_tokenizer import FastTokenizer
+from lavis.processors.templates import WAY_OUT, TokenizerTemplate
+
+TEXTS = (
+    "What is it?",
+    "",
+    "  blanks  ",
+    "\n\nlines\n\n",
+    " \n ",
+    "图里有什么？",
+    "1234567890, 3.14 and -5",
+    "🙂 👩‍🚀 é e\u0301",
+    "def f(x):\n    return {'a': [x]}\n",
+    f"{IMAGE_PLACEHOLDER}What is it?",
+    f"Two: {IMAGE_PLACEHOLDER} and {IMAGE_PLACEHOLDER}\n",
+    'a\'b "c" \\ 1 < 2 & 3 > 2',
+)
+_SHOWN = 8
+"""Tokens that a message shows on either side of the first difference."""
+
+Probe = tuple[str | None, list[Turn]]
+
+
+def prove(template: TokenizerTemplate) -> list[str]:
+    """Compare probe conversations with ``apply_chat_template(tokenize=True)``.
+
+    Returns:
+        What is as the template has it and yet worth knowing, a line each.
+
+    Raises:
+        ConfigError: the ids differ, with what stands around the first difference.
+    """
+    tokenizer = template.tokenizer
+    for system, turns in _probes(template):
+        for number in range(1, len(turns) + 1):
+            some, ask = turns[:number], number % 2 == 1
+            ids = tokenizer.encode_pieces(template.pieces(some, system=system, ask=ask)).ids
+            expected = template.reference(some, system=system, ask=ask)
+            if ids != expected:
+                raise ConfigError(
+                    f"{tokenizer.path}: the chat template cannot be taken apart into markup and "
+                    f"texts:\n{_difference(tokenizer, expected, ids)}\nfor {(system, some)}; "
+                    f"{WAY_OUT}"
+                )
+    return check(template, tokenizer)
+
+
+def check(template: ChatTemplate, tokenizer: FastTokenizer) -> list[str]:
+    """Check what holds of every template, one's own included.
+
+    Returns:
+        What is worth knowing, a line each.
+
+    Raises:
+        ConfigError: an answer ends in a token that does not stop generation; markup needs a row
+            that the model has not got; or a text gives a special token.
+    """
+    question, answer = Turn("user", TEXTS[0]), Turn("assistant", "Yes, two.")
+    ids, kinds = tokenizer.encode_pieces(
+        template.pieces([question, answer], system=None, ask=False)
+    )
+    ends = [i for i, kind in zip(ids, kinds, strict=True) if kind is Kind.END]
+    if not ends or ends[-1] not in template.stops:
+        raise ConfigError(
+            f"{tokenizer.path}: an answer ends in {tokenizer.names(ends[-1:])}, which is none of "
+            f"the tokens that stop generation, {tokenizer.names(template.stops)}"
+        )
+    if absent := [i for i in (*ids, *template.stops) if i >= tokenizer.rows]:
+        raise ConfigError(
+            f"{tokenizer.path}: the chat template writes {tokenizer.names(absent[:1])[0]}, token "
+            f"{absent[0]}, but the language model has {tokenizer.rows} rows"
+        )
+    _check_texts(template, tokenizer)
+    return _notes(template, tokenizer, [question, answer])
+
+
+def _check_texts(template: ChatTemplate, tokenizer: FastTokenizer) -> None:
+    """A text with every special token in it changes no special token of the conversation."""
+    hostile = "".join(tokenizer.names(tokenizer.markup_ids)).replace(IMAGE_PLACEHOLDER, "")
+
+    def marks(question: str, answer: str) -> list[tuple[int, Kind]]:
+        turns = [Turn("user", question), Turn("assistant", answer)]
+        encoded = tokenizer.encode_pieces(template.pieces(turns, system=None, ask=False))
+        return [x for x in zip(*encoded, strict=True) if x[0] in tokenizer.markup_ids]
+
+    if marks("a", "b") != marks(hostile, f"{hostile}{IMAGE_PLACEHOLDER}"):
+        raise ConfigError(f"{tokenizer.path}: what looks like markup in a text becomes markup")
+
+
+def _probes(template: TokenizerTemplate) -> Iterator[Probe]:
+    """Conversations of two exchanges, over every text as a question and as an answer."""
+    systems = [None] if template.no_system else [None, "Be brief.", " \n Blanks. 图\n"]
+    # A text with a special token, as the tags in Gemma's vocabulary, is meant to differ.
+    texts = [
+        t for t in TEXTS if not any(p.is_token and p.text != IMAGE_PLACEHOLDER
+                                    for p in template.tokenizer.parts(t))
+    ]  # fmt: skip
+    answers = [t for t in texts if t.strip() and IMAGE_PLACEHOLDER not in t]
+    for system in systems:
+        for n, text in enumerate(texts):
+            one, two = answers[n % len(answers)], answers[(n + 1) % len(answers)]
+            again = texts[(n + 3) % len(texts)]
+            yield system, [
+                Turn("user", text), Turn("assistant", one),
+                Turn("user", again), Turn("assistant", two),
+            ]  # fmt: skip
+
+
+def _notes(template: ChatTemplate, tokenizer: FastTokenizer, turns: list[Turn]) -> list[str]:
+    """Where training and asking differ by the template's own design."""
+
+    def ids(some: list[Turn], *, ask: bool) -> list[int]:
+        return tokenizer.encode_pieces(template.pieces(some, system=None, ask=ask)).ids
+
+    notes: list[str] = []
+    prompt = ids(turns[:1], ask=True)
+    trained, kinds = tokenizer.encode_pieces(template.pieces(turns, system=None, ask=False))
+    begin = next(n for n, kind in enumerate(kinds) if kind in (Kind.ANSWER, Kind.END))
+    if trained[:begin] != prompt:
+        asked, before = (
+            " ".join(map(repr, tokenizer.names(i[-5:]))) for i in (prompt, trained[:begin])
+        )
+        notes.append(
+            f"the chat template asks and trains differently: a prompt ends in {asked}, but in "
+            f"training an answer stands after {before}"
+        )
+    whole = ids([*turns, *turns], ask=False)
+    prompts = (ids(some, ask=True) for some in (turns[:1], [*turns, turns[0]]))
+    if not notes and any(whole[: len(prompt)] != prompt for prompt in prompts):
+        notes.append(
+            "the chat template writes earlier turns in another way than the latest: in a "
+            "conversation of several questions, answers are trained in the form of earlier turns"
+        )
+    return notes
+
+
+def _difference(tokenizer: FastTokenizer, expected: Sequence[int], ids: Sequence[int]) -> str:
+    """The tokens around the first difference, one list over the other."""
+    pairs = zip(expected, ids, strict=False)
+    first = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(ids)))
+    lines = [f"from token {first} on"]
+    for title, tokens in (("Transformers", expected), ("its parts", ids)):
+        shown = tokenizer.names(tokens[max(0, first - _SHOWN) : first + _SHOWN])
+        lines.append(f"  {title:12}  {' '.join(map(repr, shown))}")
+    return "\n".join(lines)

@@ -1,0 +1,291 @@
+"""Chat templates: the tokenizer's own, taken apart into markup and texts.
+
+A template of one's own is a class like this, named in YAML
+(``language.template: my_pkg.my_module:MyTemplate``) and built with the tokenizer::
+
+    class MyTemplate:
+        def __init__(self, tokenizer: FastTokenizer) -> None:
+            self.stops = tokenizer.eos
+
+        def pieces(self, turns, *, system, ask):
+            pieces = [Piece(f"{system}\\n", Kind.TEXT)] if system else []
+            for role, text in turns:
+                if role == "user":
+                    pieces.append(Piece("<|user|>\\n", Kind.MARKUP))
+                    pieces += text_pieces(text, Kind.TEXT, images=True)
+                    pieces.append(Piece("\\n", Kind.MARKUP))
+                else:
+                    pieces.append(Piece("<|assistant|>\\n", Kind.MARKUP))
+                    pieces += [Piece(text, Kind.ANSWER), Piece("<|endoftext|>", Kind.END)]
+            return [*pieces, Piece("<|assistant|>\\n", Kind.MARKUP)] if ask else pieces
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from jinja2 import TemplateError
+
+from lavis.common.errors import ConfigError, DataError
+from lavis.processors.chatml import text_pieces
+from lavis.processors.contracts import Kind, Piece
+from lavis.processors.conversation import Turn
+from lavis.processors.hf_tokenizer import FastTokenizer
+
+WAY_OUT = (
+    "write the template as a class of about 15 lines and name it, language.template: "
+    "my_pkg.my_module:MyTemplate (lavis/processors/templates.py begins with an example)"
+)
+# A template that writes today's date would train on one and ask on another: for every template
+# it is the day that Llama 3's writes where it cannot know.
+_DATE = {
+    "%d": "26",
+    "%B": "July",
+    "%b": "Jul",
+    "%m": "07",
+    "%Y": "2024",
+    "%y": "24",
+    "%A": "Friday",
+}
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
+    + " }}{%- endmacro -%}"
+)
+_BLANKS = (" ", "\n", "\t", "\u3000")
+
+Message = tuple[str, str]
+"""A role, of ``system``, ``user`` and ``assistant``, and a text."""
+_Roles = tuple[tuple[str, str | None], ...]
+"""A conversation's roles; with a text that is rendered as it is, being blank, or None."""
+
+
+class _Slot(NamedTuple):
+    """Where a message's text stands, and which blanks the template trims from its ends.
+
+    Attributes:
+        message: its number.
+        left: characters trimmed in front; none if empty, every blank if None.
+        right: the same behind.
+    """
+
+    message: int
+    left: str | None
+    right: str | None
+
+
+class TokenizerTemplate:
+    """The chat template that a tokenizer brings along.
+
+    It is rendered once for each sequence of roles, with sentinels in place of the texts; what
+    stands between them is markup. So a text is never looked at by the template, only trimmed if
+    the template trims: a thought or a command in it is not acted upon. An empty text, which
+    templates like to leave out with its markup, is rendered as it is.
+
+    Attributes:
+        tokenizer: whose template it is.
+        thinking: whether answers are trained and asked with the template's room for thoughts.
+        stops: what ends an answer, and the tokenizer's end tokens.
+        no_system: why the template takes no system prompt; None if it does.
+    """
+
+    def __init__(self, tokenizer: FastTokenizer, *, thinking: bool = False) -> None:
+        """Take the template apart for a first conversation.
+
+        Raises:
+            ConfigError: there is none, or it does more with the texts than place and trim them.
+        """
+        self.tokenizer = tokenizer
+        self.thinking = thinking
+        self._shapes: dict[tuple[_Roles, bool], list[Piece | _Slot]] = {}
+        try:
+            self._source = _FIXED_DATE + str(tokenizer.hf.get_chat_template())
+        except ValueError as error:
+            raise self._refusal(f"no chat template to use ({error})") from error
+        example = self.pieces([Turn("user", "?"), Turn("assistant", "!")])
+        end = [text for text, kind in example if kind is Kind.END][-1]
+        self.stops = tuple(dict.fromkeys([tokenizer.encode_markup(end)[-1], *tokenizer.eos]))
+        self.no_system: str | None = None
+        try:
+            self.pieces([Turn("user", "?")], system="!", ask=True)
+        except ConfigError as error:
+            self.no_system = str(error)
+
+    def pieces(
+        self, turns: Sequence[Turn], *, system: str | None = None, ask: bool = False
+    ) -> list[Piece]:
+        """The pieces of a conversation.
+
+        Raises:
+            ConfigError: the template takes no system prompt, or does more than it may.
+            DataError: the template refuses the conversation, as for two questions in a row.
+        """
+        messages = _messages(turns, system)
+        pieces: list[Piece] = []
+        for part in self._shape(messages, ask):
+            if isinstance(part, Piece):
+                pieces.append(part)
+                continue
+            role, text = messages[part.message]
+            text = text.lstrip(part.left).rstrip(part.right)
+            kind = Kind.ANSWER if role == "assistant" else Kind.TEXT
+            pieces += text_pieces(text, kind, images=role == "user")
+        return pieces
+
+    def reference(
+        self, turns: Sequence[Turn], *, system: str | None = None, ask: bool = False
+    ) -> list[int]:
+        """The ids that Transformers gives, special tokens in texts included."""
+        ids = self._apply(_messages(turns, system), ask, tokenize=True)
+        assert isinstance(ids, list)
+        return self.tokenizer.with_image_id(ids)
+
+    def _apply(self, messages: Sequence[Message], ask: bool, *, tokenize: bool) -> str | list[int]:
+        result: str | list[int] = self.tokenizer.hf.apply_chat_template(
+            [{"role": role, "content": text} for role, text in messages],
+            chat_template=self._source,
+            add_generation_prompt=ask,
+            tokenize=tokenize,
+            return_dict=False,
+            enable_thinking=self.thinking,  # Qwen, SmolLM
+            thinking=self.thinking,  # Granite, DeepSeek
+        )
+        return result
+
+    def _shape(self, messages: Sequence[Message], ask: bool) -> list[Piece | _Slot]:
+        roles = tuple(
+            (role, None if text.strip() or role == "assistant" else text) for role, text in messages
+        )
+        if (roles, ask) not in self._shapes:
+            self._shapes[roles, ask] = self._take_apart(roles, ask)
+        return self._shapes[roles, ask]
+
+    def _take_apart(self, roles: _Roles, ask: bool) -> list[Piece | _Slot]:
+        """Markup and slots of a conversation."""
+        order, markup = self._gaps(roles, ask)
+        trims = self._trims(roles, ask, markup)
+        shape: list[Piece | _Slot] = []
+        before = ""
+        for k, gap in enumerate(markup):
+            after = roles[order[k]][0] if k < len(order) else ""
+            rest = self._unasked(roles[: order[k]], gap) if after == "assistant" else ""
+            shape += self._markup(gap.removesuffix(rest), after_answer=before == "assistant")
+            if rest:
+                shape.append(Piece(rest, Kind.END))
+            if after:
+                shape.append(_Slot(order[k], *trims[k]))
+            before = after
+        return shape
+
+    def _gaps(
+        self, roles: _Roles, ask: bool, place: Callable[[str], str] = str
+    ) -> tuple[list[int], list[str]]:
+        """The messages with a sentinel in the order in which these stand, and what is around them.
+
+        Args:
+            place: changes a sentinel.
+        """
+        messages = [
+            (role, place(_sentinel(i)) if text is None else text)
+            for i, (role, text) in enumerate(roles)
+        ]
+        rendered = self._render(messages, ask)
+        slots = [i for i, (_, text) in enumerate(roles) if text is None]
+        for i in slots:
+            self._check_sentinel(rendered, i, roles[i][0])
+        order = sorted(slots, key=lambda i: rendered.index(_sentinel(i)))
+        markup: list[str] = []
+        for i in order:
+            gap, _, rendered = rendered.partition(_sentinel(i))
+            markup.append(gap)
+        return order, [*markup, rendered]
+
+    def _trims(
+        self, roles: _Roles, ask: bool, markup: Sequence[str]
+    ) -> list[tuple[str | None, str | None]]:
+        """The blanks trimmed from either end of each text: arguments for ``str.strip``."""
+
+        def blanks(kept: Callable[[str], bool]) -> str | None:
+            trimmed = "".join(blank for blank in _BLANKS if not kept(blank))
+            return None if len(trimmed) == len(_BLANKS) else trimmed
+
+        def keeps(gap: str, padded: str, kept: str) -> bool:
+            if padded not in (gap, kept):
+                raise self._refusal("the chat template changes with the blanks around a text")
+            return padded == kept
+
+        left = {c: self._gaps(roles, ask, lambda s, c=c: c + s)[1] for c in _BLANKS}  # type: ignore[misc]
+        right = {c: self._gaps(roles, ask, lambda s, c=c: s + c)[1] for c in _BLANKS}  # type: ignore[misc]
+        return [
+            (
+                blanks(lambda c: keeps(a, left[c][k], a + c)),  # noqa: B023
+                blanks(lambda c: keeps(b, right[c][k + 1], c + b)),  # noqa: B023
+            )
+            for k, (a, b) in enumerate(pairwise(markup))
+        ]
+
+    def _unasked(self, roles: _Roles, gap: str) -> str:
+        """The end of the markup before an answer that no prompt has: the model writes it."""
+        if not roles or roles[-1][0] != "user":
+            return ""
+        asked = self._gaps(roles, True)[1][-1]
+        return gap.removeprefix(asked) if gap.startswith(asked) else ""
+
+    def _render(self, messages: Sequence[Message], ask: bool) -> str:
+        try:
+            return str(self._apply(messages, ask, tokenize=False))
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = str(error).strip() or type(error).__name__
+        if messages[0][0] == "system":
+            try:
+                self._apply(messages[1:], ask, tokenize=False)
+            except (TemplateError, TypeError, ValueError):
+                pass
+            else:
+                raise ConfigError(
+                    f"{self.tokenizer.path}: the chat template takes no system prompt ({reason}); "
+                    "give none"
+                )
+        raise DataError(
+            f"{self.tokenizer.path}: the chat template refuses a conversation of "
+            f"{', '.join(role for role, _ in messages) or 'no message'}: {reason}"
+        )
+
+    def _check_sentinel(self, rendered: str, number: int, role: str) -> None:
+        count = rendered.count(_sentinel(number))
+        if count == 1:
+            return
+        begin = _sentinel(number).split()[0]
+        what = "repeats" if count else "rewrites" if begin in rendered else "leaves out"
+        if what == "leaves out" and role == "system":
+            raise ConfigError(
+                f"{self.tokenizer.path}: the chat template leaves the system prompt out; give "
+                f"none, or {WAY_OUT}"
+            )
+        raise self._refusal(f"the chat template {what} the text of a message ({role})")
+
+    def _markup(self, text: str, *, after_answer: bool) -> list[Piece]:
+        parts = self.tokenizer.parts(text)
+        pieces: list[Piece] = []
+        if after_answer:
+            stop = next((n for n, part in enumerate(parts, start=1) if part.is_token), None)
+            if stop is None:
+                raise self._refusal("the chat template ends an answer with no special token")
+            pieces.append(Piece("".join(part.text for part in parts[:stop]), Kind.END))
+            parts = parts[stop:]
+        kinds = (Kind.DELIMITER if part.is_special else Kind.MARKUP for part in parts)
+        return [*pieces, *(Piece(p.text, kind) for p, kind in zip(parts, kinds, strict=True))]
+
+    def _refusal(self, what: str) -> ConfigError:
+        return ConfigError(f"{self.tokenizer.path}: {what}; {WAY_OUT}")
+
+
+def _messages(turns: Sequence[Turn], system: str | None) -> list[Message]:
+    return [*([] if system is None else [("system", system)]), *turns]
+
+
+def _sentinel(number: int) -> str:
+    """A text that no template contains, with what a template might escape, fold or collapse."""
+    return f"⟪{number}⟫ \"'<&>\\\n  éÉ中Aa_⟪{number}⟫"
