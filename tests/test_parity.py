@@ -10,7 +10,7 @@ import torch
 
 from lavis.common.types import Sample
 from lavis.datasets.collate import collate
-from lavis.processors.conversation import ConversationEncoder, Turn
+from lavis.processors.conversation import ChatML, ConversationEncoder, Turn
 from lavis.processors.tokenizer import QwenTokenizer
 from tests.conftest import FIXTURES
 
@@ -115,6 +115,6 @@ def test_tokenizer_against_the_original() -> None:
     for case in cases:
         assert tokenizer.encode_markup(case["text"]) == case["ids"], case["text"]
         assert tokenizer.decode(case["ids"]) == case["decoded"]
-    encoder = ConversationEncoder(tokenizer, 32)
+    encoder = ConversationEncoder(tokenizer, ChatML(tokenizer), 32)
     assert tokenizer.im_start_id == 151644
     assert encoder.prompt_from_markup("<ImageHere>") == [151646] * 32

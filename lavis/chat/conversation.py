@@ -15,7 +15,7 @@ from lavis.chat.settings import ChatSettings
 from lavis.chat.text import TextStream
 from lavis.common.errors import DataError
 from lavis.models.generation import fit_window
-from lavis.processors.conversation import SYSTEM_PROMPT, ConversationEncoder, place_images
+from lavis.processors.conversation import place_images
 
 FREE_AFTER_OVERFLOW = 0.25
 """Share of the window that is left free when turns are dropped, so that the prompt is computed
@@ -69,17 +69,15 @@ class Conversation:
         engine: ChatEngine,
         settings: ChatSettings | None = None,
         *,
-        system: str = SYSTEM_PROMPT,
+        system: str | None = None,
     ) -> None:
         self.settings = settings or ChatSettings()
         self.exchanges: list[Exchange] = []
         self.waiting: list[ChatImage] = []
         self.forgotten = 0
-        self.system = system
+        self.system = engine.model.encoder.system if system is None else system
         self.engine = engine
-        self._encoder = ConversationEncoder(
-            engine.tokenizer, engine.model.encoder.num_query_token, system=system
-        )
+        self._encoder = dataclasses.replace(engine.model.encoder, system=self.system)
         self._cache = ConversationCache()
         self._lock = threading.RLock()
         self._answer: weakref.ref[Answer] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 
-from lavis.processors.tokenizer import QwenTokenizer
+from lavis.processors.contracts import Tokenizer
 
 
 class TextStream:
@@ -14,7 +14,7 @@ class TextStream:
     white space at its ends; special tokens are left out.
     """
 
-    def __init__(self, tokenizer: QwenTokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.text = ""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

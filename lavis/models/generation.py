@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import Qwen2ForCausalLM
 
-    from lavis.processors.tokenizer import QwenTokenizer
+    from lavis.processors.contracts import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class GenerationMixin:
     """Text out of images and text. Mixed into a model that has the attributes below."""
 
     llm_model: Qwen2ForCausalLM
-    tokenizer: QwenTokenizer
+    tokenizer: Tokenizer
     encoder: ConversationEncoder
     context: int
     encode_spans: Any
@@ -90,7 +91,7 @@ class GenerationMixin:
         query: str,
         history: History | None = None,
         image_tensor: object = None,
-        system: str = SYSTEM_PROMPT,
+        system: str | None = None,
         append_history: bool = True,
         generation_config: GenerationConfig | dict[str, Any] | None = None,
         *,
@@ -100,6 +101,7 @@ class GenerationMixin:
         """Answer a question after earlier turns.
 
         Args:
+            system: the system prompt; by default the one that the model was trained with.
             query: what the user says; special tokens in it are ordinary characters.
             history: earlier (question, answer) pairs, or ``{"role": .., "content": ..}`` of user
                 and assistant in turn, of which a first one may be the system's. The new turn is
@@ -119,7 +121,7 @@ class GenerationMixin:
         if not isinstance(query, str) or not query.strip():
             raise DataError(f"the question is no text: {query!r}")
         pairs, system = _read_history(history, system)
-        encoder = ConversationEncoder(self.tokenizer, self.encoder.num_query_token, system=system)
+        encoder = replace(self.encoder, system=system)
         prompt, _ = fit_window(encoder, pairs, query, options, self.context)
         response = self._text(self.generate_ids([prompt], self.pixels(image_tensor), options)[0])
         if verbose:
@@ -293,7 +295,7 @@ def fit_window(
     return prompt, dropped
 
 
-def _read_history(history: object, system: str) -> tuple[list[tuple[str, str]], str]:
+def _read_history(history: object, system: str | None) -> tuple[list[tuple[str, str]], str | None]:
     """(question, answer) pairs, and the system prompt: the history's own, if it has one."""
     turns: list[tuple[object, object]] = []
     if not isinstance(history, list | tuple | None):
@@ -313,7 +315,7 @@ def _read_history(history: object, system: str) -> tuple[list[tuple[str, str]], 
         raise DataError(f"{_HISTORY}; this one has {found}")
     if has_system:
         said = texts.pop(0)
-        if system not in (SYSTEM_PROMPT, said):
+        if system not in (None, SYSTEM_PROMPT, said):
             raise DataError("the system prompt is given twice: in the history and as `system`")
         system = said
     return list(zip(texts[::2], texts[1::2], strict=True)), system

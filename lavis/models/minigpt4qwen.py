@@ -27,7 +27,8 @@ from lavis.models.schedule import StepSchedule
 from lavis.models.step import TrainingStep
 from lavis.models.vision import DTYPES, VisionSide, resolve_qformer
 from lavis.models.weights import own_trainable
-from lavis.processors.conversation import ConversationEncoder
+from lavis.processors.contracts import Tokenizer
+from lavis.processors.conversation import ChatML, ConversationEncoder
 from lavis.processors.tokenizer import QwenTokenizer
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,11 @@ class MiniGPT4Qwen(TrainingStep, GenerationMixin, VisionSide):
         """What turns conversations into this model's ids and labels; reads only the vocabulary."""
         tokenizer = QwenTokenizer(config.path("llm_model", cache_root) / "qwen.tiktoken")
         return ConversationEncoder(
-            tokenizer, config.num_query_token, config.max_txt_len, config.label_mask
+            tokenizer,
+            ChatML(tokenizer),
+            config.num_query_token,
+            config.max_txt_len,
+            config.label_mask,
         )
 
     @property
@@ -306,7 +311,7 @@ class MiniGPT4Qwen(TrainingStep, GenerationMixin, VisionSide):
             self.visual_encoder.set_grad_checkpointing(True)
 
 
-def _check_fit(config: MiniGPT4QwenConfig, spec: QwenSpec, tokenizer: QwenTokenizer) -> None:
+def _check_fit(config: MiniGPT4QwenConfig, spec: QwenSpec, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > spec.config.vocab_size:
         raise ConfigError(
             f"model.llm_model: the vocabulary has {tokenizer.vocab_size} tokens, the language "

@@ -15,8 +15,8 @@ from lavis.models.attention import Documents, document_lengths
 from lavis.models.head import autocast_dtype, head_loss
 from lavis.models.prefix import ConstantPrefix
 from lavis.models.schedule import StepSchedule
+from lavis.processors.contracts import Tokenizer
 from lavis.processors.conversation import ConversationEncoder
-from lavis.processors.tokenizer import QwenTokenizer
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TrainingStep:
 
     config: Any
     encoder: ConversationEncoder
-    tokenizer: QwenTokenizer
+    tokenizer: Tokenizer
     llm_model: Any
     encode_spans: Any
     embed: Any

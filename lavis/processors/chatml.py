@@ -1,13 +1,14 @@
-"""First-generation Qwen: its ChatML, and its tokenizer, which encodes each piece on its own."""
+"""The chat template of first-generation Qwen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from lavis.common.types import IMAGE_PLACEHOLDER
-from lavis.processors.contracts import Ids, Kind, Piece
-from lavis.processors.conversation import SYSTEM_PROMPT, Turn
+from lavis.processors.contracts import Kind, Piece, Turn
 from lavis.processors.tokenizer import QwenTokenizer
+
+SYSTEM_PROMPT = "You are a helpful assistant."
 
 
 def text_pieces(text: str, kind: Kind, *, images: bool) -> list[Piece]:
@@ -52,30 +53,3 @@ class ChatML:
     def _opening(self, role: str) -> list[Piece]:
         start = Piece("<|im_start|>", Kind.DELIMITER)
         return [start, Piece(role, Kind.MARKUP), Piece("\n", Kind.MARKUP)]
-
-
-class PieceTokenizer(QwenTokenizer):
-    """The tokenizer of first-generation Qwen, which never merges across pieces."""
-
-    @property
-    def pad_id(self) -> int:
-        """``<|endoftext|>``."""
-        return self.eod_id
-
-    def encode_pieces(self, pieces: Sequence[Piece]) -> Ids:
-        """Ids and kinds of pieces, each encoded on its own."""
-        result = Ids([], [])
-        for text, kind in pieces:
-            if kind is Kind.IMAGE:
-                new = [self.image_id]
-            elif kind in (Kind.TEXT, Kind.ANSWER):
-                new = self.encode(text)
-            else:
-                new = self.encode_markup(text)
-            result.ids.extend(new)
-            result.kinds.extend([kind] * len(new))
-        return result
-
-    def settled(self, pieces: Sequence[Piece]) -> Ids:
-        """All of them."""
-        return self.encode_pieces(pieces)

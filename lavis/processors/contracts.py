@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum, auto
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from lavis.processors.conversation import Turn
+
+class Turn(NamedTuple):
+    """What one side says. Only a user's text can hold image placeholders."""
+
+    role: Literal["user", "assistant"]
+    text: str
 
 
 class Kind(Enum):

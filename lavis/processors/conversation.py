@@ -1,35 +1,31 @@
-"""Conversation -> token ids and labels, in one function so that they cannot drift apart.
-
-The format is ChatML::
-
-    <|im_start|>system\\n{system}<|im_end|>\\n
-    <|im_start|>user\\n{question}<|im_end|>\\n
-    <|im_start|>assistant\\n{answer}<|im_end|>\\n
-"""
+"""Conversation -> token ids and labels, in one function so that they cannot drift apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from itertools import takewhile
+from typing import Literal
 
 from lavis.common.errors import DataError
 from lavis.common.types import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded
-from lavis.processors.tokenizer import QwenTokenizer
+from lavis.processors.chatml import SYSTEM_PROMPT, ChatML, text_pieces
+from lavis.processors.contracts import ChatTemplate, Ids, Kind, Piece, Tokenizer, Turn
 
-SYSTEM_PROMPT = "You are a helpful assistant."
+__all__ = [
+    "DEFAULT_PROMPT", "IMAGE", "SYSTEM_PROMPT", "ChatML", "ConversationEncoder", "LabelMask",
+    "Turn", "place_images",
+]  # fmt: skip
+
 IMAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 """An image in a question, as the instruction data write it."""
 DEFAULT_PROMPT = f"{IMAGE} Describe this image in detail."
 
 LabelMask = Literal["chatml_delimiters", "assistant_only"]
-
-
-class Turn(NamedTuple):
-    """What one side says. Only a user's text can hold image placeholders."""
-
-    role: Literal["user", "assistant"]
-    text: str
+_SUPERVISED: dict[LabelMask, frozenset[Kind]] = {
+    "chatml_delimiters": frozenset({Kind.ANSWER, Kind.END, Kind.DELIMITER}),
+    "assistant_only": frozenset({Kind.ANSWER, Kind.END}),
+}
 
 
 def place_images(text: str, number: int) -> str:
@@ -54,18 +50,20 @@ class ConversationEncoder:
 
     Attributes:
         tokenizer: gives ids.
+        template: gives the characters, and whose they are.
         num_query_token: ids that stand for one image.
         max_txt_len: longest training example, in ids.
-        label_mask: ``chatml_delimiters`` supervises the answers and every turn's delimiters, as
-            the original does; ``assistant_only`` supervises the answers and what ends them.
-        system: the system prompt.
+        label_mask: ``chatml_delimiters`` supervises the answers and the template's special tokens,
+            as the original does; ``assistant_only`` supervises the answers and what ends them.
+        system: the system prompt; with None the template's own.
     """
 
-    tokenizer: QwenTokenizer
+    tokenizer: Tokenizer
+    template: ChatTemplate
     num_query_token: int
     max_txt_len: int = 512
     label_mask: LabelMask = "chatml_delimiters"
-    system: str = SYSTEM_PROMPT
+    system: str | None = None
 
     def encode(self, turns: Sequence[Turn]) -> Encoded:
         """Encode a training example, cut at ``max_txt_len``.
@@ -73,43 +71,49 @@ class ConversationEncoder:
         Raises:
             DataError: if the cut would lose an image or leave no answer token to learn from.
         """
-        ids, labels, answers, spans = self._render(turns)
-        if spans and spans[-1] + self.num_query_token > self.max_txt_len:
-            number = sum(s + self.num_query_token <= self.max_txt_len for s in spans) + 1
+        ids, kinds = self._expand(self._encode(turns))
+        width = self.num_query_token
+        ends = [n for n, kind in enumerate(kinds, start=1) if kind is Kind.IMAGE][
+            width - 1 :: width
+        ]
+        if ends and ends[-1] > self.max_txt_len:
+            number = sum(end <= self.max_txt_len for end in ends) + 1
             raise DataError(
-                f"image {number} of {len(spans)} ends at token "
-                f"{spans[number - 1] + self.num_query_token}, past max_txt_len "
+                f"image {number} of {len(ends)} ends at token {ends[number - 1]}, past max_txt_len "
                 f"{self.max_txt_len}; raise model.max_txt_len or shorten the text before it"
             )
-        kept = set(answers[: self.max_txt_len]) - {0}
-        if not kept:
-            first = next((i for i, answer in enumerate(answers) if answer), None)
+        said = [kind is Kind.ANSWER for kind in kinds]
+        starts = [n for n, one in enumerate(said) if one and not (n and said[n - 1])]
+        if not starts or starts[0] >= self.max_txt_len:
             raise DataError(
-                "no answer to learn from: every answer is empty"
-                if first is None
-                else f"no answer to learn from: the first answer starts at token {first}, past "
+                f"no answer to learn from: the first answer starts at token {starts[0]}, past "
                 f"max_txt_len {self.max_txt_len}; raise model.max_txt_len or shorten the question"
+                if starts
+                else "no answer to learn from: every answer is empty"
             )
+        labels = self._labels(Ids(ids, kinds))
         return Encoded(
             ids[: self.max_txt_len],
             labels[: self.max_txt_len],
-            len(spans),
+            len(ends),
             cut_tokens=max(len(ids) - self.max_txt_len, 0),
-            cut_answers=len(set(answers) - {0} - kept),
+            cut_answers=sum(start >= self.max_txt_len for start in starts),
         )
 
     def constant_prefix(self) -> tuple[list[int], list[int]]:
-        """Ids and labels that every conversation begins with, up to the user's first word."""
-        ids, labels, *_ = self._render([])
-        opening = [self.tokenizer.im_start_id, *self._role("user")]
-        learn = self.label_mask == "chatml_delimiters"
-        first = opening[0] if learn else IGNORE_INDEX
-        return [*ids, *opening], [*labels, first, *[IGNORE_INDEX] * (len(opening) - 1)]
+        """Ids and labels that every conversation begins with, at most up to the first question."""
+        probes: list[list[Piece]] = []
+        for question in ("a", "b", IMAGE_PLACEHOLDER, ""):
+            turns = [Turn("user", question), Turn("assistant", "c")]
+            for some, ask in ((turns, False), ([*turns, *turns], False), (turns[:1], True)):
+                probes.append(self.template.pieces(some, system=self.system, ask=ask))
+        same = takewhile(lambda column: len(set(column)) == 1, zip(*probes, strict=False))
+        prefix = self.tokenizer.settled([column[0] for column in same])
+        return prefix.ids, self._labels(prefix)
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids of a conversation that ends with a question, up to where the answer begins."""
-        ids = self._render(turns)[0]
-        return [*ids, self.tokenizer.im_start_id, *self._role("assistant")]
+        return self._expand(self._encode(turns, ask=True)).ids
 
     def latest(
         self, history: Sequence[tuple[str, str]], query: str, room: int, start: int = 0
@@ -139,45 +143,27 @@ class ConversationEncoder:
         return prompt, dropped
 
     def prompt_from_markup(self, text: str) -> list[int]:
-        """Ids of a prompt in ChatML markup, as the original's ``generate`` takes it.
+        """Ids of a prompt in the template's markup, as the original's ``generate`` takes it.
 
         Special tokens in ``text`` are markup: never call it on what a user typed.
         """
-        ids: list[int] = []
-        for i, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
-            if i > 0:
-                ids += self._image()
-            ids += self.tokenizer.encode_markup(part)
-        return ids
+        pieces = text_pieces(text, Kind.MARKUP, images=True)
+        return self._expand(self.tokenizer.encode_pieces(pieces)).ids
 
-    def _render(self, turns: Sequence[Turn]) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Ids, labels, the turn of the answer that each id belongs to (or 0), image starts."""
-        t = self.tokenizer
-        ids: list[int] = []
-        labels: list[int] = []
-        answers: list[int] = []
-        spans: list[int] = []
+    def _encode(self, turns: Sequence[Turn], *, ask: bool = False) -> Ids:
+        return self.tokenizer.encode_pieces(
+            self.template.pieces(turns, system=self.system, ask=ask)
+        )
 
-        def add(new: list[int], *, learn: bool = False, answer: int = 0) -> None:
-            ids.extend(new)
-            labels.extend(new if learn else [IGNORE_INDEX] * len(new))
-            answers.extend([answer] * len(new))
+    def _expand(self, encoded: Ids) -> Ids:
+        """Give each image its ids."""
+        result = Ids([], [])
+        for i, kind in zip(*encoded, strict=True):
+            number = self.num_query_token if kind is Kind.IMAGE else 1
+            result.ids.extend([i] * number)
+            result.kinds.extend([kind] * number)
+        return result
 
-        for number, (role, text) in enumerate([("system", self.system), *turns]):
-            is_answer = role == "assistant"
-            delimiters = self.label_mask == "chatml_delimiters"
-            add([t.im_start_id], learn=delimiters)
-            add(self._role(role))
-            for i, part in enumerate(text.split(IMAGE_PLACEHOLDER) if role == "user" else [text]):
-                if i > 0:
-                    spans.append(len(ids))
-                    add(self._image())
-                add(t.encode(part), learn=is_answer, answer=number * is_answer)
-            add([t.im_end_id, *t.newline_ids], learn=is_answer or delimiters)
-        return ids, labels, answers, spans
-
-    def _role(self, role: str) -> list[int]:
-        return [*self.tokenizer.encode(role), *self.tokenizer.newline_ids]
-
-    def _image(self) -> list[int]:
-        return [self.tokenizer.image_id] * self.num_query_token
+    def _labels(self, encoded: Ids) -> list[int]:
+        learn = _SUPERVISED[self.label_mask]
+        return [i if kind in learn else IGNORE_INDEX for i, kind in zip(*encoded, strict=True)]

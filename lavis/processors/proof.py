@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lavis.common.errors import ConfigError
 from lavis.common.types import IMAGE_PLACEHOLDER
-from lavis.processors.contracts import ChatTemplate, Kind
-from lavis.processors.conversation import Turn
+from lavis.processors.contracts import ChatTemplate, Kind, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
 from lavis.processors.templates import WAY_OUT, TokenizerTemplate
 

@@ -30,8 +30,7 @@ from jinja2 import TemplateError
 
 from lavis.common.errors import ConfigError, DataError
 from lavis.processors.chatml import text_pieces
-from lavis.processors.contracts import Kind, Piece
-from lavis.processors.conversation import Turn
+from lavis.processors.contracts import Kind, Piece, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
 
 WAY_OUT = (

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tiktoken
 
 from lavis.common.errors import WeightsError
+from lavis.processors.contracts import Ids, Kind, Piece
 
 # Split pattern and special tokens of the Qwen tokenizer; the ranks come from the user's file.
 SPLIT_PATTERN = (
@@ -31,7 +32,8 @@ class QwenTokenizer:
     Attributes:
         path: the vocabulary file.
         vocab_size: ids in use.
-        eod_id: ``<|endoftext|>``; also pads.
+        eod_id: ``<|endoftext|>``.
+        pad_id: the same.
         im_start_id: ``<|im_start|>``, opens a ChatML turn.
         im_end_id: ``<|im_end|>``, closes it.
         image_id: ``<|extra_0|>``, holds the place of image features; never comes out of text.
@@ -54,7 +56,7 @@ class QwenTokenizer:
             special_tokens=self.special_tokens,
         )
         self.vocab_size = self._encoding.n_vocab
-        self.eod_id = self.special_tokens["<|endoftext|>"]
+        self.eod_id = self.pad_id = self.special_tokens["<|endoftext|>"]
         self.im_start_id = self.special_tokens["<|im_start|>"]
         self.im_end_id = self.special_tokens["<|im_end|>"]
         self.image_id = self.special_tokens["<|extra_0|>"]
@@ -67,6 +69,24 @@ class QwenTokenizer:
     def encode_markup(self, text: str) -> list[int]:
         """Encode text whose special tokens are markup. Never call it on what a user typed."""
         return self._encoding.encode(normalize(text), allowed_special="all")
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> Ids:
+        """Ids and kinds of pieces, each encoded on its own."""
+        result = Ids([], [])
+        for text, kind in pieces:
+            if kind is Kind.IMAGE:
+                new = [self.image_id]
+            elif kind in (Kind.TEXT, Kind.ANSWER):
+                new = self.encode(text)
+            else:
+                new = self.encode_markup(text)
+            result.ids.extend(new)
+            result.kinds.extend([kind] * len(new))
+        return result
+
+    def settled(self, pieces: Sequence[Piece]) -> Ids:
+        """All of them."""
+        return self.encode_pieces(pieces)
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of a token, maybe a part of a character; none for a special token."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lavis.chat import Answer, ChatEngine, ChatSettings, Conversation, Exchange
-from lavis.processors.conversation import ConversationEncoder, Turn
+from lavis.processors.conversation import ChatML, ConversationEncoder, Turn
 from tests.chat.conftest import Pictures
 
 QUESTIONS = [
@@ -66,7 +66,9 @@ class Check:
         turns.append(Turn("user", last.question))
         if moved:
             turns[0] = Turn("user", f"{moved} {turns[0].text}")
-        return ConversationEncoder(model.tokenizer, model.encoder.num_query_token).prompt(turns)
+        return ConversationEncoder(
+            model.tokenizer, ChatML(model.tokenizer), model.encoder.num_query_token
+        ).prompt(turns)
 
 
 def test_twenty_turns(conversation: Conversation, check: Check, pictures: Pictures) -> None:

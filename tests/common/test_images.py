@@ -458,7 +458,7 @@ def test_every_reader_sees_the_same(
     from lavis.datasets.builders import InstructionBuilder
     from lavis.datasets.features import draw_view
     from lavis.processors.config import ImageEvalConfig
-    from lavis.processors.conversation import ConversationEncoder
+    from lavis.processors.conversation import ChatML, ConversationEncoder
     from lavis.processors.image import BlipImageEval
     from lavis.tasks.report import draw_answers
     from lavis.tasks.scoring import Prediction
@@ -475,7 +475,7 @@ def test_every_reader_sees_the_same(
     builder = InstructionBuilder(
         "demo", data, PreprocessConfig(SplitProcessors(train=config)), str(tmp_path)
     )
-    encoder = ConversationEncoder(tokenizer, 2)
+    encoder = ConversationEncoder(tokenizer, ChatML(tokenizer), 2)
     sample = builder.build("train", encoder, train=True, seed=0, on_bad="error")[0, 0]
     assert isinstance(sample, Sample) and torch.equal(sample.pixel_values[0], wanted)
 

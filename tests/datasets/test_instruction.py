@@ -35,7 +35,7 @@ from lavis.processors.config import (
     ImageEvalConfig,
     ImageTrainConfig,
 )
-from lavis.processors.conversation import ConversationEncoder, Turn
+from lavis.processors.conversation import ChatML, ConversationEncoder, Turn
 
 ASK = "<Img><ImageHere></Img> a"
 
@@ -82,7 +82,9 @@ def build(
     max_txt_len: int = 64,
     **block: Any,
 ) -> InstructionDataset:
-    encoder = ConversationEncoder(tokenizer, num_query_token=2, max_txt_len=max_txt_len)
+    encoder = ConversationEncoder(
+        tokenizer, ChatML(tokenizer), num_query_token=2, max_txt_len=max_txt_len
+    )
     return builder(root, *files, **block).build("train", encoder, train=True, seed=3, on_bad=on_bad)
 
 
@@ -296,7 +298,7 @@ def test_the_models_text_processor_is_the_default(
     image = SplitProcessors(image.train, image.train)
     texts = SplitProcessors(train=BaseTextConfig("base_text", max_words=1))
     made = replace(builder(root), preprocess=PreprocessConfig(image, texts))
-    encoder = ConversationEncoder(tokenizer, num_query_token=2)
+    encoder = ConversationEncoder(tokenizer, ChatML(tokenizer), num_query_token=2)
     dataset = made.build("train", encoder, train=train, seed=0, on_bad="error")
     assert dataset.turns(dataset.records[0])[0].text == question
 
@@ -357,7 +359,13 @@ def test_no_image_processor(root: Path, tokenizer: Any) -> None:
     with pytest.raises(
         ConfigError, match=r"^datasets\.demo\.vis_processor\.train is missing, and "
     ):
-        bare.build("train", ConversationEncoder(tokenizer, 2), train=True, seed=0, on_bad="error")
+        bare.build(
+            "train",
+            ConversationEncoder(tokenizer, ChatML(tokenizer), 2),
+            train=True,
+            seed=0,
+            on_bad="error",
+        )
 
 
 def test_own_processor_goes_before_the_models(root: Path, tokenizer: Any) -> None:

@@ -23,7 +23,7 @@ from lavis.datasets import lengths
 from lavis.datasets.builders import InstructionBuilder
 from lavis.datasets.instruction import InstructionDataset
 from lavis.processors.config import ImageEvalConfig
-from lavis.processors.conversation import ConversationEncoder
+from lavis.processors.conversation import ChatML, ConversationEncoder
 
 ASK = "<Img><ImageHere></Img> a"
 Encode = Callable[[InstructionDataset, Any], Any]
@@ -53,7 +53,9 @@ def build(
         PreprocessConfig(SplitProcessors(train=ImageEvalConfig("blip_image_eval", 14))),
         str(root),
     )
-    encoder = ConversationEncoder(tokenizer, num_query_token=2, max_txt_len=max_txt_len)
+    encoder = ConversationEncoder(
+        tokenizer, ChatML(tokenizer), num_query_token=2, max_txt_len=max_txt_len
+    )
     return builder.build("train", encoder, train=True, seed=3, on_bad=on_bad)
 
 

@@ -27,7 +27,7 @@ from lavis.common.types import BadSample, Sample
 from lavis.datasets.builders import InstructionBuilder
 from lavis.datasets.media import count_frames, frame_indices, open_frames
 from lavis.processors.config import ImageEvalConfig
-from lavis.processors.conversation import ConversationEncoder
+from lavis.processors.conversation import ChatML, ConversationEncoder
 
 
 def refusal(path: Path) -> str:
@@ -234,7 +234,7 @@ def test_a_video_sample_from_end_to_end(video: Path, tmp_path: Path, tokenizer: 
     (tmp_path / "videos" / "v.mp4").write_bytes(video.read_bytes())
     record = {"video": "v.mp4", "instruction": "<Img><ImageHere></Img>a", "output": "b"}
     (tmp_path / "ann.json").write_text(json.dumps([record]))
-    encoder = ConversationEncoder(tokenizer, num_query_token=2, max_txt_len=99)
+    encoder = ConversationEncoder(tokenizer, ChatML(tokenizer), num_query_token=2, max_txt_len=99)
     dataset = _builder(tmp_path, 4).build("train", encoder, train=True, seed=1, on_bad="error")
     sample = dataset[0, 0]
     assert isinstance(sample, Sample)
@@ -255,6 +255,6 @@ def test_too_many_frames_for_the_text_length(video: Path, tmp_path: Path, tokeni
     (tmp_path / "videos" / "v.mp4").write_bytes(video.read_bytes())
     record = {"video": "v.mp4", "instruction": "<ImageHere>", "output": "b"}
     (tmp_path / "ann.json").write_text(json.dumps([record]))
-    encoder = ConversationEncoder(tokenizer, num_query_token=16, max_txt_len=99)
+    encoder = ConversationEncoder(tokenizer, ChatML(tokenizer), num_query_token=16, max_txt_len=99)
     with pytest.raises(DataError, match=r"image 5 of 10 ends at token 102, past max_txt_len 99"):
         _builder(tmp_path, 10).build("train", encoder, train=True, seed=1, on_bad="error")

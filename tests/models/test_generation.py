@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from lavis.common.errors import ConfigError, DataError
 from lavis.models.generation_settings import generation_options
 from lavis.processors.config import ImageEvalConfig
-from lavis.processors.conversation import ConversationEncoder, Turn
+from lavis.processors.conversation import ChatML, ConversationEncoder, Turn
 from lavis.processors.image import BlipImageEval
 from tests.conftest import TOY
 
@@ -63,7 +63,9 @@ def prompts(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 def prompt_ids(model: Any, *pairs: tuple[str, str], query: str) -> list[int]:
     turns = [turn for q, a in pairs for turn in (Turn("user", q), Turn("assistant", a))]
-    return ConversationEncoder(model.tokenizer, 8).prompt([*turns, Turn("user", query)])
+    return ConversationEncoder(model.tokenizer, ChatML(model.tokenizer), 8).prompt(
+        [*turns, Turn("user", query)]
+    )
 
 
 def embedded(model: Any, ids: list[int], image: Tensor | None) -> Tensor:
@@ -484,7 +486,7 @@ def test_history_as_messages(model: Any, prompts: list[Tensor]) -> None:
         {"role": "assistant", "content": OLD[1]},
     ]
     said, same = model.chat("now", history, None, max_new_tokens=2)
-    encoder = ConversationEncoder(model.tokenizer, 8, system="Be short.")
+    encoder = ConversationEncoder(model.tokenizer, ChatML(model.tokenizer), 8, system="Be short.")
     ids = encoder.prompt([Turn("user", OLD[0]), Turn("assistant", OLD[1]), Turn("user", "now")])
     assert torch.equal(prompts[0], embedded(model, ids, None))
     assert same is history

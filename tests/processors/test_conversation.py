@@ -8,7 +8,7 @@ import pytest
 
 from lavis.common.errors import DataError
 from lavis.common.types import IGNORE_INDEX, Encoded
-from lavis.processors.conversation import ConversationEncoder, LabelMask, Turn
+from lavis.processors.conversation import ChatML, ConversationEncoder, LabelMask, Turn
 
 START, END, IMAGE, NL = 1201, 1202, 1203, 198
 SYSTEM_ROLE, USER_ROLE, ASSISTANT_ROLE = [82, 612], [872], [395, 380, 517]
@@ -24,7 +24,9 @@ SYSTEM_LABELS = [START, *[IGNORED] * 16, END, NL]
 def encoder(
     tokenizer: Any, num_query_token: int = 3, max_txt_len: int = 99, mask: LabelMask | None = None
 ) -> ConversationEncoder:
-    return ConversationEncoder(tokenizer, num_query_token, max_txt_len, mask or "chatml_delimiters")
+    return ConversationEncoder(
+        tokenizer, ChatML(tokenizer), num_query_token, max_txt_len, mask or "chatml_delimiters"
+    )
 
 
 def dialog(*texts: str) -> list[Turn]:
@@ -108,7 +110,7 @@ def test_typed_special_tokens_stay_characters(
 
 
 def test_a_system_prompt_is_text_too(tokenizer: Any) -> None:
-    custom = ConversationEncoder(tokenizer, 3, system="<|im_end|>")
+    custom = ConversationEncoder(tokenizer, ChatML(tokenizer), 3, system="<|im_end|>")
     assert custom.prompt([])[: 4 + 7 + 2] == [
         *[START, *SYSTEM_ROLE, NL, 27, 91, 318, 62, 408, 91, 29, END, NL]
     ]

@@ -20,8 +20,7 @@ from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.common.types import IGNORE_INDEX
 from lavis.processors.chatml import text_pieces
 from lavis.processors.contracts import Kind, Piece
-from lavis.processors.conversation import Turn
-from lavis.processors.encoder import ConversationEncoder
+from lavis.processors.conversation import ConversationEncoder, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
 from lavis.processors.proof import check, prove
 from lavis.processors.templates import TokenizerTemplate
