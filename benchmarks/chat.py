@@ -65,7 +65,7 @@ class Bench:
         self.engine = ChatEngine(self.model, lambda image: self.pixels)
         # A random model must not happen on a stop token. With the mean of two other logits none is
         # the largest. Banning them in generate would cost the side that computes anew time.
-        head = self.model.llm_model.lm_head.weight
+        head = self.model.language.model.lm_head.weight
         with torch.no_grad():
             head[list(self.engine.stops)] = head[:2].mean(0)
         side = job.shape.image_size
@@ -124,7 +124,7 @@ class Bench:
             self._synchronize()
             ends.append(time.perf_counter())
 
-        hook = self.model.llm_model.register_forward_hook(note)
+        hook = self.model.language.model.register_forward_hook(note)
         try:
             self.anew(turn, self.job.new_tokens + 1)
         finally:
@@ -173,7 +173,7 @@ def measure_time(job: Job) -> dict[str, Any]:
     from lavis.common.device import matmul_peak
 
     bench = Bench(job)
-    dtype = bench.model.llm_model.lm_head.weight.dtype
+    dtype = bench.model.language.model.lm_head.weight.dtype
     talks: list[list[dict[str, Any]]] = []
     anew: dict[int, list[float]] = {turn: [] for turn in job.shown}
     rates: dict[int, list[float]] = {turn: [] for turn in {1, job.turns}}
@@ -229,7 +229,7 @@ def same_first(job: Job, talk: list[dict[str, Any]], anew: dict[int, int]) -> in
 
 def prefill_flops(bench: Bench, tokens: int) -> float:
     """FLOP of a prompt's layers and attention, and of one row of the head, without the image."""
-    llm = bench.model.llm_model
+    llm = bench.model.language.model
     layers = sum(p.numel() for p in llm.model.layers.parameters() if p.ndim > 1)
     attention = 2 * llm.config.num_hidden_layers * llm.config.hidden_size * tokens * (tokens + 1)
     return float(2 * tokens * layers + attention + 2 * llm.lm_head.weight.numel())

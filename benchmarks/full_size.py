@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lavis.common.types import Batch
-    from lavis.models import MiniGPT4Qwen
+    from lavis.models import VLM
 
 GIB = 1024**3
 MAX_MEMORY = 24 * GIB  # the target machine
@@ -80,7 +80,7 @@ def measure(shape_name: str, root: Path, options: list[str]) -> dict[str, Any]:
     return out
 
 
-def sample_batch(model: MiniGPT4Qwen) -> Batch:
+def sample_batch(model: VLM) -> Batch:
     """One image of random pixels, a question and its answer, as the data loader gives them."""
     import torch
     from PIL import Image
@@ -105,7 +105,7 @@ def sample_batch(model: MiniGPT4Qwen) -> Batch:
     return collate([sample])
 
 
-def train_two_steps(model: MiniGPT4Qwen) -> dict[str, Any]:
+def train_two_steps(model: VLM) -> dict[str, Any]:
     """Two steps of the runner's kind; the first one also reads the weights from the disk."""
     import torch
 
@@ -132,7 +132,7 @@ def train_two_steps(model: MiniGPT4Qwen) -> dict[str, Any]:
     return out
 
 
-def step_flop(model: MiniGPT4Qwen, batch: Batch) -> int:
+def step_flop(model: VLM, batch: Batch) -> int:
     """Matrix products that a step cannot do without, in FLOP.
 
     The vision side runs forward; the language model forward and backward to its inputs, its head
@@ -143,17 +143,21 @@ def step_flop(model: MiniGPT4Qwen, batch: Batch) -> int:
     def weights(module: Any) -> int:
         return sum(p.numel() for p in module.parameters() if p.ndim > 1)
 
-    vision = images * model.visual_encoder.pos_embed.shape[1] * weights(model.visual_encoder.blocks)
+    vision = (
+        images
+        * model.vision.visual_encoder.pos_embed.shape[1]
+        * weights(model.vision.visual_encoder.blocks)
+    )
     queries = images * model.config.num_query_token
-    vision += queries * (weights(model.Qformer) + 2 * weights(model.llm_proj))
-    layers = tokens * weights(model.llm_model.model.layers)
-    return 2 * vision + 4 * (layers + batch.num_supervised * weights(model.llm_model.lm_head))
+    vision += queries * (weights(model.vision.Qformer) + 2 * weights(model.connector))
+    layers = tokens * weights(model.language.model.model.layers)
+    return 2 * vision + 4 * (layers + batch.num_supervised * weights(model.language.model.lm_head))
 
 
-def answer(model: MiniGPT4Qwen) -> dict[str, Any]:
+def answer(model: VLM) -> dict[str, Any]:
     """Answer greedily; the first token's time includes the image and the question."""
     starts: list[float] = []
-    hook = model.llm_model.model.register_forward_pre_hook(
+    hook = model.language.model.model.register_forward_pre_hook(
         lambda *_: starts.append(time.perf_counter())
     )
     pixels = sample_batch(model).pixel_values

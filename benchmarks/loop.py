@@ -132,10 +132,10 @@ def _stub() -> nn.Module:
 
         def __init__(self) -> None:
             super().__init__()
-            self.llm_proj = nn.Linear(1, 1, bias=False)  # a name that a checkpoint may hold
+            self.connector = nn.Linear(1, 1, bias=False)  # a name that a checkpoint may hold
 
         def forward(self, batch: Batch) -> LossOutput:
-            loss = self.llm_proj.weight.sum() * batch.num_supervised
+            loss = self.connector.weight.sum() * batch.num_supervised
             return LossOutput(loss, batch.num_supervised)
 
         def training_flops(self, tokens: int, images: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.random_weights import fill, vocabulary
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from lavis.common.types import Encoded, Sample
-    from lavis.models import MiniGPT4Qwen
+    from lavis.models import VLM
 
 # Most are one token each, so that the lengths come out as drawn.
 WORDS = [
@@ -80,7 +79,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def build_model(shape: Shape, device: torch.device) -> MiniGPT4Qwen:
+def build_model(shape: Shape, device: torch.device) -> VLM:
     """The model in training mode, with only the projection trainable; no second copy of a weight.
 
     Raises:
@@ -89,12 +88,11 @@ def build_model(shape: Shape, device: torch.device) -> MiniGPT4Qwen:
     import torch
     from torch import nn
 
-    from lavis.models import MiniGPT4Qwen, MiniGPT4QwenConfig
+    from lavis.models import MiniGPT4QwenConfig
+    from lavis.models.build import MiniGPT4Qwen
     from lavis.models.config import QFormerConfig, ViTConfig
     from lavis.models.frozen_linear import widen_frozen_linears
     from lavis.models.memory import free_memory
-    from lavis.models.qformer import qformer_config
-    from lavis.models.qwen import new_llm, read_spec
 
     folder = vocabulary().parent
     config = MiniGPT4QwenConfig(
@@ -105,19 +103,12 @@ def build_model(shape: Shape, device: torch.device) -> MiniGPT4Qwen:
         image_size=shape.image_size,
         max_txt_len=shape.max_txt_len,
         vit_precision=shape.precision,  # type: ignore[arg-type]
+        llm_precision=shape.precision,  # type: ignore[arg-type]
+        llm_config=dict(shape.llm) or None,
+        bert_config="no file: BERT-base",
+        from_scratch=("vit", "qformer", "llm"),
     )
-    spec = read_spec(folder, dict(shape.llm) or None, need_file=False)
-    bert = Path("no file: BERT-base")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[shape.precision]
-    meta = torch.device("meta")
-    model = MiniGPT4Qwen(
-        config,
-        qformer_config(config.qformer_config, bert, config.vit_config.embed_dim),
-        new_llm(spec, device=meta, dtype=dtype),
-        spec,
-        MiniGPT4Qwen.build_encoder(config, ""),
-        device=meta,
-    )
+    model = MiniGPT4Qwen.from_config(config, cache_root="", device="meta")
     needed, free = sum(p.nbytes for p in model.parameters()), free_memory(device)
     if needed > 0.95 * free:
         raise LavisError(
@@ -132,16 +123,14 @@ def build_model(shape: Shape, device: torch.device) -> MiniGPT4Qwen:
             kept = name not in module._non_persistent_buffers_set
             made = torch.zeros(like.shape, dtype=like.dtype, device=device)
             module.register_buffer(name, made, persistent=kept)
-    # Its frequencies are no weights.
-    model.llm_model.model.rotary_emb = type(model.llm_model.model.rotary_emb)(spec.config).to(
-        device
-    )
-    model.llm_proj.requires_grad_(True)
+    base = model.language.base
+    base.rotary_emb = type(base.rotary_emb)(model.language.model.config).to(device)  # no weights
+    model.connector.requires_grad_(True)
     widen_frozen_linears(model)
     return model.train()
 
 
-def draw_samples(model: MiniGPT4Qwen, shape: Shape, count: int) -> list[Sample]:
+def draw_samples(model: VLM, shape: Shape, count: int) -> list[Sample]:
     """One image, a question and an answer each, drawn evenly over the shape's lengths.
 
     The same at every call.

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,26 +111,15 @@ def layout(shape: Shape, root: Path) -> Files:
     import torch
 
     from lavis.common.config import default_model_config
-    from lavis.models import MiniGPT4Qwen, MiniGPT4QwenConfig
-    from lavis.models.keys import FULL_MODEL
-    from lavis.models.qformer import qformer_config
-    from lavis.models.qwen import new_llm, read_spec
+    from lavis.models import MiniGPT4QwenConfig
+    from lavis.models.build import MiniGPT4Qwen
 
     options = model_options(shape, root)
     config = default_model_config("minigpt4qwen", "qwen7b_chat", options).model
     assert isinstance(config, MiniGPT4QwenConfig)
-    meta = torch.device("meta")
-    spec = read_spec(root / LLM, None, need_file=True)
-    bert = config.path("bert_config", str(root))
-    model = MiniGPT4Qwen(
-        config,
-        qformer_config(config.qformer_config, bert, config.vit_config.embed_dim),
-        new_llm(spec, device=meta, dtype=None),
-        spec,
-        MiniGPT4Qwen.build_encoder(config, str(root)),
-        device=meta,
-    )
-    state = FULL_MODEL.to_original(model.state_dict())
+    nothing = replace(config, from_scratch=("vit", "qformer", "llm"))
+    model = MiniGPT4Qwen.from_config(nothing, cache_root=str(root), device="meta")
+    state = model.key_map.to_original(model.state_dict())
 
     def part(prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
         return {

@@ -90,7 +90,7 @@ class Bench:
         self.device = pick_device(job.device)
         self.model = build_model(job.shape, self.device)
         self.samples = draw_samples(self.model, job.shape, job.samples)
-        projection = self.model.llm_proj
+        projection = self.model.connector
         self.optimizer = torch.optim.AdamW(projection.parameters(), lr=1e-4)
         self._start = [p.detach().clone() for p in projection.parameters()]
         self._cached: list[Sample] = []
@@ -99,13 +99,13 @@ class Bench:
         """Set the model to a rung; return the step's micro-batches."""
         from lavis.models.schedule import StepSchedule
 
-        for layer in self.model.llm_model.model.layers:
+        for layer in self.model.language.model.model.layers:
             layer._compiled_call_impl = None
         self.model.schedule = StepSchedule(**rung.schedule)
         if not rung.recompute:
-            self.model.llm_model.activation_checkpointing_disable()
+            self.model.language.model.activation_checkpointing_disable()
         if not self.model.schedule.reference:
-            self.model._constant_prefix()  # once in a run, so not in the first step's numbers
+            self.model.constant_prefix()  # once in a run, so not in the first step's numbers
         vars(self.model).pop("encode_query", None)
         samples = self.samples
         if rung.cached:
@@ -119,7 +119,7 @@ class Bench:
         """Compute a step from the same projection each time; loss per token, gradient."""
         import torch
 
-        parameters = list(self.model.llm_proj.parameters())
+        parameters = list(self.model.connector.parameters())
         with torch.no_grad():
             for p, start in zip(parameters, self._start, strict=True):
                 p.copy_(start)
@@ -252,7 +252,7 @@ def useful_flops(bench: Bench) -> float:
     from lavis.common.types import IGNORE_INDEX
 
     model = bench.model
-    llm = model.llm_model
+    llm = model.language.model
     prefix = len(model.encoder.constant_prefix()[0])
     layers = sum(p.numel() for p in llm.model.layers.parameters() if p.ndim > 1)
     width, depth = llm.config.hidden_size, llm.config.num_hidden_layers
@@ -263,7 +263,7 @@ def useful_flops(bench: Bench) -> float:
         total += width * depth * (8 * own * prefix + 12 * own * (own + 1) / 2)
         supervised = int((sample.labels[1 + prefix :] != IGNORE_INDEX).sum())
         total += 4 * supervised * llm.lm_head.weight.numel()
-        total += 4 * model.config.num_query_token * model.llm_proj.weight.numel()
+        total += 4 * model.config.num_query_token * model.connector.weight.numel()
     return total
 
 
@@ -313,7 +313,7 @@ def matrix_peak(bench: Bench) -> float:
     """FLOP/s of the best square matrix product in the language model's precision."""
     from lavis.common.device import matmul_peak
 
-    dtype = bench.model.llm_model.lm_head.weight.dtype
+    dtype = bench.model.language.model.lm_head.weight.dtype
     return max(matmul_peak(bench.device, dtype, size) for size in bench.job.shape.matrix)
 
 

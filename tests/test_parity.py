@@ -34,7 +34,7 @@ def _samples(model: Any, expected: dict[str, Any]) -> list[Sample]:
 
 def test_vision_side(toy_model: Any, expected: dict[str, Any]) -> None:
     with torch.no_grad():
-        vit = toy_model.encode_vit(expected["image"])
+        vit = toy_model.vision.encode_vit(expected["image"])
         projected = toy_model.encode_image(expected["image"])
     assert (vit - expected["vit_output"]).abs().max() < TOLERANCE
     assert (projected - expected["image_embeds_projected"]).abs().max() < TOLERANCE
@@ -58,12 +58,12 @@ def test_loss_and_projector_gradient(toy_model: Any, expected: dict[str, Any]) -
     loss = out.loss_sum / out.num_tokens
     assert abs(loss.item() - expected["loss"]) < TOLERANCE
     loss.backward()
-    proj = toy_model.llm_proj
+    proj = toy_model.connector
     assert (proj.weight.grad - expected["grad_llm_proj_weight"]).abs().max() < TOLERANCE
     assert (proj.bias.grad - expected["grad_llm_proj_bias"]).abs().max() < TOLERANCE
     assert [n for n, p in toy_model.named_parameters() if p.grad is not None] == [
-        "llm_proj.weight",
-        "llm_proj.bias",
+        "connector.weight",
+        "connector.bias",
     ]
 
 

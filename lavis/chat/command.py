@@ -89,14 +89,14 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
     from lavis.chat.engine import ChatEngine
     from lavis.chat.settings import ChatSettings
     from lavis.common.device import pick_device
+    from lavis.common.registry import MODELS
     from lavis.models import load_model_and_preprocess
-    from lavis.models.minigpt4qwen import MiniGPT4Qwen
     from lavis.models.weights import open_pth
 
     open_pth(Path(args.checkpoint))
-    if isinstance(config.model, MiniGPT4Qwen.Config):
-        _, spec, _ = MiniGPT4Qwen.describe(config.model, config.env.cache_root)
-        spec.require_room(args.max_new_tokens, "--max-new-tokens")
+    if describe := getattr(MODELS.get(config.model.arch), "describe", None):
+        _, language, _ = describe(config.model, config.env.cache_root)
+        language.require_room(args.max_new_tokens, "--max-new-tokens")
     logger.info("loading %s with %s", args.cfg_path or args.model_type, args.checkpoint)
     settings = ChatSettings(max_new_tokens=args.max_new_tokens, seed=args.seed)
     model, processors, _ = load_model_and_preprocess(

@@ -30,7 +30,7 @@ from lavis.common.errors import DataError, WeightsError
 from lavis.common.images import as_image
 
 if TYPE_CHECKING:
-    from lavis.models import MiniGPT4Qwen
+    from lavis.models import VLM
 
 _NUMBERS = itertools.count(1)
 
@@ -57,11 +57,11 @@ class ChatEngine:
     number of them, in any threads, share an engine.
     """
 
-    def __init__(self, model: MiniGPT4Qwen, processor: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, model: VLM, processor: Callable[[Image.Image], Tensor]) -> None:
         """Take a model in evaluation mode and its image processor, ``vis_processors["eval"]``."""
         self.model = model
         self.tokenizer = model.tokenizer
-        self.stops = (self.tokenizer.im_end_id, self.tokenizer.im_start_id, self.tokenizer.eod_id)
+        self.stops = model.encoder.template.stops
         self._processor = processor
         self._lock = threading.Lock()  # one forward pass at a time: bounded memory
 
@@ -114,15 +114,16 @@ class ChatEngine:
             # The last token is always computed: its logits are not kept.
             start = min(cache.common(content), len(content) - 1)
             cache.truncate(start)
-            output = self.model.llm_model(
-                inputs_embeds=self._embed(content[start:], images),
-                cache=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                row_length=len(content),
-            )
-            cache.content.extend(content[start:])
-            logits: Tensor = output.logits[0, -1].float()
+            language = self.model.language
+            if not language.caches:  # a family whose state cannot be rolled back computes all anew
+                start, kept = 0, None
+            else:
+                kept = cache
+            embeds = self._embed(content[start:], images)
+            positions = torch.arange(start, len(content), device=embeds.device)[None]
+            hidden = language.hidden(embeds, positions, cache=kept)
+            cache.content.extend(content[len(cache.content) :])
+            logits = language.logits(hidden[0, -1])
         if bool(logits.isnan().any()):
             cache.clear()  # whatever is in there must not spoil what follows
             raise WeightsError(
@@ -149,7 +150,7 @@ class ChatEngine:
             last = self._embed(content[-1:], images)
             # Transformers wants the whole prompt and computes what is not in the cache of it.
             embeds = torch.cat([last.new_zeros(1, len(content) - 1, last.shape[-1]), last], 1)
-            generated = self.model.llm_model.generate(
+            generated = self.model.language.model.generate(
                 inputs_embeds=embeds,
                 attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64, device=last.device),
                 cache=cache.repeated(settings.num_beams),
@@ -159,7 +160,7 @@ class ChatEngine:
                     max_new_tokens=settings.max_new_tokens,
                     repetition_penalty=settings.repetition_penalty,
                     eos_token_id=list(self.stops),
-                    pad_token_id=self.tokenizer.eod_id,
+                    pad_token_id=self.tokenizer.pad_id,
                 ),
             )
         ids: list[int] = generated[0].tolist()

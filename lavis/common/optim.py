@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -177,7 +177,7 @@ def build_schedule(run: RunConfig, steps_per_epoch: int) -> Schedule:
 
 
 _NORM = re.compile(r"(^|[._])(ln|bn|norm|layernorm)\w*", re.IGNORECASE)
-_VIT_BLOCK = re.compile(r"^visual_encoder\.blocks\.(\d+)\.")
+_VIT = re.compile(r"(^|\.)visual_encoder\.(blocks\.(\d+)\.)?")
 
 
 def parameter_groups(
@@ -185,6 +185,7 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     vit_depth: int = 0,
+    rates: Mapping[str, tuple[float, float]] | None = None,
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters for AdamW.
 
@@ -192,22 +193,26 @@ def parameter_groups(
     encoder's block ``i`` learns at ``layer_decay ** (vit_depth - i)`` of the rate, its embeddings
     at ``layer_decay ** (vit_depth + 1)`` (Bao et al. 2021, BEiT).
 
+    Args:
+        rates: of parts that have their own, by the first word of a name: what the learning rate is
+            multiplied by, and the weight decay.
+
     Returns:
         Groups with ``params``, ``weight_decay`` and ``lr_scale``. Without layer decay these are
         the original's two, decayed first, so that either project reads the other's optimizer.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    first = (1.0, weight_decay, True), (1.0, weight_decay, False)
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {key: [] for key in first}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         plain = parameter.ndim < 2 or name.endswith("bias") or _NORM.search(name) is not None
-        scale = 1.0
-        if layer_decay != 1.0 and name.startswith("visual_encoder."):
-            block = _VIT_BLOCK.match(name)
-            scale = layer_decay ** (vit_depth - int(block[1]) if block else vit_depth + 1)
-        groups.setdefault((scale, not plain), []).append(parameter)
+        scale, decay = (rates or {}).get(name.partition(".")[0], (1.0, weight_decay))
+        if layer_decay != 1.0 and (found := _VIT.search(name)):
+            scale *= layer_decay ** (vit_depth - int(found[3]) if found[3] else vit_depth + 1)
+        groups.setdefault((scale, decay, not plain), []).append(parameter)
     return [
-        {"params": params, "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
-        for (scale, decayed), params in groups.items()
-        if params or scale == 1.0
+        {"params": params, "weight_decay": decay if decayed else 0.0, "lr_scale": scale}
+        for (scale, decay, decayed), params in groups.items()
+        if params or (scale, decay, decayed) in first
     ]

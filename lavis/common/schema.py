@@ -10,7 +10,17 @@ from typing import Any, Literal
 
 from lavis.common.errors import ConfigError
 from lavis.common.paths import user_path
-from lavis.common.registry import BUILDERS, LR_SCHEDULERS, MODELS, PROCESSORS, RUNNERS, TASKS
+from lavis.common.registry import (
+    BUILDERS,
+    CONNECTORS,
+    LANGUAGE_MODELS,
+    LR_SCHEDULERS,
+    MODELS,
+    PROCESSORS,
+    RUNNERS,
+    TASKS,
+    VISION_ENCODERS,
+)
 from lavis.common.typed import Where, only, require_range
 
 
@@ -96,6 +106,26 @@ class DatasetConfig:
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> Any:
         return _selected(BUILDERS, str(data.get("builder", "")), f"{path}.builder", where)
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """Base of the configuration of a model's part; ``name`` selects the subclass."""
+
+    name: str
+
+    @classmethod
+    def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
+        kind = path.rpartition(".")[2]
+        registry = _PARTS[kind]
+        if not isinstance(data.get("name"), str):
+            raise ConfigError(
+                f"{where(path)}: {path}.name is missing (known: {', '.join(registry.names())})"
+            )
+        return _selected(registry, data["name"], f"{path}.name", where)
+
+
+_PARTS = {"vision": VISION_ENCODERS, "connector": CONNECTORS, "language": LANGUAGE_MODELS}
 
 
 @dataclass(frozen=True)

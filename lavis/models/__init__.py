@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lavis.common.registry import MODELS
-from lavis.models.config import MiniGPT4QwenConfig
+from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, MODELS, VISION_ENCODERS
+from lavis.models.config import (
+    EvaQFormerConfig,
+    HfConfig,
+    LinearConfig,
+    MiniGPT4QwenConfig,
+    MlpConfig,
+    Qwen1Config,
+    VlmConfig,
+)
 
 if TYPE_CHECKING:
     from lavis.models.loading import load_model, load_model_and_preprocess
-    from lavis.models.minigpt4qwen import MiniGPT4Qwen
+    from lavis.models.vlm import VLM
 
-__all__ = ["MiniGPT4Qwen", "MiniGPT4QwenConfig", "load_model", "load_model_and_preprocess"]
+__all__ = ["VLM", "MiniGPT4QwenConfig", "VlmConfig", "load_model", "load_model_and_preprocess"]
 
-MODELS.register("minigpt4qwen", "lavis.models.minigpt4qwen:MiniGPT4Qwen", config=MiniGPT4QwenConfig)
+MODELS.register("minigpt4qwen", "lavis.models.build:MiniGPT4Qwen", config=MiniGPT4QwenConfig)
+MODELS.register("vlm", "lavis.models.build:Assembly", config=VlmConfig)
+VISION_ENCODERS.register("eva_qformer", "lavis.models.vision:EvaQFormer", config=EvaQFormerConfig)
+CONNECTORS.register("linear", "lavis.models.connectors:Linear", config=LinearConfig)
+CONNECTORS.register("mlp", "lavis.models.connectors:Mlp", config=MlpConfig)
+LANGUAGE_MODELS.register("hf", "lavis.models.language.parts:Hf", config=HfConfig)
+LANGUAGE_MODELS.register("qwen1", "lavis.models.language.parts:Qwen1", config=Qwen1Config)
 
 _LAZY = {
     "load_model": "lavis.models.loading",
     "load_model_and_preprocess": "lavis.models.loading",
-    "MiniGPT4Qwen": "lavis.models.minigpt4qwen",
+    "VLM": "lavis.models.vlm",
 }
 
 

@@ -1,20 +1,22 @@
-"""Options of ``minigpt4qwen``, as they stand under ``model`` in YAML."""
+"""What ``model`` may hold in YAML: parts by name (``arch: vlm``), or the original's keys."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.packages import check_packages
 from lavis.common.paths import cache_path, require
-from lavis.common.schema import ModelConfig
+from lavis.common.registry import did_you_mean
+from lavis.common.schema import ModelConfig, PartConfig
 from lavis.common.typed import only, require_range
-from lavis.models.shards import check_download, llm_files
+from lavis.models.shards import check_download, find_shards, llm_files
 
 Part = Literal["vit", "qformer", "llm"]
+Precision = Literal["auto", "fp16", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,279 @@ class QFormerConfig:
 
 
 @dataclass(frozen=True)
-class LoraOptions:
+class LoraConfig:
     """Low-rank adapters of the language model (Hu et al. 2021)."""
 
-    r: int
-    alpha: int
-    dropout: float
+    r: int = 8
+    alpha: int = 32
+    dropout: float = 0.05
+    targets: tuple[str, ...] | Literal["all"] = ("q_proj", "v_proj")  # all: every linear layer
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, "r", "alpha")
+        require_range(self, 0, "dropout", below=1)
 
 
 @dataclass(frozen=True)
-class MiniGPT4QwenConfig(ModelConfig):
-    """The ``model`` section. Paths are relative to ``cache/``.
+class PartTraining:
+    """How a part learns; what is not given is ``run``'s."""
+
+    lr: float | None = None
+    weight_decay: float | None = None
+    parts: tuple[str, ...] = ()  # of the part, only these; the vision encoder says which it has
+    lora: LoraConfig | None = None  # of the language model: adapters learn in place of weights
+
+    def __post_init__(self) -> None:
+        require_range(self, 0, "lr", "weight_decay")
+
+
+@dataclass(frozen=True)
+class EvaQFormerKeys:
+    """EVA ViT-g, a LayerNorm and the Q-Former, by the original's keys."""
+
+    pretrained: str = "ckpt/blip2/blip2_pretrained_flant5xxl.pth"
+    vit_model: Literal["eva_clip_g"] = "eva_clip_g"
+    vit_weights: str = "ckpt/eva/eva_vit_g.pth"
+    vit_config: ViTConfig = ViTConfig()
+    image_size: int = 224
+    drop_path_rate: float = 0.0
+    use_grad_checkpoint: bool = False
+    vit_precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    bert_config: str = "ckpt/bert-base-uncased/config.json"
+    qformer_config: QFormerConfig = QFormerConfig()
+    num_query_token: int = 32
+    from_scratch: tuple[Part, ...] = ()
+    enable_autocast: bool = True  # whether run.amp reaches the vision encoder
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.vit_config.patch_size:
+            raise ConfigError(
+                f"image_size {self.image_size} is not divisible by vit_config.patch_size "
+                f"{self.vit_config.patch_size}"
+            )
+        require_range(self, 1, "image_size", "num_query_token")
+        require_range(self, 0, "drop_path_rate", below=1)
+
+    def is_from_scratch(self, part: Part) -> bool:
+        """Whether a part starts from random weights."""
+        return part in self.from_scratch
+
+    def files(self, cache_root: str, at: str) -> Iterator[Path]:
+        """The weight files, checked; ``at`` is what stands before a key in messages.
+
+        Raises:
+            WeightsError: one is missing.
+        """
+        if not self.is_from_scratch("vit"):
+            yield require(self.path("vit_weights", cache_root), f"{at}vit_weights", WeightsError)
+        if not self.is_from_scratch("qformer"):
+            yield require(self.path("pretrained", cache_root), f"{at}pretrained", WeightsError)
+
+    def path(self, key: str, cache_root: str) -> Path:
+        """The path that a key names."""
+        return cache_path(getattr(self, key), cache_root)
+
+
+@dataclass(frozen=True)
+class EvaQFormerConfig(EvaQFormerKeys, PartConfig):
+    """``vision: {name: eva_qformer, ...}``."""
+
+
+@dataclass(frozen=True)
+class LinearConfig(PartConfig):
+    """``connector: {name: linear}``."""
+
+
+@dataclass(frozen=True)
+class MlpConfig(PartConfig):
+    """``connector: {name: mlp}``: linear layers with GELU between them."""
+
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, "depth")
+
+
+@dataclass(frozen=True)
+class LanguageConfig(PartConfig):
+    """What every language model's block may hold."""
+
+    path: str = ""
+    precision: Precision = "auto"  # auto: as stored
+    grad_ckpt: bool = False
+    device_map: Literal["cpu", "auto"] = "cpu"  # auto: spread over the visible GPUs
+
+    def check_files(self, cache_root: str, at: str) -> None:
+        """Check every file before any weight is read; ``at`` names the block in messages.
+
+        Raises:
+            WeightsError: one is missing or not complete.
+            ConfigError: it is a language model of another kind.
+        """
+
+
+@dataclass(frozen=True)
+class Qwen1Config(LanguageConfig):
+    """``language: {name: qwen1}``: first-generation Qwen."""
+
+    config: dict[str, Any] | None = None  # over its config.json
+    embedding_std: float | None = None  # from scratch; default: initializer_range
+    from_scratch: bool = False
+
+    def check_files(self, cache_root: str, at: str) -> None:
+        """As its base says."""
+        folder = cache_path(self.path, cache_root)
+        for path in llm_files(folder, weights=not self.from_scratch):
+            check_download(path)
+
+
+@dataclass(frozen=True)
+class HfConfig(LanguageConfig):
+    """``language: {name: hf}``: any causal language model of Transformers.
+
+    ``path`` is a folder or a ``.gguf`` file. ``template`` names a class of one's own in place of
+    the tokenizer's chat template.
+    """
+
+    template: str | None = None  # pkg.module:Class
+    thinking: bool = False  # templates that think before they answer: leave that in
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("path is missing: a language model's folder or .gguf file")
+
+    def check_files(self, cache_root: str, at: str) -> None:
+        """As its base says."""
+        path = cache_path(self.path, cache_root)
+        if path.suffix == ".gguf":
+            check_packages("gguf", f"{at}path: {self.path}")
+            check_download(require(path, f"{at}path", WeightsError))
+            return
+        require(path, f"{at}path", WeightsError, directory=True)
+        check_download(require(path / "config.json", f"{at}path", WeightsError))
+        for shard in find_shards(path):
+            check_download(shard)
+
+
+@dataclass(frozen=True)
+class PartsConfig(ModelConfig):
+    """What a model is assembled from: the same for all spellings.
+
+    Attributes:
+        vision, connector, language: the parts.
+        train: how each part learns that does; what is not named is frozen.
+    """
+
+    model_type: str = ""
+    load_finetuned: bool = False
+    finetuned: str | None = None
+    max_txt_len: int = 512
+    label_mask: Literal["chatml_delimiters", "assistant_only"] = "chatml_delimiters"
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, "max_txt_len")
+        if self.load_finetuned and not self.finetuned:
+            raise ConfigError("load_finetuned is true but finetuned names no checkpoint")
+        for part, training in self.training.items():
+            if part not in ("vision", "connector", "language"):
+                near = did_you_mean(part, ("vision", "connector", "language"))
+                raise ConfigError(f"train.{part}: there is no such part{near}")
+            if training.lora is not None and part != "language":
+                raise ConfigError(f"train.{part}.lora: only the language model takes adapters")
+
+    @property
+    def parts(self) -> tuple[EvaQFormerKeys, PartConfig, LanguageConfig]:
+        """Vision encoder, connector and language model."""
+        raise NotImplementedError
+
+    @property
+    def training(self) -> Mapping[str, PartTraining]:
+        """How each part learns that does."""
+        raise NotImplementedError
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """What stands before a key of the vision encoder and of the language model in messages."""
+        return "model.vision.", "model.language."
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side that the vision encoder reads."""
+        return self.parts[0].image_size
+
+    @property
+    def trained_vision(self) -> tuple[str, ...]:
+        """The settings by which some of the vision encoder is trained."""
+        return ("model.train.vision",) if "vision" in self.training else ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether any part is trained."""
+        return bool(self.training)
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters, if there are any."""
+        language = self.training.get("language")
+        return None if language is None else language.lora
+
+    def vision_files(self, cache_root: str) -> Iterator[Path]:
+        """The weight files of the vision encoder, checked.
+
+        Raises:
+            WeightsError: one is missing.
+        """
+        return self.parts[0].files(cache_root, self.keys[0])
+
+    def check_files(self, cache_root: str) -> None:
+        """Check every path, and the packages that some settings need, before any weight is read.
+
+        Raises:
+            WeightsError: a file is missing or not complete.
+            ConfigError: a package is missing, or the language model is of another kind.
+        """
+        language = self.parts[2]
+        if self.lora is not None:
+            check_packages("lora", "low-rank adapters")
+        if language.device_map == "auto":
+            check_packages("multi-gpu-chat", "a language model spread over several GPUs")
+        for path in self.vision_files(cache_root):
+            check_download(path)
+        language.check_files(cache_root, self.keys[1])
+        if self.finetuned_path(cache_root) is not None:
+            require(cache_path(self.finetuned or "", cache_root), "model.finetuned", WeightsError)
+
+    def finetuned_path(self, cache_root: str) -> Path | None:
+        """The checkpoint to begin with, if there is one."""
+        return cache_path(self.finetuned or "", cache_root) if self.load_finetuned else None
+
+
+@dataclass(frozen=True)
+class VlmConfig(PartsConfig):
+    """``arch: vlm``: parts by one line each."""
+
+    language: PartConfig = field(kw_only=True)
+    vision: PartConfig = EvaQFormerConfig("eva_qformer")
+    connector: PartConfig = LinearConfig("linear")
+    train: dict[str, float | PartTraining] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[EvaQFormerKeys, PartConfig, LanguageConfig]:
+        """Vision encoder, connector and language model."""
+        assert isinstance(self.vision, EvaQFormerKeys)
+        assert isinstance(self.language, LanguageConfig)
+        return self.vision, self.connector, self.language
+
+    @property
+    def training(self) -> Mapping[str, PartTraining]:
+        """How each part learns that does."""
+        given = (self.train or {"connector": PartTraining()}).items()
+        return {k: v if isinstance(v, PartTraining) else PartTraining(lr=v) for k, v in given}
+
+
+@dataclass(frozen=True)
+class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
+    """``arch: minigpt4qwen``: the original's keys, all on one level.
 
     ``from_scratch`` names parts that start from random weights and so need no weight file.
     """
@@ -83,37 +347,20 @@ class MiniGPT4QwenConfig(ModelConfig):
     }
 
     model_type: str = "qwen7b_chat"
-    from_scratch: tuple[Part, ...] = ()
     load_pretrained: bool = True  # false: the Q-Former from scratch
-    pretrained: str = "ckpt/blip2/blip2_pretrained_flant5xxl.pth"
-    load_finetuned: bool = False
-    finetuned: str | None = None
-    # vision encoder
-    vit_model: Literal["eva_clip_g"] = "eva_clip_g"
-    vit_weights: str = "ckpt/eva/eva_vit_g.pth"
-    vit_config: ViTConfig = ViTConfig()
-    image_size: int = 224
-    drop_path_rate: float = 0.0
-    use_grad_checkpoint: bool = False
-    vit_precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     freeze_vit: bool = True
     unfreeze_pos_embed: bool = False
-    # Q-Former
-    bert_config: str = "ckpt/bert-base-uncased/config.json"
-    qformer_config: QFormerConfig = QFormerConfig()
-    num_query_token: int = 32
     qformer_text_input: bool = only(
         False, "the Q-Former reads no text here, as in every recipe of the original; remove the key"
     )
     freeze_qformer: bool = True
     freeze_queries: bool = True
-    # projection
     freeze_proj: bool = False
     # language model
     llm_model: str = "ckpt/Qwen7B-chat"
     llm_config: dict[str, Any] | None = None  # over its config.json
     llm_embedding_std: float | None = None  # from scratch; default: initializer_range
-    llm_precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"  # auto: as stored
+    llm_precision: Precision = "auto"  # auto: as stored
     freeze_llm: bool = True
     llm_grad_ckpt: bool = False
     llm_device_map: Literal["cpu", "auto"] = "cpu"  # auto: spread over the visible GPUs
@@ -121,26 +368,15 @@ class MiniGPT4QwenConfig(ModelConfig):
     lora_r: int = 8
     lora_alpha: int = 32
     lora_dropout: float = 0.05
-    # text
-    max_txt_len: int = 512
-    label_mask: Literal["chatml_delimiters", "assistant_only"] = "chatml_delimiters"
     prompt: str = only("", "it had no effect in the original; put it into the question")
     apply_lemmatizer: bool = only(False, "answers are returned as generated; remove the key")
-    enable_autocast: bool = True  # whether run.amp reaches the vision encoder
 
     def __post_init__(self) -> None:
-        if self.image_size % self.vit_config.patch_size:
-            raise ConfigError(
-                f"image_size {self.image_size} is not divisible by vit_config.patch_size "
-                f"{self.vit_config.patch_size}"
-            )
-        require_range(
-            self, 1, "image_size", "num_query_token", "max_txt_len", "lora_r", "lora_alpha"
-        )
-        require_range(self, 0, "drop_path_rate", "lora_dropout", below=1)
+        require_range(self, 1, "lora_r", "lora_alpha")
+        require_range(self, 0, "lora_dropout", below=1)
         require_range(self, 0, "llm_embedding_std")
-        if self.load_finetuned and not self.finetuned:
-            raise ConfigError("load_finetuned is true but finetuned names no checkpoint")
+        EvaQFormerKeys.__post_init__(self)
+        PartsConfig.__post_init__(self)
         trained = "freeze_vit: false" if not self.freeze_vit else "unfreeze_pos_embed: true"
         if self.vit_precision == "fp16" and (not self.freeze_vit or self.unfreeze_pos_embed):
             raise ConfigError(
@@ -153,71 +389,51 @@ class MiniGPT4QwenConfig(ModelConfig):
         return part in self.from_scratch or (part == "qformer" and not self.load_pretrained)
 
     @property
-    def lora(self) -> LoraOptions | None:
-        """The adapter options, or ``None`` without adapters."""
-        if not self.get_lora:
-            return None
-        return LoraOptions(self.lora_r, self.lora_alpha, self.lora_dropout)
+    def parts(self) -> tuple[EvaQFormerKeys, PartConfig, LanguageConfig]:
+        """Vision encoder, connector and language model."""
+        language = Qwen1Config(
+            "qwen1",
+            path=self.llm_model,
+            precision=self.llm_precision,
+            grad_ckpt=self.llm_grad_ckpt,
+            device_map=self.llm_device_map,
+            config=self.llm_config,
+            embedding_std=self.llm_embedding_std,
+            from_scratch=self.is_from_scratch("llm"),
+        )
+        return self, LinearConfig("linear"), language
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """What stands before a key of the vision encoder and of the language model in messages."""
+        return "model.", "model.llm_"
+
+    @property
+    def training(self) -> Mapping[str, PartTraining]:
+        """How each part learns that does."""
+        learn: dict[str, PartTraining] = {}
+        if parts := tuple(self._vision_parts.values()):
+            learn["vision"] = PartTraining(parts=parts)
+        if not self.freeze_proj:
+            learn["connector"] = PartTraining()
+        if not self.freeze_llm:
+            learn["language"] = PartTraining()
+        elif self.get_lora:
+            lora = LoraConfig(self.lora_r, self.lora_alpha, self.lora_dropout)
+            learn["language"] = PartTraining(lora=lora)
+        return learn
 
     @property
     def trained_vision(self) -> tuple[str, ...]:
-        """The settings by which some of the vision side is trained."""
-        frozen = {
-            "freeze_vit: false": self.freeze_vit,
-            "unfreeze_pos_embed: true": not self.unfreeze_pos_embed,
-            "freeze_qformer: false": self.freeze_qformer,
-            "freeze_queries: false": self.freeze_queries,
-        }
-        return tuple(setting for setting, is_frozen in frozen.items() if not is_frozen)
+        """The settings by which some of the vision encoder is trained."""
+        return tuple(self._vision_parts)
 
     @property
-    def trains(self) -> bool:
-        """Whether any part is trained."""
-        return (
-            bool(self.trained_vision)
-            or not self.freeze_proj
-            or not self.freeze_llm
-            or self.get_lora
-        )
-
-    def vision_files(self, cache_root: str) -> Iterator[Path]:
-        """The weight files of the vision side, checked.
-
-        Raises:
-            WeightsError: one is missing.
-        """
-        if not self.is_from_scratch("vit"):
-            yield require(self.path("vit_weights", cache_root), "model.vit_weights", WeightsError)
-        if not self.is_from_scratch("qformer"):
-            yield require(self.path("pretrained", cache_root), "model.pretrained", WeightsError)
-
-    def files(self, cache_root: str) -> Iterator[Path]:
-        """Every file that building the model reads, checked.
-
-        Raises:
-            WeightsError, ConfigError: one is missing, or the language model is of another kind;
-                no weight has been read yet.
-        """
-        yield from self.vision_files(cache_root)
-        folder = self.path("llm_model", cache_root)
-        yield from llm_files(folder, weights=not self.is_from_scratch("llm"))
-        if self.load_finetuned:
-            yield require(self.path("finetuned", cache_root), "model.finetuned", WeightsError)
-
-    def check_files(self, cache_root: str) -> None:
-        """Check every path, and the packages that some settings need, before any weight is read.
-
-        Raises:
-            WeightsError: a file is missing or not complete.
-            ConfigError: a package is missing, or the language model is of another kind.
-        """
-        if self.get_lora:
-            check_packages("lora", "model.get_lora: true")
-        if self.llm_device_map == "auto":
-            check_packages("multi-gpu-chat", "model.llm_device_map: auto")
-        for path in self.files(cache_root):
-            check_download(path)
-
-    def path(self, key: str, cache_root: str) -> Path:
-        """The path that a key of this section names."""
-        return cache_path(getattr(self, key), cache_root)
+    def _vision_parts(self) -> dict[str, str]:
+        frozen = {
+            "freeze_vit: false": ("vit", self.freeze_vit),
+            "unfreeze_pos_embed: true": ("pos_embed", not self.unfreeze_pos_embed),
+            "freeze_qformer: false": ("qformer", self.freeze_qformer),
+            "freeze_queries: false": ("queries", self.freeze_queries),
+        }
+        return {setting: part for setting, (part, is_frozen) in frozen.items() if not is_frozen}

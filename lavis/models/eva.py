@@ -13,7 +13,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from lavis.common.errors import WeightsError
-from lavis.models.config import MiniGPT4QwenConfig
+from lavis.models.config import EvaQFormerKeys
 from lavis.models.keys import VIT
 from lavis.models.weights import load_weights, open_pth
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
-def build_vit(config: MiniGPT4QwenConfig, device: torch.device, dtype: torch.dtype) -> Eva:
+def build_vit(config: EvaQFormerKeys, device: torch.device, dtype: torch.dtype) -> Eva:
     """Build the encoder on ``device`` (``meta`` for weights that come from a file)."""
     sizes = config.vit_config
     vit = Eva(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,19 +16,16 @@ from lavis.common.errors import ConfigError, DataError
 from lavis.common.images import as_image
 from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, NO_WORDS
 from lavis.models.generation_settings import generation_options
+from lavis.processors.contracts import Kind
 from lavis.processors.conversation import SYSTEM_PROMPT, ConversationEncoder, Turn, place_images
 
 if TYPE_CHECKING:
-    from PIL import Image
-    from transformers import Qwen2ForCausalLM
-
-    from lavis.processors.contracts import Tokenizer
+    from lavis.models.vlm import VLM
 
 logger = logging.getLogger(__name__)
 
 History = Sequence[tuple[str, str]] | Sequence[dict[str, str]]
 
-_TURN, _END = "<|im_start|>", "<|im_end|>"
 _TEXTS = ("text", "prompt", "text_input")
 _HISTORY = (
     "a history is a list of (question, answer) pairs, or of {'role': .., 'content': ..} with user "
@@ -35,19 +33,16 @@ _HISTORY = (
 )
 
 
-class GenerationMixin:
-    """Text out of images and text. Mixed into a model that has the attributes below."""
+class Generator:
+    """Text out of images and text, for a model that other code trains and chats with.
 
-    llm_model: Qwen2ForCausalLM
-    tokenizer: Tokenizer
-    encoder: ConversationEncoder
-    context: int
-    encode_spans: Any
-    embed: Any
-    device: Any
-    uniform_graph: bool
-    vis_processor: Callable[[Image.Image], Tensor] | None = None
-    """What makes tensors of pictures and files, if the model was loaded with its processors."""
+    Attributes:
+        model: answers.
+    """
+
+    def __init__(self, model: VLM) -> None:
+        self.model = model
+        self.tokenizer, self.encoder = model.tokenizer, model.encoder
 
     @torch.no_grad()
     def generate(
@@ -82,7 +77,8 @@ class GenerationMixin:
         texts, images = self._read_samples(samples)
         if not texts:
             return []
-        ids = self.generate_ids([self._prompt(text) for text in texts], images, options)
+        prompts = [self._prompt(text) for text in texts]
+        ids = self.model.generate_ids(prompts, images, options)
         return ids if chat else [self._text(answer) for answer in ids]
 
     @torch.no_grad()
@@ -122,8 +118,9 @@ class GenerationMixin:
             raise DataError(f"the question is no text: {query!r}")
         pairs, system = _read_history(history, system)
         encoder = replace(self.encoder, system=system)
-        prompt, _ = fit_window(encoder, pairs, query, options, self.context)
-        response = self._text(self.generate_ids([prompt], self.pixels(image_tensor), options)[0])
+        prompt, _ = fit_window(encoder, pairs, query, options, self.model.context)
+        images = self.pixels(image_tensor)
+        response = self._text(self.model.generate_ids([prompt], images, options)[0])
         if verbose:
             logger.info("prompt:\n%s\nanswer: %s", self.tokenizer.decode(prompt), response)
         turns: list[Any] = history if isinstance(history, list) else list(history or ())
@@ -151,15 +148,19 @@ class GenerationMixin:
         for image in images if isinstance(images, list | tuple) else [images]:
             if not isinstance(image, Tensor):
                 picture = as_image(image)
-                if self.vis_processor is None:
+                if self.model.vis_processor is None:
                     raise DataError("this model was built without its processors: use load_model")
-                image = self.vis_processor(picture)
+                image = self.model.vis_processor(picture)
             if not image.is_floating_point() or image.ndim not in (3, 4):
                 raise DataError(
                     f"an image tensor is {image.dtype} of shape {tuple(image.shape)}, not what "
                     "vis_processors['eval'] makes: (3, H, W) or (N, 3, H, W) of floats"
                 )
-            rows.append(image[None].to(self.device) if image.ndim == 3 else image.to(self.device))
+            rows.append(
+                image[None].to(self.model.device)
+                if image.ndim == 3
+                else image.to(self.model.device)
+            )
         if len({row.shape[1:] for row in rows}) > 1:
             raise DataError(f"images of several shapes: {[tuple(row.shape) for row in rows]}")
         return torch.cat(rows) if rows else None
@@ -181,7 +182,8 @@ class GenerationMixin:
         if not all(text.strip() for text in texts):
             raise DataError("a prompt is empty")
         images = self.pixels(samples.get("image"))
-        placed = any(mark in text for text in texts for mark in (IMAGE_PLACEHOLDER, _TURN))
+        marks = (IMAGE_PLACEHOLDER, self._markup[0])
+        placed = any(mark in text for text in texts for mark in marks)
         if key != "text" and images is not None and not placed:
             texts = [given] * len(images) if isinstance(given, str) else texts
             if len(texts) != len(images):
@@ -190,12 +192,23 @@ class GenerationMixin:
         return list(texts), images
 
     def _prompt(self, text: str) -> list[int]:
-        if _TURN not in text:
+        opening, role, marks = self._markup
+        if opening not in text:
             return self.encoder.prompt([Turn("user", text)])
-        last = text.rpartition(_TURN)[2]
-        if not last.startswith("assistant") or _END in last:
-            raise DataError(f"a prompt in ChatML ends with {_TURN}assistant, not {last[-60:]!r}")
+        last = text.rpartition(opening)[2]
+        if not last.startswith(role) or any(mark in last for mark in marks):
+            raise DataError(f"a prompt in markup ends with {opening}{role}, not {last[-60:]!r}")
         return self.encoder.prompt_from_markup(text)
+
+    @cached_property
+    def _markup(self) -> tuple[str, str, set[str]]:
+        """The special token with which an answer opens, the role's name after it, and all special
+        tokens: a text that has the first one is markup."""
+        turns = [Turn("user", "a")]
+        pieces = self.encoder.template.pieces(turns, system=self.encoder.system, ask=True)
+        marks = {p.text for p in pieces if p.kind is Kind.DELIMITER and p.text.strip()}
+        number = max((i for i, piece in enumerate(pieces) if piece.text in marks), default=0)
+        return pieces[number].text, "".join(p.text for p in pieces[number + 1 :]).strip(), marks
 
     def _text(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -220,7 +233,7 @@ class GenerationMixin:
             prompts: image spans included.
             images: (N, 3, H, W), in order of the spans.
             word_ids: (M, Q, W), for spans described in words, in place of images.
-            query_features: (N, Q, D), what ``encode_query`` gave, in place of images.
+            query_features: (N, Q, D), what the vision encoder gave, in place of images.
             generation_config: over ``GENERATION_DEFAULTS``.
 
         Raises:
@@ -228,30 +241,31 @@ class GenerationMixin:
         """
         options = generation_options(generation_config, overrides)
         longest = max(map(len, prompts))
-        if longest + options["max_new_tokens"] > self.context:
+        if longest + options["max_new_tokens"] > self.model.context:
             raise ConfigError(
                 f"a prompt of {longest} tokens and max_new_tokens {options['max_new_tokens']} "
-                f"pass this language model's context of {self.context}"
+                f"pass this language model's context of {self.model.context}"
             )
-        row = torch.tensor([i for p in prompts for i in p], device=self.device)[None]
+        model = self.model
+        row = torch.tensor([i for p in prompts for i in p], device=model.device)[None]
         described = torch.ones(len(word_ids), dtype=torch.bool)
-        features = self.encode_spans(images, word_ids.to(self.device), described, query_features)
-        rows = self.embed(row, features)[0].split([len(p) for p in prompts])
+        word_ids = word_ids.to(model.device)
+        features = model.encode_spans(images, word_ids, described, query_features)
+        rows = self.model.embed(row, features)[0].split([len(p) for p in prompts])
         # Left padding: every prompt ends where its answer begins.
         embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])
         mask = torch.zeros(len(rows), longest, dtype=torch.int64, device=embeds.device)
         for i, prompt in enumerate(rows):
             embeds[i, longest - len(prompt) :] = prompt
             mask[i, longest - len(prompt) :] = 1
-        t = self.tokenizer
-        stops = [t.im_end_id, t.im_start_id, t.eod_id, *options["eos_token_id"]]
+        stops = [*self.encoder.template.stops, *options["eos_token_id"]]
         settings = {k: v for k, v in options.items() if k not in ("chat_format", "max_window_size")}
-        generated = self.llm_model.generate(
+        generated = self.model.language.model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
-            synced_gpus=self.uniform_graph,  # all processes generate as long as one of them does
+            synced_gpus=model.uniform_graph,  # all processes generate as long as one of them does
             generation_config=GenerationConfig(
-                **{**settings, "eos_token_id": stops, "pad_token_id": t.eod_id}
+                **{**settings, "eos_token_id": stops, "pad_token_id": self.tokenizer.pad_id}
             ),
         )
         return [_before_stop(ids, stops) for ids in generated.tolist()]

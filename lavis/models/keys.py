@@ -201,15 +201,19 @@ QWEN = KeyMap(
 )
 """First-generation Qwen -> :class:`transformers.Qwen2ForCausalLM`."""
 
-PROJECTION = KeyMap(rules=_weight_and_bias("llm_proj", "llm_proj"))
 
-FULL_MODEL = KeyMap(
-    rules=(
-        *VIT.under("visual_encoder.", "visual_encoder.").rules,
-        *QFORMER.rules,
-        *PROJECTION.rules,
-        *QWEN.under("llm_model.", "llm_model.").rules,
-        Rule("llm_model.*", ("llm_model.*",)),  # LoRA adapters and other language models
+def full_model(language: KeyMap) -> KeyMap:
+    """A whole model's names in the original's layout, for checkpoints.
+
+    Args:
+        language: how the language model's names relate to its files'.
+    """
+    return KeyMap(
+        rules=(
+            *VIT.under("visual_encoder.", "vision.visual_encoder.").rules,
+            *QFORMER.under("", "vision.").rules,
+            *_weight_and_bias("llm_proj", "connector"),
+            Rule("connector.*", ("connector.*",)),  # of more than one layer
+            *language.under("llm_model.", "language.model.").rules,
+        )
     )
-)
-"""A whole model's state dict in the original's layout, for checkpoints."""

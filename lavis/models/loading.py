@@ -16,7 +16,7 @@ from lavis.common.schema import SplitProcessors
 if TYPE_CHECKING:
     import torch
 
-    from lavis.models.minigpt4qwen import MiniGPT4Qwen
+    from lavis.models.vlm import VLM
 
 Processors = dict[str, Callable[..., Any]]
 
@@ -30,7 +30,7 @@ def load_model(
     *,
     cfg_path: str | Path | None = None,
     options: Sequence[str] = (),
-) -> MiniGPT4Qwen:
+) -> VLM:
     """Build a model from its default configuration, or from a run's.
 
     Args:
@@ -60,7 +60,7 @@ def load_model_and_preprocess(
     checkpoint: str | Path | None = None,
     cfg_path: str | Path | None = None,
     options: Sequence[str] = (),
-) -> tuple[MiniGPT4Qwen, Processors, Processors]:
+) -> tuple[VLM, Processors, Processors]:
     """Build a model and its processors; arguments as :func:`load_model`.
 
     Args:

@@ -22,15 +22,15 @@ def layers_to_recompute(run: RunConfig, model: Any) -> str | int:
     The budget is ``run.memory_budget_gb``, or most of what is free now. The need is counted for
     the largest micro-batch that the run may see.
     """
-    device = model.llm_proj.weight.device
+    device = model.device
     budget = (
         run.memory_budget_gb * 1e9
         if run.memory_budget_gb is not None
         else free_memory(device) * (1 - _RESERVE)
     )
-    tokens = run.max_tokens_per_batch or run.batch_size_train * model.config.max_txt_len
-    kept, entry = activation_bytes(model.llm_model)
-    depth = len(model.llm_model.model.layers)
+    tokens = run.max_tokens_per_batch or run.batch_size_train * model.encoder.max_txt_len
+    kept, entry = activation_bytes(model.language.model)
+    depth = len(list(model.language.blocks()))
     choice = _fewest(depth, budget, tokens * kept, tokens * entry)
     logger.info(
         "activations: %.1f GB for %d tokens if all %d layers are kept, %.1f GB may be used: "

@@ -12,7 +12,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.registry import did_you_mean
 from lavis.models.attention import PACKED
-from lavis.models.config import LoraOptions
 from lavis.models.keys import QWEN
 from lavis.models.shards import read_json
 from lavis.models.weights import load_weights, open_shards
@@ -162,17 +161,3 @@ def new_llm(
     if embedding_std is not None:
         torch.nn.init.normal_(llm.get_input_embeddings().weight, std=embedding_std)
     return llm
-
-
-def add_lora(llm: Qwen2ForCausalLM, options: LoraOptions) -> None:
-    """Put trainable low-rank adapters on the query and value projections, in place."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(
-        r=options.r,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=["q_proj", "v_proj"],
-        bias="none",
-    )
-    inject_adapter_in_model(config, llm)

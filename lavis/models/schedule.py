@@ -46,7 +46,9 @@ class StepSchedule:
         """
         recompute: str | int = run.recompute
         if recompute == "auto":
-            recompute = layers_to_recompute(run, model) if model.config.llm_grad_ckpt else "none"
+            recompute = (
+                layers_to_recompute(run, model) if model.config.parts[2].grad_ckpt else "none"
+            )
         return cls(
             reference=not run.fast_path,
             packed_attention=run.packed_attention,

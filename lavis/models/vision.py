@@ -1,4 +1,4 @@
-"""The vision side: EVA ViT-g, a LayerNorm and the Q-Former, under the original's names."""
+"""EVA ViT-g, a LayerNorm and the Q-Former, under the original's names."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 
 from lavis.common.errors import ConfigError, DataError
-from lavis.models.config import MiniGPT4QwenConfig
+from lavis.common.registry import did_you_mean
+from lavis.models.config import EvaQFormerKeys
 from lavis.models.eva import build_vit, load_vit
 from lavis.models.keys import QFORMER
 from lavis.models.qformer import build_qformer, qformer_config
@@ -32,35 +32,26 @@ _QFORMER_SETTINGS = (
 )  # fmt: skip
 
 
-class VisionSide(nn.Module):
-    """Images -> Q-Former output."""
+class EvaQFormer(nn.Module):
+    """Images -> Q-Former output.
 
-    def __init__(self, config: MiniGPT4QwenConfig) -> None:
-        """Leave the parts out; :meth:`add_vision` makes them."""
-        super().__init__()
-        self.config = config
-        self.visual_encoder: Any = None
-        self.ln_vision: Any = None
-        self.Qformer: Any = None
-        self.query_tokens: Any = None
+    Attributes:
+        width: D, of a feature.
+        tokens: Q, features of an image.
+        image_size: pixels of a side that it reads.
+    """
 
-    @classmethod
-    def build_vision(
-        cls, config: MiniGPT4QwenConfig, *, cache_root: str, device: torch.device
-    ) -> VisionSide:
-        """The vision side alone, frozen, in evaluation mode.
+    def __init__(self, config: EvaQFormerKeys, cache_root: str, device: torch.device) -> None:
+        """Build it and load its weights, each tensor straight to its final place.
 
         Raises:
             WeightsError: a file is missing, damaged, or unfit.
         """
-        vision = VisionSide(config)
-        vision.add_vision(resolve_qformer(config, cache_root), device)
-        vision.load_vision(cache_root, device)
-        return vision.requires_grad_(False).eval()
-
-    def add_vision(self, qformer: Blip2QFormerConfig, device: torch.device) -> None:
-        """Make the parts, on the meta device where their weights are to come from files."""
-        c, meta = self.config, torch.device("meta")
+        super().__init__()
+        self.config = c = config
+        qformer, meta = resolve_qformer(c, cache_root), torch.device("meta")
+        self.width, self.tokens = int(qformer.hidden_size), c.num_query_token
+        self.image_size = c.image_size
         vit_device = device if c.is_from_scratch("vit") else meta
         self.visual_encoder = build_vit(c, vit_device, vit_dtype(c, device))
         with device if c.is_from_scratch("qformer") else meta:
@@ -69,10 +60,6 @@ class VisionSide(nn.Module):
             self.query_tokens = nn.Parameter(
                 torch.randn(1, c.num_query_token, qformer.hidden_size) * qformer.initializer_range
             )
-
-    def load_vision(self, cache_root: str, device: torch.device) -> None:
-        """Fill the parts whose weights come from files."""
-        c = self.config
         if not c.is_from_scratch("vit"):
             path = c.path("vit_weights", cache_root)
             load_vit(self.visual_encoder, path, device=device, dtype=vit_dtype(c, device))
@@ -85,20 +72,50 @@ class VisionSide(nn.Module):
                 dtype=torch.float32,
                 select=lambda name: name.startswith(("query_tokens", "ln_vision.", "Qformer.")),
             )
+        if c.use_grad_checkpoint:
+            self.visual_encoder.set_grad_checkpointing(True)
+
+    def learning(self, parts: Sequence[str]) -> Iterator[nn.Module | nn.Parameter]:
+        """What learns if these of its parts do: vit, pos_embed, qformer, queries; all by default.
+
+        Raises:
+            ConfigError: there is no such part.
+        """
+        known: dict[str, list[nn.Module | nn.Parameter]] = {
+            "vit": [self.visual_encoder],
+            "pos_embed": [self.visual_encoder.pos_embed],
+            "qformer": [self.ln_vision, self.Qformer],
+            "queries": [self.query_tokens],
+        }
+        for part in parts or known:
+            if part not in known:
+                raise ConfigError(
+                    f"model.train.vision.parts: unknown {part!r}{did_you_mean(part, known)} "
+                    f"(known: {', '.join(known)})"
+                )
+            yield from known[part]
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Parts of like size that are used one after the other."""
+        yield from self.visual_encoder.blocks
+        yield from self.Qformer.encoder.layer
+
+    def flops(self, cost: Callable[[nn.Module], float]) -> float:
+        """Floating-point operations of an image, given those of a module's use on one token."""
+        patches = (self.image_size // self.config.vit_config.patch_size) ** 2 + 1
+        return patches * cost(self.visual_encoder) + self.tokens * cost(self.Qformer)
+
+    def blank(self) -> Tensor:
+        """(1, 3, H, W) pixels of no image."""
+        return torch.zeros(1, 3, self.image_size, self.image_size, device=self.query_tokens.device)
 
     def encode_vit(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) normalized images -> (N, 1 + patches, width) of the last ViT block.
 
         Raises:
             DataError: images of another shape.
-            ConfigError: the model was built without its vision side.
         """
-        if self.visual_encoder is None:
-            raise ConfigError(
-                "this model was built without its vision side, for cached features; to show it "
-                "images, build it with run.feature_cache.enabled: false"
-            )
-        size = self.config.image_size
+        size = self.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise DataError(
                 f"images have the shape {tuple(pixel_values.shape)}, not (N, 3, {size}, {size}) as "
@@ -110,23 +127,24 @@ class VisionSide(nn.Module):
             weight = self.visual_encoder.patch_embed.proj.weight
             return self.visual_encoder(pixel_values.to(weight.device, weight.dtype))
 
-    def encode_query(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, Q, D) Q-Former output, what the projection reads."""
-        with contextlib.nullcontext() if self.config.trained_vision else torch.no_grad():
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, Q, D), what the connector reads."""
+        learns = any(p.requires_grad for p in self.parameters())
+        with contextlib.nullcontext() if learns else torch.no_grad():
             image = self.encode_vit(pixel_values)
             image = self.ln_vision(image.to(self.ln_vision.weight.dtype))
             queries = self.query_tokens.expand(len(image), -1, -1)
             return self.Qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
 
     @staticmethod
-    def describe_vision(
-        config: MiniGPT4QwenConfig,
+    def describe(
+        config: EvaQFormerKeys,
         *,
         cache_root: str,
         device: torch.device,
         digest: Callable[[Path], str],
     ) -> tuple[str, tuple[int, int]]:
-        """What :meth:`encode_query` computes, without loading anything.
+        """What :meth:`forward` computes, without loading anything.
 
         Args:
             digest: hash of a file's bytes.
@@ -137,8 +155,6 @@ class VisionSide(nn.Module):
         Raises:
             WeightsError: a weight file is missing.
         """
-        for _ in config.vision_files(cache_root):
-            pass
         qformer = resolve_qformer(config, cache_root)
         parts = {
             "vit": digest(config.path("vit_weights", cache_root)),
@@ -155,14 +171,14 @@ class VisionSide(nn.Module):
         return hashlib.blake2b(text, digest_size=32).hexdigest(), shape
 
 
-def resolve_qformer(config: MiniGPT4QwenConfig, cache_root: str) -> Blip2QFormerConfig:
+def resolve_qformer(config: EvaQFormerKeys, cache_root: str) -> Blip2QFormerConfig:
     """The Q-Former's sizes."""
     return qformer_config(
         config.qformer_config, config.path("bert_config", cache_root), config.vit_config.embed_dim
     )
 
 
-def vit_dtype(config: MiniGPT4QwenConfig, device: torch.device) -> torch.dtype:
+def vit_dtype(config: EvaQFormerKeys, device: torch.device) -> torch.dtype:
     """What the ViT computes in on a device."""
     if config.vit_precision == "fp16" and device.type == "cpu":
         logger.info("vit_precision: fp16 is computed in fp32 on a CPU, as in the original")

@@ -24,6 +24,7 @@ from lavis.datasets.collate import collate, settle_bad
 from lavis.datasets.instruction import augmentation_seed
 from lavis.datasets.plan import PlanSampler
 from lavis.models.checkpoint import assign_model_state, trainable_state
+from lavis.models.config import PartsConfig
 from lavis.models.weights import state_dict_in
 from lavis.runners.agreement import fingerprint
 from lavis.runners.checkpoint import Best, Progress
@@ -76,7 +77,7 @@ class RunnerBase:
             model.named_parameters(),
             self.run.weight_decay,
             self.run.lr_layer_decay,
-            config.model.vit_config.depth if hasattr(config.model, "vit_config") else 0,
+            *_rates(config),
         )
         if not any(group["params"] for group in groups):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
@@ -337,3 +338,15 @@ class RunnerBase:
             launcher = f"-m torch.distributed.run --nproc_per_node={dist.world_size()}".split()
             command[1:1] = launcher
         return "resume with: " + shlex.join([*command, "--options", f"run.resume_ckpt_path={path}"])
+
+
+def _rates(config: Config) -> tuple[int, dict[str, tuple[float, float]]]:
+    """Blocks of the vision encoder, and each part's share of the rate and weight decay."""
+    model, run = config.model, config.run
+    if not isinstance(model, PartsConfig):
+        return 0, {}
+    rates = {}
+    for part, how in model.training.items():
+        share = 1.0 if how.lr is None else how.lr / (run.init_lr or 1.0)
+        rates[part] = share, run.weight_decay if how.weight_decay is None else how.weight_decay
+    return model.parts[0].vit_config.depth, rates

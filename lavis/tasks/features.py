@@ -23,11 +23,12 @@ from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.hashing import FileHashes
 from lavis.common.paths import cache_path, require_writable, user_cache
 from lavis.common.registry import MODELS
-from lavis.common.schema import Config
+from lavis.common.schema import Config, ModelConfig
 from lavis.common.types import AUTOCAST
 from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.feature_store import FeatureStore
 from lavis.datasets.features import CachedFeatures, draw_view, is_random, transform_fingerprint
+from lavis.models.config import EvaQFormerKeys, PartsConfig
 
 logger = logging.getLogger(__name__)
 _BATCH = 16  # images encoded at once; always as many, so that no feature depends on its neighbours
@@ -90,7 +91,7 @@ class FeatureCache:
                 f"{key}: the vision side is trained ({', '.join(model.trained_vision)}), so its "
                 f"features change at every step; freeze it, or set {key}.enabled: false"
             )
-        scratch = [part for part in ("vit", "qformer") if model.is_from_scratch(part)]
+        scratch = [part for part in ("vit", "qformer") if _vision(model).is_from_scratch(part)]
         if scratch:
             raise ConfigError(
                 f"{key}: {' and '.join(scratch)} would start from random weights "
@@ -159,7 +160,7 @@ class FeatureCache:
                 )
                 self._hashes.save()
             # Training encodes under autocast, so features are what they would be there.
-            amp = [str(AUTOCAST[run.autocast_dtype]), getattr(config, "enable_autocast", True)]
+            amp = [str(AUTOCAST[run.autocast_dtype]), _vision(config).enable_autocast]
             parts = json.dumps([encoder, amp if run.amp else None])
             encoder = hashlib.blake2b(parts.encode(), digest_size=32).hexdigest()
             self._opened = FeatureStore(self.folder, shape, self.settings.dtype), encoder
@@ -277,7 +278,7 @@ class FeatureCache:
             torch.no_grad(),
             torch.autocast(device.type, AUTOCAST[run.autocast_dtype], enabled=run.amp),
         ):
-            return vision.encode_query(filled).float().cpu()
+            return vision(filled).float().cpu()
 
     def _load_vision(self, device: torch.device) -> Any:
         logger.info("loading the vision side to encode images; training goes on without it")
@@ -305,6 +306,11 @@ class FeatureCache:
             )
         if dist.is_main():
             logger.warning("records with these images are left out:%s%s", listed, more)
+
+
+def _vision(config: ModelConfig) -> EvaQFormerKeys:
+    assert isinstance(config, PartsConfig)
+    return config.parts[0]
 
 
 class _Drawn:

@@ -41,8 +41,8 @@ def passes(toybox: ChatEngine) -> Any:
         calls["images"].append(len(args[0]))
 
     hooks = [
-        model.llm_model.model.register_forward_pre_hook(tokens, with_kwargs=True),
-        model.visual_encoder.register_forward_pre_hook(images),
+        model.language.model.model.register_forward_pre_hook(tokens, with_kwargs=True),
+        model.vision.visual_encoder.register_forward_pre_hook(images),
     ]
     yield calls
     for hook in hooks:
@@ -116,7 +116,7 @@ def test_half_precision(toy_yaml: Any) -> None:
         cfg_path=toy_yaml,
         options=["model.llm_precision=bf16"],
     )
-    assert model.llm_model.lm_head.weight.dtype == torch.bfloat16
+    assert model.language.model.lm_head.weight.dtype == torch.bfloat16
     engine = ChatEngine(model, lambda image: image)
     content = [(7 * i) % 1100 for i in range(300)]
     parts, whole = ConversationCache(), ConversationCache()
@@ -178,7 +178,7 @@ def test_what_ends_an_answer(toybox: ChatEngine, conversation: Conversation, sto
     def force(module: Any, args: Any, logits: Tensor) -> Tensor:
         return torch.zeros_like(logits).index_fill_(-1, torch.tensor(next(tokens)), 9.0)
 
-    hook = toybox.model.llm_model.lm_head.register_forward_hook(force)
+    hook = toybox.model.language.model.lm_head.register_forward_hook(force)
     answer = conversation.ask("Hello.")
     text = answer.read()
     hook.remove()
@@ -214,7 +214,7 @@ def test_beam_search_can_be_cancelled(conversation: Conversation) -> None:
     answer._cancelled.set()  # as another thread does
     assert list(answer) == []
     answer = conversation.ask("Hello.", num_beams=2, max_new_tokens=400)
-    layer = conversation.engine.model.llm_model.model.layers[0]
+    layer = conversation.engine.model.language.model.model.layers[0]
     steps = []
 
     def cancel_at_the_third(*_: Any) -> None:
@@ -395,7 +395,7 @@ def test_settings_without_effect() -> None:
 
 
 def test_output_that_is_not_a_number(toybox: ChatEngine, conversation: Conversation) -> None:
-    head = toybox.model.llm_model.lm_head
+    head = toybox.model.language.model.lm_head
     hook = head.register_forward_hook(lambda module, args, output: output * float("nan"))
     try:
         with pytest.raises(WeightsError, match=r"output is not a number.*llm_precision"):

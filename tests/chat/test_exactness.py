@@ -150,7 +150,7 @@ def test_interrupted_in_the_middle_of_a_pass(
     """Ctrl-C when some layers have taken a token in and others have not."""
     conversation.show(pictures("scene"))
     check(conversation.ask(question(1)))
-    layer = conversation.engine.model.llm_model.model.layers[1]
+    layer = conversation.engine.model.language.model.model.layers[1]
     for passes in (0, 1, 2):
         answer = conversation.ask(QUESTIONS[0])
         for _ in range(passes):

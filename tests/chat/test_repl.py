@@ -154,7 +154,7 @@ def lost_ctrl_c() -> None:
 @pytest.mark.parametrize("press", [press_ctrl_c, lost_ctrl_c])
 def test_ctrl_c_stops_an_answer(toybox: ChatEngine, press: Callable[[], None]) -> None:
     session = Session(toybox, interactive=True)
-    hook = at_call(toybox.model.llm_model.model.layers[2], 3, press)
+    hook = at_call(toybox.model.language.model.model.layers[2], 3, press)
     said = session.run("Describe this image in detail.", "图里有几个物体？")
     hook.remove()
     first, second = session.repl.conversation.exchanges
@@ -180,7 +180,7 @@ def test_a_second_ctrl_c_does_no_harm(toybox: ChatEngine, monkeypatch: pytest.Mo
             return write(text)
 
         monkeypatch.setattr(stream, "write", write)
-    hook = at_call(toybox.model.llm_model.model.layers[2], 3, press)
+    hook = at_call(toybox.model.language.model.model.layers[2], 3, press)
     session.run("Describe this image in detail.", ":seed", ":undo")
     hook.remove()
     assert len(pressed) == 5
@@ -194,7 +194,7 @@ def test_ctrl_c_while_an_image_is_encoded(say: Session, toybox: ChatEngine) -> N
     before = say.repl.conversation.to_dict()
     say.repl.interactive = True
     for line in (f":img {SCENE}", f":new {SCENE}"):
-        hook = at_call(toybox.model.visual_encoder, 1, press_ctrl_c)
+        hook = at_call(toybox.model.vision.visual_encoder, 1, press_ctrl_c)
         say.run(line)
         hook.remove()
         assert say.err.getvalue().endswith("(stopped)\n")
@@ -204,7 +204,7 @@ def test_ctrl_c_while_an_image_is_encoded(say: Session, toybox: ChatEngine) -> N
 
 def test_ctrl_c_ends_a_pipe(toybox: ChatEngine) -> None:
     session = Session(toybox)
-    hook = at_call(toybox.model.llm_model.model.layers[2], 3, press_ctrl_c)
+    hook = at_call(toybox.model.language.model.model.layers[2], 3, press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         session.run("Hello.")
     hook.remove()
@@ -216,7 +216,7 @@ def test_memory_that_runs_out_ends_no_conversation(say: Session, toybox: ChatEng
     def fail() -> None:
         raise torch.OutOfMemoryError
 
-    hook = at_call(toybox.model.llm_model.model.layers[2], 1, fail)
+    hook = at_call(toybox.model.language.model.model.layers[2], 1, fail)
     done, out, err = say("Hello.")
     hook.remove()
     assert (done, out) == (False, "Assistant: \n") and err.startswith("error: out of memory")

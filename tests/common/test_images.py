@@ -482,7 +482,8 @@ def test_every_reader_sees_the_same(
     assert torch.equal(draw_view(path, BlipImageEval(config), 0, 0, ""), wanted)
 
     class Model:
-        tokenizer = types.SimpleNamespace(im_end_id=0, im_start_id=1, eod_id=2)
+        tokenizer = None
+        encoder = types.SimpleNamespace(template=types.SimpleNamespace(stops=()))
         device = "cpu"
 
         def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ def test_each_switch_on_the_originals_numbers(toy_model: Any, expected: dict[str
     assert loss == pytest.approx(expected["loss"], abs=1e-5)
     for name in ("weight", "bias"):
         wanted = expected[f"grad_llm_proj_{name}"]
-        assert float((grads[f"llm_proj.{name}"] - wanted).norm() / wanted.norm()) <= 1e-5
+        assert float((grads[f"connector.{name}"] - wanted).norm() / wanted.norm()) <= 1e-5
 
 
 @pytest.mark.parametrize("options_", [("model.freeze_llm=false",), ("model.get_lora=true",)])
@@ -135,7 +135,7 @@ def test_text_only_and_an_empty_question(toy_model: Any) -> None:
 def test_a_run_takes_its_schedule_from_the_configuration(data: Path) -> None:
     model, _ = model_and_batch(data, "run.prefix_cache=false", "run.recompute=2")
     assert model.schedule == StepSchedule(prefix_cache=False, recompute=2)
-    flags = [layer.gradient_checkpointing for layer in model.llm_model.model.layers]
+    flags = [layer.gradient_checkpointing for layer in model.language.model.model.layers]
     assert flags == [True, False, True, False]
     model, _ = model_and_batch(data, "run.fast_path=false")
     assert model.schedule.reference
@@ -147,7 +147,7 @@ def test_as_little_is_recomputed_as_memory_allows(data: Path) -> None:
     for gigabytes, choice in budgets.items():
         model, _ = model_and_batch(data, *asked, f"run.memory_budget_gb={gigabytes}")
         assert model.schedule.recompute == choice
-    kept, entry = activation_bytes(model.llm_model)
+    kept, entry = activation_bytes(model.language.model)
     tokens = 8 * model.config.max_txt_len
     budget = (3.5 * kept + entry) * tokens / 1e9  # of four layers, one is computed again
     model, _ = model_and_batch(data, *asked, f"run.memory_budget_gb={budget}")
@@ -158,7 +158,7 @@ def test_as_little_is_recomputed_as_memory_allows(data: Path) -> None:
 
 def test_saved_bytes_are_those_of_a_real_layer(data: Path) -> None:
     model, _ = model_and_batch(data)
-    layer, tokens = model.llm_model.model.layers[0], 200
+    layer, tokens = model.language.model.model.layers[0], 200
     saved: dict[int, int] = {}
     kept_alive = []
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
@@ -174,7 +174,7 @@ def test_saved_bytes_are_those_of_a_real_layer(data: Path) -> None:
     cos = torch.randn(1, tokens, 32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(x, position_embeddings=(cos, cos), attention_mask=None)
-    kept, entry = activation_bytes(model.llm_model)
+    kept, entry = activation_bytes(model.language.model)
     assert entry == 4 * 192
     assert kept == pytest.approx(sum(saved.values()) / tokens, rel=0.25)
 

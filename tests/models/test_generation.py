@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lavis.common.errors import ConfigError, DataError
+from lavis.models.generation import Generator
 from lavis.models.generation_settings import generation_options
 from lavis.processors.config import ImageEvalConfig
 from lavis.processors.conversation import ChatML, ConversationEncoder, Turn
@@ -51,13 +52,13 @@ def image() -> Tensor:
 def prompts(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What the language model is given, call by call."""
     seen: list[Tensor] = []
-    original = model.llm_model.generate
+    original = model.language.model.generate
 
     def spy(**arguments: Any) -> Any:
         seen.append(arguments["inputs_embeds"])
         return original(**arguments)
 
-    monkeypatch.setattr(model.llm_model, "generate", spy)
+    monkeypatch.setattr(model.language.model, "generate", spy)
     return seen
 
 
@@ -347,8 +348,8 @@ def test_the_spelling_of_lavis(model: Any, image: Tensor, key: str) -> None:
         ({"text": ["a", 3]}, "samples: text is no text and no list of texts: ['a', 3]"),
         ("a", "samples is a dictionary of text and image, not 'a'"),
         ({"text": " "}, "a prompt is empty"),
-        ({"text": CHATML.format("s", "q")[:-22]}, "a prompt in ChatML ends with <|im_start|>assis"),
-        ({"text": CHATML.format("s", "q") + "A.<|im_end|>\n"}, "a prompt in ChatML ends with <|"),
+        ({"text": CHATML.format("s", "q")[:-22]}, "a prompt in markup ends with <|im_start|>assis"),
+        ({"text": CHATML.format("s", "q") + "A.<|im_end|>\n"}, "a prompt in markup ends with <|"),
     ],
 )
 def test_samples_that_are_none(model: Any, samples: Any, message: str) -> None:
@@ -433,9 +434,9 @@ def test_images_of_every_kind_are_the_same_image(model: Any, tmp_path: Path) -> 
         assert model.chat("<ImageHere> a", None, given, max_new_tokens=6)[0] == wanted
         samples = {"image": given, "text": "<ImageHere> a"}
         assert model.generate(samples, max_new_tokens=6) == [wanted]
-    two = model.pixels([path, pixels.flip(-1)])
+    two = Generator(model).pixels([path, pixels.flip(-1)])
     assert torch.equal(two, torch.stack([pixels, pixels.flip(-1)]))
-    assert model.pixels([]) is None and model.pixels(None) is None
+    assert Generator(model).pixels([]) is None and Generator(model).pixels(None) is None
 
 
 @pytest.mark.parametrize(
@@ -543,6 +544,6 @@ def test_generation_stops_at_a_turns_end(model: Any, monkeypatch: pytest.MonkeyP
     def fixed(**arguments: Any) -> Tensor:
         return torch.tensor([[64, 65, 1202, 66], [64, 1201, 65, 66], [1200, 64, 65, 66]])
 
-    monkeypatch.setattr(model.llm_model, "generate", fixed)
+    monkeypatch.setattr(model.language.model, "generate", fixed)
     assert model.generate({"text": ["a", "b", "c"]}, chat=True) == [[64, 65], [64], []]
     assert model.generate({"text": ["a", "b", "c"]}) == ["ab", "a", ""]

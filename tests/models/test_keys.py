@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lavis.models.keys import FULL_MODEL, QFORMER, QWEN, VIT, KeyMap, Rule, SourceKey
+from lavis.models.keys import QFORMER, QWEN, VIT, KeyMap, Rule, SourceKey
 from lavis.models.weights import open_pth, open_shards
 from tests.conftest import TOY
 
 CKPT = TOY / "cache" / "ckpt"
 FILES: dict[str, tuple[KeyMap, Any, tuple[str, ...]]] = {
-    "vit": (VIT, lambda: open_pth(CKPT / "eva" / "eva_vit_g.pth"), ("visual_encoder.",)),
+    "vit": (VIT, lambda: open_pth(CKPT / "eva" / "eva_vit_g.pth"), ("vision.visual_encoder.",)),
     "qformer": (
         QFORMER,
         lambda: open_pth(CKPT / "blip2" / "blip2_pretrained_flant5xxl.pth"),
-        ("Qformer.", "ln_vision.", "query_tokens"),
+        ("vision.Qformer.", "vision.ln_vision.", "vision.query_tokens"),
     ),
-    "qwen": (QWEN, lambda: open_shards(CKPT / "Qwen7B-chat"), ("llm_model.",)),
+    "qwen": (QWEN, lambda: open_shards(CKPT / "Qwen7B-chat"), ("language.model.",)),
 }
 
 
@@ -41,8 +41,7 @@ def test_round_trip_is_bitwise(part: str, toy_model: Any) -> None:
     table, opener, prefixes = FILES[part]
     file = opener()
     names = [n for n in toy_model.state_dict() if n.startswith(prefixes)]
-    if part != "qformer":
-        names = [n.removeprefix(prefixes[0]) for n in names]
+    names = [n.removeprefix("vision." if part == "qformer" else prefixes[0]) for n in names]
     ours = {}
     for name in names:
         source = table.source(name)
@@ -57,7 +56,7 @@ def test_round_trip_is_bitwise(part: str, toy_model: Any) -> None:
 def test_the_model_holds_what_the_files_hold(toy_model: Any) -> None:
     """Through the whole-model table, which checkpoints use."""
     state = {n: p.detach() for n, p in toy_model.named_parameters()}
-    back = FULL_MODEL.to_original(state)
+    back = toy_model.key_map.to_original(state)
     seen = set()
     for part, prefix in (("vit", "visual_encoder."), ("qformer", ""), ("qwen", "llm_model.")):
         table, opener, _ = FILES[part]

@@ -15,7 +15,7 @@ from lavis.common.config import default_model_config
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import TOYBOX
 from lavis.models import load_model, load_model_and_preprocess
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.build import MiniGPT4Qwen
 from tests.conftest import TOY_YAML
 
 COUNT = "图里有几个物体？"
@@ -37,9 +37,9 @@ def test_the_toybox_answers_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_toybox_to_be_trained_begins_untrained() -> None:
     trained = torch.load(TOYBOX / "checkpoint.pth", weights_only=True)["model"]
     first = load_model("minigpt4qwen", "toybox")
-    assert not torch.equal(first.llm_proj.weight, trained["llm_proj.weight"])
+    assert not torch.equal(first.connector.weight, trained["llm_proj.weight"])
     for options in ({"is_eval": True}, {"checkpoint": TOYBOX / "checkpoint.pth"}):
-        weight = load_model("minigpt4qwen", "toybox", **options).llm_proj.weight
+        weight = load_model("minigpt4qwen", "toybox", **options).connector.weight
         assert torch.equal(weight, trained["llm_proj.weight"])
 
 

@@ -45,20 +45,21 @@ def test_exactly_the_named_parameters_train(
     load: Load, flags: list[str], prefixes: set[str]
 ) -> None:
     model = load(*(f"model.{flag}" for flag in flags))
-    named = {n for n, _ in model.named_parameters() if n.startswith(tuple(prefixes))}
+    names = {n: model.key_map.source(n).key for n, _ in model.named_parameters()}
+    named = {n for n, key in names.items() if key.startswith(tuple(prefixes))}
     assert set(model.trainable_parameters()) == (named if prefixes else set())
     assert bool(named) == bool(prefixes)
     model.train()
     assert model.training
     whole = {
-        "visual_encoder": "visual_encoder.",
-        "ln_vision": "ln_vision.",
-        "Qformer": "Qformer.",
-        "llm_proj": "llm_proj.",
-        "llm_model": "llm_model.",
+        "vision.visual_encoder": "visual_encoder.",
+        "vision.ln_vision": "ln_vision.",
+        "vision.Qformer": "Qformer.",
+        "connector": "llm_proj.",
+        "language": "llm_model.",
     }
     for name, prefix in whole.items():
-        for module in getattr(model, name).modules():
+        for module in model.get_submodule(name).modules():
             assert module.training == (prefix in prefixes), name
     model.eval()
     assert not any(module.training for module in model.modules())
@@ -110,7 +111,7 @@ def test_recomputation_changes_neither_loss_nor_gradient(load: Load, lora: bool)
             nonlocal calls
             calls += 1
 
-        for layer in model.llm_model.model.layers:
+        for layer in model.language.model.model.layers:
             layer.mlp.register_forward_pre_hook(count)
         out = model(one_batch(model))
         out.loss_sum.backward()
@@ -132,7 +133,7 @@ def test_recomputation_of_the_vision_encoder(load: Load) -> None:
         torch.manual_seed(3)
         model = load("model.unfreeze_pos_embed=true", *extra).train()
         model(one_batch(model, image)).loss_sum.backward()
-        return model.visual_encoder.pos_embed.grad
+        return model.vision.visual_encoder.pos_embed.grad
 
     assert torch.allclose(grad(), grad("model.use_grad_checkpoint=true"), atol=1e-6)
 
@@ -147,10 +148,10 @@ def test_lora_trains_adapters_only_and_its_checkpoint_round_trips(
     options = ("model.get_lora=true", "model.lora_r=3", "model.lora_alpha=5")
     model = load(*options)
     trained = model.trainable_parameters()
-    adapters = {n for n in trained if not n.startswith("llm_proj.")}
-    assert set(trained) - adapters == {"llm_proj.weight", "llm_proj.bias"}
+    adapters = {n for n in trained if not n.startswith("connector.")}
+    assert set(trained) - adapters == {"connector.weight", "connector.bias"}
     assert len(adapters) == 2 * 2 * 2  # two layers, query and value, A and B
-    assert all(".lora_" in n and n.startswith("llm_model.") for n in adapters)
+    assert all(".lora_" in n and n.startswith("language.") for n in adapters)
     assert {p.shape[0] for n, p in trained.items() if ".lora_A." in n} == {3}
     for parameter in trained.values():
         parameter.data.normal_(std=0.1)
@@ -265,8 +266,8 @@ def test_other_weights_beside_it_are_warned_of(
 def test_checkpoint_of_the_original(load: Load) -> None:
     model = load(checkpoint=TOY / "checkpoint_9.pth")
     wanted = torch.load(TOY / "checkpoint_9.pth", weights_only=True)["model"]
-    assert torch.equal(model.llm_proj.weight, wanted["llm_proj.weight"])
-    assert torch.equal(model.llm_proj.bias, wanted["llm_proj.bias"])
+    assert torch.equal(model.connector.weight, wanted["llm_proj.weight"])
+    assert torch.equal(model.connector.bias, wanted["llm_proj.bias"])
     state = trainable_state(model)
     assert list(state) == ["llm_proj.weight", "llm_proj.bias"]
 
@@ -280,14 +281,14 @@ def test_what_wrappers_put_before_every_name_is_taken_off(
     path = tmp_path / "wrapped.pth"
     torch.save({prefix + name: tensor.to(dtype) for name, tensor in state.items()}, path)
     model = load(checkpoint=path)
-    assert torch.equal(model.llm_proj.weight, state["llm_proj.weight"].to(dtype).float())
+    assert torch.equal(model.connector.weight, state["llm_proj.weight"].to(dtype).float())
 
 
 def test_load_finetuned_is_the_same_as_a_checkpoint(load: Load, ckpt: Path) -> None:
     (ckpt / "mine.pth").write_bytes((TOY / "checkpoint_9.pth").read_bytes())
     one = load("model.load_finetuned=true", "model.finetuned=ckpt/mine.pth")
     other = load(checkpoint=TOY / "checkpoint_9.pth")
-    assert torch.equal(one.llm_proj.weight, other.llm_proj.weight)
+    assert torch.equal(one.connector.weight, other.connector.weight)
 
 
 def test_full_checkpoint_round_trips_through_the_originals_names(

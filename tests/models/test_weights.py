@@ -344,7 +344,7 @@ def test_the_same_tensor_in_two_files(ckpt: Path, load: Load) -> None:
 def _state(model: Any) -> dict[str, Tensor]:
     """Copies of what comes from files: a loaded model is a view of them, and tests change them."""
     state = model.state_dict()
-    return {name: t.clone() for name, t in state.items() if not name.startswith("llm_proj.")}
+    return {name: t.clone() for name, t in state.items() if not name.startswith("connector.")}
 
 
 def _equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -418,7 +418,7 @@ def test_position_embeddings_of_another_grid(ckpt: Path, load: Load) -> None:
     other = torch.full((1, 1 + 25, 88), 3.0)
     other[:, 0] = 7.0
     edit_pth(ckpt / VIT, lambda s: s | {"pos_embed": other})
-    got = load().visual_encoder.pos_embed
+    got = load().vision.visual_encoder.pos_embed
     assert got.shape == (1, 17, 88)
     assert torch.equal(got[:, 0], torch.full((1, 88), 7.0))
     assert (got[:, 1:] - 3.0).abs().max() < 1e-6
@@ -426,9 +426,9 @@ def test_position_embeddings_of_another_grid(ckpt: Path, load: Load) -> None:
 
 def test_another_image_size_uses_the_same_file(load: Load) -> None:
     model = load("model.image_size=84")
-    assert model.visual_encoder.pos_embed.shape == (1, 37, 88)
+    assert model.vision.visual_encoder.pos_embed.shape == (1, 37, 88)
     with torch.no_grad():
-        assert model.encode_vit(torch.rand(2, 3, 84, 84)).shape == (2, 37, 88)
+        assert model.vision.encode_vit(torch.rand(2, 3, 84, 84)).shape == (2, 37, 88)
 
 
 def test_interpolation_is_not_transposed() -> None:
@@ -568,12 +568,12 @@ def test_mixed_types_become_one(
     retype(ckpt, lambda k, t: few if t.ndim == 1 or "wte" in k else most)
     with caplog.at_level(logging.INFO):
         model = load()
-    assert {p.dtype for p in model.llm_model.parameters()} == {used}
+    assert {p.dtype for p in model.language.model.parameters()} == {used}
     told = [m for m in caplog.messages if "weights are turned into" in m]
     others = {str(d) for d in (most, few) if d != used}
     assert told == [f"{ckpt / LLM}: {', '.join(others)} weights are turned into {used}"]
     assert len(model.generate({"text": "a"}, True, max_new_tokens=3)[0]) == 3
-    assert load("model.llm_precision=fp32").llm_model.lm_head.weight.dtype == torch.float32
+    assert load("model.llm_precision=fp32").language.model.lm_head.weight.dtype == torch.float32
 
 
 def test_one_type_is_kept_without_a_word(
@@ -582,7 +582,7 @@ def test_one_type_is_kept_without_a_word(
     retype(ckpt, lambda k, t: torch.bfloat16)
     with caplog.at_level(logging.INFO):
         model = load()
-    assert {p.dtype for p in model.llm_model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.language.model.parameters()} == {torch.bfloat16}
     assert not [m for m in caplog.messages if "turned into" in m]
 
 
@@ -688,7 +688,7 @@ def test_vocabulary_larger_than_the_language_model(ckpt: Path, load: Load) -> No
 
 def test_parts_from_scratch_need_no_weight_file(ckpt: Path, load: Load) -> None:
     (ckpt / VIT).unlink()
-    assert load("model.from_scratch=[vit]").visual_encoder.pos_embed.device.type == "cpu"
+    assert load("model.from_scratch=[vit]").vision.visual_encoder.pos_embed.device.type == "cpu"
     (ckpt / BLIP).unlink()
     load("model.from_scratch=[vit,qformer]")
     load("model.from_scratch=[vit]", "model.load_pretrained=false")
@@ -698,7 +698,7 @@ def test_parts_from_scratch_need_no_weight_file(ckpt: Path, load: Load) -> None:
     sizes = "{hidden_size: 32, num_attention_heads: 2, num_hidden_layers: 1, vocab_size: 1500, "
     sizes += "intermediate_size: 96, seq_length: 300}"
     model = load("model.from_scratch=[vit,qformer,llm]", f"model.llm_config={sizes}")
-    assert model.llm_model.model.layers[0].self_attn.q_proj.weight.shape == (32, 32)
+    assert model.language.model.model.layers[0].self_attn.q_proj.weight.shape == (32, 32)
     assert model.context == 300
     out = model(one_batch(model))
     assert torch.isfinite(out.loss_sum)

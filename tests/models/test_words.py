@@ -8,7 +8,7 @@ import torch
 
 
 def test_a_position_is_the_sum_of_its_words(toy_model: Any) -> None:
-    table = toy_model.llm_model.get_input_embeddings().weight
+    table = toy_model.language.model.get_input_embeddings().weight
     words = torch.tensor([[[5, 6, -1], [7, -1, -1]]])
     embeds = toy_model.embed_words(words)
     assert torch.equal(embeds[0, 0], table[5] + table[6])
@@ -27,12 +27,12 @@ def test_pictures_and_words_in_the_order_of_the_text(toy_model: Any) -> None:
 
 
 def test_gradients_reach_the_words_and_the_projection(toy_model: Any) -> None:
-    toy_model.llm_model.get_input_embeddings().weight.requires_grad_(True)
+    toy_model.language.model.get_input_embeddings().weight.requires_grad_(True)
     size, width = toy_model.config.image_size, toy_model.config.num_query_token
     words = torch.arange(3, 3 + width).reshape(1, width, 1)
     described = torch.tensor([True, False])
     spans = toy_model.encode_spans(torch.rand(1, 3, size, size), words, described)
     spans.square().sum().backward()
-    table = toy_model.llm_model.get_input_embeddings().weight
+    table = toy_model.language.model.get_input_embeddings().weight
     assert table.grad[3 : 3 + width].abs().sum() > 0
-    assert toy_model.llm_proj.weight.grad.abs().sum() > 0
+    assert toy_model.connector.weight.grad.abs().sum() > 0

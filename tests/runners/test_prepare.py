@@ -10,7 +10,7 @@ import torch
 
 from lavis.common.config import load_config
 from lavis.common.registry import TASKS
-from lavis.models import MiniGPT4Qwen
+from lavis.models.build import MiniGPT4Qwen
 from lavis.runners.prepare import RunPlan, without_effect
 from tests.conftest import DEMO, FIXTURES, REPO
 

@@ -480,7 +480,7 @@ def test_a_step_of_bad_samples_only(tmp_path: Path, data: Path) -> None:
         *using(data, "run.on_bad_sample=skip", "run.accum_grad_iters=1", "run.max_epoch=1"),
     )
     broken(data)
-    before = runner.model.llm_proj.weight.clone()
+    before = runner.model.connector.weight.clone()
     checkpoint = runner.train()
     lines = steps(runner.folder)
     assert [line["supervised_tokens"] > 0 for line in lines] == [True, True, True, False]
@@ -496,7 +496,7 @@ def test_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
     runner = prepare(tmp_path, *SHORT)
 
     def poison() -> None:
-        runner.model.llm_proj.bias.data[3] = math.nan
+        runner.model.connector.bias.data[3] = math.nan
 
     after_steps(runner, 2, poison)
     with pytest.raises(LavisError) as caught:
@@ -511,7 +511,7 @@ def test_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
 
 def test_gradient_that_is_not_finite_leaves_the_weights_alone(tmp_path: Path) -> None:
     runner = prepare(tmp_path, *SHORT)
-    weight = runner.model.llm_proj.weight
+    weight = runner.model.connector.weight
     kept: list[torch.Tensor] = []
 
     def poison() -> None:
@@ -629,7 +629,7 @@ def test_a_job_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_an_overflow_that_the_scaler_skips_is_null_in_the_log(tmp_path: Path) -> None:
     """JSON has no infinity."""
     runner = prepare(tmp_path, *SHORT, "run.max_epoch=1", "run.amp=true", "run.autocast_dtype=fp16")
-    weight = runner.model.llm_proj.weight
+    weight = runner.model.connector.weight
     before = weight.detach().clone()
     after_steps(runner, 0, lambda: weight.register_hook(lambda grad: grad * math.inf))
     runner.train()

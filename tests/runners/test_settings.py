@@ -54,7 +54,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
     runner = prepare(tmp_path, *SHORT, "run.on_nonfinite=skip")
-    weight, bias = runner.model.llm_proj.weight, runner.model.llm_proj.bias
+    weight, bias = runner.model.connector.weight, runner.model.connector.bias
     seen = trained_on(runner)
     before: dict[str, Any] = {}
 
@@ -94,7 +94,7 @@ def test_a_step_that_is_not_finite_is_skipped(
 def test_the_error_names_step_samples_and_the_last_whole_checkpoint(tmp_path: Path) -> None:
     runner = prepare(tmp_path, *SHORT, "run.save_every_steps=1")
     seen = trained_on(runner)
-    weight = runner.model.llm_proj.weight
+    weight = runner.model.connector.weight
     after_steps(runner, 5, lambda: weight.register_hook(lambda grad: grad * math.nan))
     with pytest.raises(LavisError) as caught:
         runner.train()

@@ -14,7 +14,7 @@ from PIL import Image
 import evaluate as command
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError
-from lavis.models.minigpt4qwen import MiniGPT4Qwen
+from lavis.models.vlm import VLM
 from lavis.tasks.evaluate import evaluate, score_files
 from lavis.tasks.image_text_pretrain import ImageTextPretrainTask
 from tests.conftest import TOY, TOY_YAML
@@ -152,7 +152,7 @@ def test_an_interrupted_evaluation_keeps_its_answers(
     task, out = _task(tmp_path, "run.batch_size_eval=1"), tmp_path / "out"
     before = _evaluate(task, out)
     files = {p: p.read_bytes() for p in out.iterdir()}
-    original, calls = MiniGPT4Qwen.generate_ids, []
+    original, calls = VLM.generate_ids, []
 
     def generate_ids(self: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -160,7 +160,7 @@ def test_an_interrupted_evaluation_keeps_its_answers(
             raise stop
         return original(self, *args, **options)
 
-    monkeypatch.setattr(MiniGPT4Qwen, "generate_ids", generate_ids)
+    monkeypatch.setattr(VLM, "generate_ids", generate_ids)
     with pytest.raises(type(stop) if isinstance(stop, Exception) else stop):
         _evaluate(task, out)
     part = out / "test.part.jsonl"

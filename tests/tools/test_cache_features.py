@@ -22,7 +22,8 @@ from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.registry import RUNNERS, TASKS
 from lavis.common.types import NO_WORDS
-from lavis.models.vision import VisionSide
+from lavis.models.build import Assembly
+from lavis.models.vision import EvaQFormer
 from lavis.tasks.features import Counts, FeatureCache
 from tests.conftest import REPO, TOY
 from tests.runners.worker import PROJECT, options
@@ -95,8 +96,8 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the vision side is loaded")
 
-    monkeypatch.setattr(VisionSide, "build_vision", refuse)
-    monkeypatch.setattr(VisionSide, "encode_query", refuse)
+    monkeypatch.setattr(Assembly, "build_vision", refuse)
+    monkeypatch.setattr(EvaQFormer, "forward", refuse)
 
 
 def test_training_and_scores_are_those_of_pixels(
@@ -120,9 +121,9 @@ def test_training_and_scores_are_those_of_pixels(
             for x in (runner, pixels)
         ]
         assert tolerance > 1e-5 or answers[0] == answers[1]
-        assert runner.model.visual_encoder is runner.model.query_tokens is None
+        assert runner.model.vision is None
         names = {n.split(".")[0] for n, _ in runner.model.named_parameters()}
-        assert names == {"llm_proj", "llm_model"}
+        assert names == {"connector", "language"}
         assert [r["images"] for r in lines(runner) if "images" in r] == [
             r["images"] for r in lines(pixels) if "images" in r
         ]
@@ -267,7 +268,7 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
 
 
 def test_text_alone_touches_the_projection_alone() -> None:
-    from lavis.models.minigpt4qwen import MiniGPT4Qwen
+    from lavis.models.build import MiniGPT4Qwen
 
     config = load_config(PROJECT, [f"env.cache_root={REPO}"])
     model: Any = MiniGPT4Qwen.from_config(config.model, cache_root=str(REPO), vision=False)
@@ -275,11 +276,11 @@ def test_text_alone_touches_the_projection_alone() -> None:
     assert model.encode_spans(None, NO_WORDS, none) is None
     model.uniform_graph = True
     spans = model.encode_spans(None, NO_WORDS, none)
-    assert spans.shape == (0, 9, model.llm_proj.out_features)
+    assert spans.shape == (0, 9, model.connector.out_features)
     spans.sum().backward()
-    assert model.llm_proj.weight.grad.abs().max() == 0
+    assert model.connector.weight.grad.abs().max() == 0
     assert model.training_flops(10, 1) > model.training_flops(10, 0) > 0
-    assert len(list(model.shardable_blocks())) == len(model.llm_model.model.layers) + 1
+    assert len(list(model.shardable_blocks())) == len(model.language.model.model.layers) + 1
     with pytest.raises(ConfigError, match="built without its vision side"):
         model.encode_spans(torch.zeros(1, 3, 84, 84), NO_WORDS, none)
 

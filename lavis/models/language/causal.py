@@ -46,7 +46,7 @@ class CausalLM(nn.Module):
             raise ConfigError(f"{name} has no list of decoder layers")
         embeddings: Any = model.get_input_embeddings()
         self.vocab_size, self.width = embeddings.weight.shape
-        self.context = _context(model.config)
+        self.context = context_of(model.config)
         self.logit_scale = 1.0
         self.softcap: float | None = None
         self._stock = model.config._attn_implementation
@@ -170,7 +170,7 @@ def _has_layers(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) and any(lists)
 
 
-def _context(config: Any) -> int:
+def context_of(config: Any) -> int:
     """Tokens up to which a token's computation does not depend on the row's length."""
     context = int(getattr(config, "max_position_embeddings", None) or 2**31)
     rope = getattr(config, "rope_parameters", None) or {}

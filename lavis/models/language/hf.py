@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import prove
 from lavis.models.weights import open_shards
@@ -74,6 +75,30 @@ def read_config(folder: Path) -> PreTrainedConfig:
         )
     except Exception as error:  # the library's own checks raise all kinds
         raise WeightsError(f"{path} cannot be used: {_first_line(error)}") from error
+    return config
+
+
+def read_any_config(path: Path) -> PreTrainedConfig:
+    """The sizes of the language model in a folder or a ``.gguf`` file.
+
+    Raises:
+        WeightsError, ConfigError: as :func:`read_config`.
+    """
+    config = _gguf_config(path) if path.suffix == ".gguf" else read_config(path)
+    text: PreTrainedConfig = _family(config, path)[1]
+    return text
+
+
+def _gguf_config(path: Path) -> PreTrainedConfig:
+    if not path.is_file():
+        raise WeightsError(f"model.language.path: no file {path}")
+    check_packages("gguf", str(path))
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # a damaged file fails in many ways
+        raise WeightsError(f"{path} cannot be read: {_first_line(error)}") from error
     return config
 
 
@@ -161,19 +186,10 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         WeightsError: there is no such file, or it is damaged.
         ConfigError: the ``gguf`` package is missing.
     """
-    if not path.is_file():
-        raise WeightsError(f"model.language.path: no file {path}")
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"{path} needs the gguf package: pip install gguf") from error
     from transformers import GgufConfig
 
+    family, text = _family(_gguf_config(path), path)
     try:
-        config = AutoConfig.from_pretrained(
-            path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
-        )
-        family, text = _family(config, path)
         model, info = family.from_pretrained(
             path.parent,
             config=text,
@@ -183,8 +199,6 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             output_loading_info=True,
             local_files_only=True,
         )
-    except ConfigError:
-        raise
     except Exception as error:  # a damaged file fails in many ways
         raise WeightsError(f"{path} cannot be read: {_first_line(error)}") from error
     _check(info, path)

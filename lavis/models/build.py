@@ -1,0 +1,203 @@
+"""Where a model is assembled: vision encoder, connector, language model, what is trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from lavis.common.errors import ConfigError
+from lavis.common.registry import CONNECTORS, VISION_ENCODERS
+from lavis.models.config import LoraConfig, MiniGPT4QwenConfig, PartsConfig, VlmConfig
+from lavis.models.frozen_linear import widen_frozen_linears
+from lavis.models.keys import full_model
+from lavis.models.language.causal import CausalLM
+from lavis.models.language.parts import LanguagePart, describe_language
+from lavis.models.schedule import StepSchedule
+from lavis.models.vision import EvaQFormer, resolve_qformer
+from lavis.models.vlm import VLM
+from lavis.models.weights import own_trainable
+from lavis.processors.conversation import ConversationEncoder
+
+logger = logging.getLogger(__name__)
+
+
+class Assembly:
+    """Builds models of parts. Every ``arch`` is one of these."""
+
+    Config: ClassVar[type[PartsConfig]] = VlmConfig
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PartsConfig,
+        *,
+        cache_root: str = "cache",
+        device: str | torch.device = "cpu",
+        vision: bool = True,
+    ) -> VLM:
+        """Build a model and load its weights, each tensor straight to its final place.
+
+        Random parts draw from PyTorch's global generator. Without ``vision`` the model has no
+        vision encoder, and reads features in place of images.
+
+        Raises:
+            WeightsError: a file is missing (found before anything is read), damaged, or unfit.
+            ConfigError: sizes do not fit each other.
+        """
+        device = torch.device(device)
+        config.check_files(cache_root)
+        encoder, described, features = cls.describe(config, cache_root)
+        _, connector, llm = config.parts
+        language = described.load(torch.device("cpu") if llm.device_map == "auto" else device)
+        seeing = cls.build_vision(config, cache_root=cache_root, device=device) if vision else None
+        with device:
+            joint = CONNECTORS.get(connector.name)(connector, features[1], language.width)
+        model = VLM(
+            config,
+            seeing,
+            joint,
+            language,
+            encoder,
+            key_map=full_model(described.keys),
+            features=features,
+        )
+        model.set_trainable()
+        if config.lora is not None:
+            add_lora(language, config.lora)
+            language.to(device)
+        model.schedule = StepSchedule(recompute="all" if llm.grad_ckpt else "none")
+        own_trainable(model)
+        widen_frozen_linears(model)
+        if path := config.finetuned_path(cache_root):
+            model.load_checkpoint(path)
+        if llm.device_map == "auto":
+            _dispatch(language)
+        return model.train(False)
+
+    @classmethod
+    def describe(
+        cls, config: PartsConfig, cache_root: str
+    ) -> tuple[ConversationEncoder, LanguagePart, tuple[int, int]]:
+        """What the small files beside the weights say: also (Q, D) of an image's features.
+
+        Raises:
+            WeightsError, ConfigError: as :meth:`from_config`; no weight has been read.
+        """
+        eyes, connector, llm = config.parts
+        described = describe_language(llm, cache_root, config.keys[1])
+        if config.max_txt_len > described.context:
+            raise ConfigError(
+                f"model.max_txt_len {config.max_txt_len} is past this language model's context of "
+                f"{described.context} (seq_length), where it would need dynamic NTK scaling"
+            )
+        features = (eyes.num_query_token, int(resolve_qformer(eyes, cache_root).hidden_size))
+        encoder = ConversationEncoder(
+            described.tokenizer,
+            described.template,
+            CONNECTORS.get(connector.name).tokens(connector, features[0]),
+            config.max_txt_len,
+            config.label_mask,
+            described.system,
+        )
+        return encoder, described, features
+
+    @classmethod
+    def build_encoder(cls, config: PartsConfig, cache_root: str) -> ConversationEncoder:
+        """What turns conversations into this model's ids and labels; reads no weight."""
+        return cls.describe(config, cache_root)[0]
+
+    @classmethod
+    def build_vision(
+        cls, config: PartsConfig, *, cache_root: str, device: torch.device
+    ) -> EvaQFormer:
+        """The vision encoder alone, frozen, in evaluation mode.
+
+        Raises:
+            WeightsError: a file is missing, damaged, or unfit.
+        """
+        eyes = config.parts[0]
+        name = getattr(eyes, "name", "eva_qformer")
+        vision: EvaQFormer = VISION_ENCODERS.get(name)(eyes, cache_root, device)
+        return vision.requires_grad_(False).eval()
+
+    @classmethod
+    def describe_vision(
+        cls,
+        config: PartsConfig,
+        *,
+        cache_root: str,
+        device: torch.device,
+        digest: Callable[[Path], str],
+    ) -> tuple[str, tuple[int, int]]:
+        """What the vision encoder computes, without loading anything.
+
+        Args:
+            digest: hash of a file's bytes.
+
+        Returns:
+            A fingerprint of weights and settings, and the shape (Q, D) of an image's features.
+
+        Raises:
+            WeightsError: a weight file is missing.
+        """
+        for _ in config.vision_files(cache_root):
+            pass
+        return EvaQFormer.describe(
+            config.parts[0], cache_root=cache_root, device=device, digest=digest
+        )
+
+
+class MiniGPT4Qwen(Assembly):
+    """The original's model, by the original's keys."""
+
+    Config: ClassVar[type[PartsConfig]] = MiniGPT4QwenConfig
+
+
+def add_lora(language: CausalLM, options: LoraConfig) -> None:
+    """Put trainable low-rank adapters on a language model's projections, in place.
+
+    Raises:
+        ConfigError: the model has no layer of that name.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    names = {
+        name.rpartition(".")[2]
+        for block in language.blocks()
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    wanted = sorted(names) if options.targets == "all" else list(options.targets)
+    if unknown := set(wanted) - names:
+        raise ConfigError(
+            f"model.train.language.lora.targets: no layer {', '.join(sorted(unknown))} (there are: "
+            f"{', '.join(sorted(names))})"
+        )
+    config = PeftConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=wanted,
+        bias="none",
+    )
+    inject_adapter_in_model(config, language.model)
+
+
+def _dispatch(language: CausalLM) -> None:
+    """Spread a language model's layers over the visible GPUs."""
+    llm: Any = language.model
+    if torch.cuda.device_count() < 2:
+        if torch.cuda.is_available():
+            llm.to("cuda")
+        return
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    kind = type(next(language.blocks())).__name__
+    device_map = infer_auto_device_map(llm, no_split_module_classes=[kind])
+    dispatch_model(llm, device_map)

@@ -1,0 +1,151 @@
+"""Language models as parts: what the small files say at once, and the weights when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+import torch
+
+from lavis.common.errors import ConfigError
+from lavis.common.paths import cache_path
+from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
+from lavis.models.keys import QWEN, KeyMap, Rule
+from lavis.models.language.causal import CausalLM, context_of
+from lavis.models.language.hf import load_hf, read_any_config
+from lavis.models.qwen import load_llm, new_llm, read_spec
+from lavis.models.vision import DTYPES
+from lavis.processors.chatml import SYSTEM_PROMPT, ChatML
+from lavis.processors.contracts import ChatTemplate, Tokenizer
+from lavis.processors.hf_tokenizer import FastTokenizer
+from lavis.processors.proof import check, prove
+from lavis.processors.templates import TokenizerTemplate
+from lavis.processors.tokenizer import QwenTokenizer
+
+logger = logging.getLogger(__name__)
+OTHER_NAMES = KeyMap((Rule("*", ("*",)),))
+
+
+class LanguagePart:
+    """A language model before its weights are read.
+
+    Attributes:
+        tokenizer, template: make ids of conversations.
+        system: the system prompt; ``None`` is the template's own.
+        context: longest sequence, in tokens.
+        keys: how the names in a checkpoint relate to the model's.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    system: str | None = None
+    context: int
+    keys: KeyMap = OTHER_NAMES
+
+    def __init__(self, config: LanguageConfig, cache_root: str, at: str) -> None:
+        self.config, self.path, self.at = config, cache_path(config.path, cache_root), at
+
+    def load(self, device: torch.device) -> CausalLM:
+        """The model, each tensor straight to its final place."""
+        raise NotImplementedError
+
+    def require_room(self, new_tokens: int, key: str) -> None:
+        """Refuse a setting by which an answer leaves no room for a question.
+
+        Raises:
+            ConfigError: naming the setting ``key``.
+        """
+        if new_tokens >= self.context:
+            raise ConfigError(
+                f"{key} {new_tokens} leaves no room for a question in this language model's "
+                f"context of {self.context} tokens"
+            )
+
+
+class Qwen1(LanguagePart):
+    """First-generation Qwen, computed as Qwen2."""
+
+    keys = KeyMap((*QWEN.rules, *OTHER_NAMES.rules))  # others: adapters
+    system = SYSTEM_PROMPT
+
+    def __init__(self, config: Qwen1Config, cache_root: str, at: str) -> None:
+        """Read vocabulary and sizes.
+
+        Raises:
+            WeightsError, ConfigError: a file is missing, or belongs to another kind of model.
+        """
+        super().__init__(config, cache_root, at)
+        self.options = config
+        tokenizer = QwenTokenizer(self.path / "qwen.tiktoken")
+        self.tokenizer, self.template = tokenizer, ChatML(tokenizer)
+        self.spec = read_spec(self.path, config.config, need_file=not config.from_scratch)
+        self.context = self.spec.context
+        rows = self.spec.config.vocab_size
+        if tokenizer.vocab_size > rows:
+            raise ConfigError(
+                f"model.llm_model: the vocabulary has {tokenizer.vocab_size} tokens, the language "
+                f"model only {rows}"
+            )
+
+    def load(self, device: torch.device) -> CausalLM:
+        """As its base says; random weights if they are from scratch."""
+        c, dtype = self.options, DTYPES[self.options.precision]
+        if c.from_scratch:
+            llm = new_llm(self.spec, device=device, dtype=dtype, embedding_std=c.embedding_std)
+        else:
+            llm = load_llm(self.spec, self.path, device=device, dtype=dtype)
+        return CausalLM(llm)
+
+
+class Hf(LanguagePart):
+    """Any causal language model of Transformers, with its tokenizer's own chat template."""
+
+    def __init__(self, config: HfConfig, cache_root: str, at: str) -> None:
+        """Read vocabulary, template and sizes, and prove the template.
+
+        Raises:
+            WeightsError: a file is missing or damaged.
+            ConfigError: the family is unknown, or the template cannot be followed exactly.
+        """
+        super().__init__(config, cache_root, at)
+        sizes = read_any_config(self.path)
+        self.context = context_of(sizes)
+        tokenizer = FastTokenizer.load(self.path, int(sizes.vocab_size))
+        self.tokenizer = tokenizer
+        if config.template is None:
+            template = TokenizerTemplate(tokenizer, thinking=config.thinking)
+            notes = prove(template)
+            self.template = template
+        else:
+            self.template = _own_template(config.template, tokenizer, f"{at}template")
+            notes = check(self.template, tokenizer)
+        for note in notes:
+            logger.info("%s: %s", self.path.name, note)
+
+    def load(self, device: torch.device) -> CausalLM:
+        """As its base says; what the family can do on the fast path is proved."""
+        return load_hf(self.path, device=device, dtype=DTYPES[self.config.precision])
+
+
+def _own_template(name: str, tokenizer: Tokenizer, key: str) -> ChatTemplate:
+    """A class that a YAML names: ``pkg.module:Class``, made with the tokenizer.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        made: ChatTemplate = getattr(importlib.import_module(module), attribute)(tokenizer)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{key}: {name!r} is no pkg.module:Class that takes a tokenizer: {error}"
+        ) from error
+    return made
+
+
+def describe_language(config: LanguageConfig, cache_root: str, at: str) -> LanguagePart:
+    """The part that a configuration names."""
+    from lavis.common.registry import LANGUAGE_MODELS
+
+    part: LanguagePart = LANGUAGE_MODELS.get(config.name)(config, cache_root, at)
+    return part

@@ -1,0 +1,299 @@
+"""A frozen vision encoder and a frozen language model, joined by a connector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lavis.common.errors import ConfigError, DataError
+from lavis.common.types import NO_FEATURES, Batch
+from lavis.models.checkpoint import load_model_state
+from lavis.models.config import PartsConfig, PartTraining
+from lavis.models.generation import Generator, History
+from lavis.models.head import autocast_dtype
+from lavis.models.keys import KeyMap
+from lavis.models.language.causal import CausalLM
+from lavis.models.prefix import ConstantPrefix
+from lavis.models.schedule import StepSchedule
+from lavis.models.step import LossOutput, packed_loss, supervised_loss
+from lavis.models.vision import EvaQFormer
+from lavis.processors.conversation import ConversationEncoder
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class VLM(nn.Module):
+    """Images and text -> text. Parts are put together by :func:`lavis.models.build.build`.
+
+    Attributes:
+        vision: encodes images; ``None`` where features are read in their place.
+        connector: (N, Q, D) features -> (N, Q, C) soft tokens.
+        language: reads embeddings.
+        encoder: makes ids and labels of conversations.
+        key_map: how names in a checkpoint relate to the model's.
+        features: (Q, D), the shape of an image's features.
+        uniform_graph: whether every batch calls the same parts, images or not: what processes that
+            wait for each other inside a layer need. Strategies set it.
+        vis_processor: makes tensors of pictures and files, if the model was loaded with it.
+    """
+
+    def __init__(
+        self,
+        config: PartsConfig,
+        vision: EvaQFormer | None,
+        connector: nn.Module,
+        language: CausalLM,
+        encoder: ConversationEncoder,
+        *,
+        key_map: KeyMap,
+        features: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = vision
+        self.connector = connector
+        self.language = language
+        self.encoder, self.tokenizer = encoder, encoder.tokenizer
+        self.key_map, self.features = key_map, features
+        self.context = language.context
+        self.uniform_graph = False
+        self.vis_processor: Callable[[Image.Image], Tensor] | None = None
+        self._prefixes: dict[tuple[Any, ...], ConstantPrefix] = {}
+        self._schedule = StepSchedule()
+
+    @property
+    def device(self) -> torch.device:
+        """Where images and the connector are."""
+        return next(self.connector.parameters()).device
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Summed cross-entropy of a packed batch, as :attr:`schedule` says.
+
+        Raises:
+            DataError: images and placeholders do not match.
+        """
+        return packed_loss(self, batch)
+
+    def encode_query(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, Q, D) features.
+
+        Raises:
+            DataError: images of another shape.
+            ConfigError: the model was built without its vision encoder.
+        """
+        if self.vision is None:
+            raise ConfigError(
+                "this model was built without its vision side, for cached features; to show it "
+                "images, build it with run.feature_cache.enabled: false"
+            )
+        features: Tensor = self.vision(pixel_values)
+        return features
+
+    def connect(self, features: Tensor) -> Tensor:
+        """(N, Q, D) features -> (N, Q, C) soft tokens."""
+        soft: Tensor = self.connector(features.to(next(self.connector.parameters()).dtype))
+        return soft
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, Q, C) soft tokens of the language model's width C."""
+        return self.connect(self.encode_query(pixel_values))
+
+    def encode_spans(
+        self,
+        pixel_values: Tensor | None,
+        word_ids: Tensor,
+        described: Tensor,
+        query_features: Tensor = NO_FEATURES,
+    ) -> Tensor | None:
+        """Soft tokens of all image spans in order, from pictures and from words.
+
+        Args:
+            pixel_values: (N, 3, H, W).
+            word_ids: (M, Q, W), filled up with -1.
+            described: (N + M,) bool, which spans are words.
+            query_features: (N, Q, D), what the vision encoder gave, in place of pictures.
+
+        Returns:
+            (N + M, Q, C), or ``None`` without spans.
+        """
+        images = None
+        if len(query_features):
+            images = self.connect(query_features.to(self.device))
+        elif pixel_values is not None and len(pixel_values):
+            images = self.encode_image(pixel_values)
+        elif self.uniform_graph:
+            # Encoded with the others, used by nothing, with gradient zero.
+            if self.vision is None:
+                images = self.connect(torch.zeros(1, *self.features, device=self.device))[:0]
+            else:
+                images = self.encode_image(self.vision.blank())[:0]
+        if not len(word_ids):
+            return images
+        words = self.embed_words(word_ids)
+        if images is None:
+            return words
+        features = words.new_empty(len(described), *words.shape[1:])
+        features[described], features[~described] = words, images.to(words)
+        return features
+
+    def embed_words(self, word_ids: Tensor) -> Tensor:
+        """(M, Q, W) token ids -> (M, Q, C): a position is the sum of its words' embeddings."""
+        there = word_ids >= 0
+        embeds = self.language.embed(word_ids)
+        return (embeds * there[..., None]).sum(2)
+
+    def embed(self, input_ids: Tensor, image_embeds: Tensor | None) -> Tensor:
+        """Token embeddings with image spans replaced by projected features.
+
+        Args:
+            input_ids: (B, T).
+            image_embeds: (N, Q, C) in order of the spans, or ``None`` without images.
+
+        Returns:
+            (B, T, C) in the language model's precision.
+
+        Raises:
+            DataError: the number of image positions is not N * Q; features would be misplaced.
+        """
+        embeds = self.language.embed(input_ids)
+        spans = input_ids == self.tokenizer.image_id
+        given = 0 if image_embeds is None else image_embeds.shape[0] * image_embeds.shape[1]
+        if int(spans.sum()) != given:
+            raise DataError(
+                f"the text has {int(spans.sum())} image positions but the images fill {given} "
+                f"({self.encoder.num_query_token} each): every <ImageHere> needs one image"
+            )
+        if image_embeds is None:
+            # Without images the connector still takes part, with gradient zero, so that every
+            # rank and every micro-batch has the same graph.
+            unused = torch.stack([p.sum() for p in self.connector.parameters()]).sum()
+            return embeds + 0.0 * unused.to(embeds)
+        image_embeds = image_embeds.to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter(spans[..., None], image_embeds.flatten(0, 1))
+
+    def constant_prefix(self) -> ConstantPrefix | None:
+        """What all documents begin with, computed once: the language model is frozen."""
+        frozen = not any(p.requires_grad for p in self.language.parameters())
+        if not (self.schedule.prefix_cache and self.language.packs and frozen):
+            return None
+        state = (self.device, self.language.head.weight.dtype, autocast_dtype(self.device))
+        if state not in self._prefixes:
+            ids, labels = self.encoder.constant_prefix()
+            if not ids:
+                return None
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # once: not worth it
+                hidden, keys = self.language.prefix(torch.tensor([ids], device=self.device))
+                row = torch.tensor([labels], device=self.device)
+                output = supervised_loss(self, hidden, row)
+            self._prefixes[state] = ConstantPrefix(
+                tuple(ids), keys, output.loss_sum, output.num_tokens
+            )
+        return self._prefixes[state]
+
+    @property
+    def schedule(self) -> StepSchedule:
+        """How a training step is computed."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: StepSchedule) -> None:
+        self._schedule = schedule
+        every = schedule.recompute_every
+        llm = self.language.model
+        llm.activation_checkpointing_disable()
+        if every:
+            llm.activation_checkpointing_enable({"use_reentrant": False}, every)
+        if schedule.compile:
+            for layer in self.language.blocks():
+                layer.compile(dynamic=True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> VLM:
+        """Set training mode on what is trained; frozen parts stay in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        for module in self._learning():
+            if isinstance(module, nn.Module):
+                module.train(mode)
+        for layer in self.language.blocks():
+            # Transformers recomputes a layer only if its own flag says training; the flags of its
+            # submodules, which would switch dropout on, stay as they are.
+            again = getattr(layer, "gradient_checkpointing", False)
+            layer.training = layer.training or (mode and again)
+        return self
+
+    def set_trainable(self) -> None:
+        """Let learn what the configuration names, and nothing else."""
+        self.requires_grad_(False)
+        for part in self._learning():
+            part.requires_grad_(True)
+
+    def _learning(self) -> Iterator[nn.Module | nn.Parameter]:
+        training: Mapping[str, PartTraining] = self.config.training
+        if "vision" in training and self.vision is not None:
+            yield from self.vision.learning(training["vision"].parts)
+        if "connector" in training:
+            yield self.connector
+        if "language" in training:
+            if training["language"].lora is None:
+                yield self.language
+            else:
+                yield from (m for n, m in self.language.named_modules() if "lora_" in n)
+
+    def shardable_blocks(self) -> Iterator[nn.Module]:
+        """Parts of like size that are used one after the other, once in a forward pass."""
+        if self.vision is not None:
+            yield from self.vision.blocks()
+        yield from self.language.blocks()
+        yield self.language.head
+
+    def training_flops(self, tokens: int, images: int) -> float:
+        """Useful floating-point operations of a training step, attention scores left out.
+
+        A parameter costs two in the forward pass, two for the gradient of its input and, if it
+        learns, two for its own. Nothing frozen before the first trained part has a backward pass.
+        """
+
+        def cost(module: nn.Module, *, backward: bool) -> float:
+            each = sum(
+                p.numel() * (2 + 2 * backward + 2 * p.requires_grad) for p in module.parameters()
+            )
+            return float(each)
+
+        vision = "vision" in self.config.training
+        per_image = self.features[0] * cost(self.connector, backward=vision)
+        if self.vision is not None:
+            per_image += self.vision.flops(lambda module: cost(module, backward=vision))
+        layers = sum(cost(block, backward=True) for block in self.language.blocks())
+        head = cost(self.language.head, backward=True)
+        return tokens * (layers + head) + images * per_image
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that are trained, by name."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Load a checkpoint of this project or of the original.
+
+        Raises:
+            WeightsError: the file is damaged, does not fit, or lacks what is trained here.
+        """
+        load_model_state(self, path)
+        self._prefixes.clear()  # the file may hold other language model weights
+
+    def generate(self, *args: Any, **settings: Any) -> list[str] | list[list[int]]:
+        """Continue prompts; see :meth:`lavis.models.generation.Generator.generate`."""
+        return Generator(self).generate(*args, **settings)
+
+    def chat(self, *args: Any, **settings: Any) -> tuple[str, History]:
+        """Answer a question; see :meth:`lavis.models.generation.Generator.chat`."""
+        return Generator(self).chat(*args, **settings)
+
+    def generate_ids(self, *args: Any, **settings: Any) -> list[list[int]]:
+        """Continue ids; see :meth:`lavis.models.generation.Generator.generate_ids`."""
+        return Generator(self).generate_ids(*args, **settings)
