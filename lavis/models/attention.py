@@ -195,7 +195,7 @@ def _each(
     for q, k, v in zip(*parts, strict=True):
         k, v = _after(prefix, k, v)
         n, scaling = q.shape[2], softmax.scaling
-        by_products = _is_short(q, k) and softmax.fused and not softmax.dropout
+        by_products = _is_short(q) and softmax.fused and not softmax.dropout
         if by_products and scaling is not None:
             rows.append(_products(q, k, v, masks.of(n, q.device), scaling))
         else:
@@ -204,11 +204,10 @@ def _each(
     return torch.cat(rows, dim=2).transpose(1, 2)
 
 
-def _is_short(query: Tensor, key: Tensor) -> bool:
+def _is_short(query: Tensor) -> bool:
     """Whether a document's attention is quicker as products than fused."""
     half = query.dtype in (torch.float16, torch.bfloat16)
-    same_heads = query.shape[1] == key.shape[1]
-    return query.device.type == "cpu" and half and same_heads and query.shape[2] <= _SHORT
+    return query.device.type == "cpu" and half and query.shape[2] <= _SHORT
 
 
 def _varlen(
@@ -256,6 +255,9 @@ def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: 
     There PyTorch's fused kernel takes twice as long, most of it in the backward pass
     (``benchmarks/train_step.py``). The probabilities are kept: N x (P + N) for each head.
     """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
     hidden.masked_fill_(~mask, -math.inf)
     scores = torch.baddbmm(

@@ -57,6 +57,8 @@ class Assembly:
         seeing = cls.build_vision(config, cache_root=cache_root, device=device) if vision else None
         with device:
             joint = CONNECTORS.get(connector.name)(connector, features[1], language.width)
+        if connector.init == "embeddings":
+            _scale_to_embeddings(joint, language)
         model = VLM(
             config,
             seeing,
@@ -156,6 +158,20 @@ class MiniGPT4Qwen(Assembly):
     """The original's model, by the original's keys."""
 
     Config: ClassVar[type[PartsConfig]] = MiniGPT4QwenConfig
+
+
+def _scale_to_embeddings(connector: nn.Module, language: CausalLM) -> None:
+    """Draw a connector's last layer anew, so that its output is as large as the embeddings.
+
+    Far larger soft tokens would drown what the language model's layers add to them.
+    """
+    last = [m for m in connector.modules() if isinstance(m, nn.Linear)][-1]
+    embeddings: Any = language.model.get_input_embeddings()
+    std = float(embeddings.weight[:1000].float().std())
+    with torch.no_grad():
+        nn.init.normal_(last.weight, std=std / last.in_features**0.5)
+        if last.bias is not None:
+            last.bias.zero_()
 
 
 def add_lora(language: CausalLM, options: LoraConfig) -> None:

@@ -142,12 +142,23 @@ class EvaQFormerConfig(EvaQFormerKeys, PartConfig):
 
 
 @dataclass(frozen=True)
-class LinearConfig(PartConfig):
+class ConnectorConfig(PartConfig):
+    """What every connector's block may hold.
+
+    ``init`` is how large its output is before training: ``embeddings`` makes it as large as the
+    language model's token embeddings, for features of variance 1; ``pytorch`` leaves PyTorch's.
+    """
+
+    init: Literal["embeddings", "pytorch"] = "embeddings"
+
+
+@dataclass(frozen=True)
+class LinearConfig(ConnectorConfig):
     """``connector: {name: linear}``."""
 
 
 @dataclass(frozen=True)
-class MlpConfig(PartConfig):
+class MlpConfig(ConnectorConfig):
     """``connector: {name: mlp}``: linear layers with GELU between them."""
 
     depth: int = 2
@@ -244,7 +255,7 @@ class PartsConfig(ModelConfig):
                 raise ConfigError(f"train.{part}.lora: only the language model takes adapters")
 
     @property
-    def parts(self) -> tuple[EvaQFormerKeys, PartConfig, LanguageConfig]:
+    def parts(self) -> tuple[EvaQFormerKeys, ConnectorConfig, LanguageConfig]:
         """Vision encoder, connector and language model."""
         raise NotImplementedError
 
@@ -320,9 +331,10 @@ class VlmConfig(PartsConfig):
     train: dict[str, float | PartTraining] = field(default_factory=dict)
 
     @property
-    def parts(self) -> tuple[EvaQFormerKeys, PartConfig, LanguageConfig]:
+    def parts(self) -> tuple[EvaQFormerKeys, ConnectorConfig, LanguageConfig]:
         """Vision encoder, connector and language model."""
         assert isinstance(self.vision, EvaQFormerKeys)
+        assert isinstance(self.connector, ConnectorConfig)
         assert isinstance(self.language, LanguageConfig)
         return self.vision, self.connector, self.language
 
@@ -389,7 +401,7 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
         return part in self.from_scratch or (part == "qformer" and not self.load_pretrained)
 
     @property
-    def parts(self) -> tuple[EvaQFormerKeys, PartConfig, LanguageConfig]:
+    def parts(self) -> tuple[EvaQFormerKeys, ConnectorConfig, LanguageConfig]:
         """Vision encoder, connector and language model."""
         language = Qwen1Config(
             "qwen1",
@@ -401,7 +413,7 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
             embedding_std=self.llm_embedding_std,
             from_scratch=self.is_from_scratch("llm"),
         )
-        return self, LinearConfig("linear"), language
+        return self, LinearConfig("linear", init="pytorch"), language
 
     @property
     def keys(self) -> tuple[str, str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from examples.toybox.world.questions import DRILLS, KINDS, LANGUAGES, Question, ask
+from examples.toybox.world.questions import DRILLS, KINDS, LANGUAGES, Language, Question, ask
 from examples.toybox.world.scenes import Scene, draw, in_words, random_scene
 from lavis.common.cli import output_folder, positive, run_cli, setup_logging
 from lavis.common.errors import DataError
@@ -19,6 +20,14 @@ _TEST_KINDS = tuple(kind for kind in KINDS if kind not in DRILLS)
 _SHORT_KINDS = tuple(kind for kind in _TEST_KINDS if kind != "description")
 _LESSONS: dict[str, dict[str, Any]] = {
     "train": {"turns": 4, "scan": 0.4, "lists": 0.4, "description": 0.3, "shuffled": True},
+    "short": {
+        "turns": 8,
+        "scan": 0.0,
+        "lists": 0.0,
+        "description": 0.0,
+        "shuffled": True,
+        "more": ("relation", "count", "where", "colour"),
+    },
     "vision": {"turns": 0, "scan": 1.0, "lists": 0, "description": 0.0},
     "text_first": {"turns": 6, "scan": 0.3, "lists": 1, "description": 0.2},
     "text_second": {"turns": 6, "scan": 0.2, "lists": 1, "description": 0.2},
@@ -43,6 +52,7 @@ _LESSONS: dict[str, dict[str, Any]] = {
 are few: most of a loss that counts tokens would be theirs."""
 SIZES = {
     "train": 20_000,
+    "short": 20_000,
     "val": 1_000,
     "test": 2_000,
     "test_pairs": 1_000,
@@ -60,6 +70,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write the toybox: pictures and annotations.")
     parser.add_argument("--out", required=True, type=output_folder, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--languages", nargs="+", action="extend", choices=LANGUAGES, help="default: all"
+    )
     parser.add_argument("--splits", nargs="+", action="extend", choices=SIZES, help="default: all")
     for split, size in SIZES.items():
         flag, text = f"--{split.replace('_', '-')}", f"records of {split}, default: %(default)s"
@@ -67,11 +80,14 @@ def main() -> int:
     args = parser.parse_args()
     setup_logging()
     for split in dict.fromkeys(args.splits or SIZES):
-        write_split(args.out, split, getattr(args, split), args.seed)
+        languages = tuple(dict.fromkeys(args.languages or LANGUAGES))
+        write_split(args.out, split, getattr(args, split), args.seed, languages)
     return 0
 
 
-def write_split(out: Path, split: str, count: int, seed: int) -> None:
+def write_split(
+    out: Path, split: str, count: int, seed: int, languages: Sequence[Language] = LANGUAGES
+) -> None:
     """Write ``<split>.json`` and, for splits with pictures, ``image/<split>/*.png``.
 
     A split depends on the seed, its name and nothing else; a longer one begins as a shorter one.
@@ -85,7 +101,7 @@ def write_split(out: Path, split: str, count: int, seed: int) -> None:
         records = []
         for number in tqdm(range(count), desc=split, unit=" records"):
             rng = random.Random(f"{seed}/{split}/{number}")
-            records.append(make_record(rng, split, number, out))
+            records.append(make_record(rng, split, number, out, languages))
         path = out / f"{split}.json"
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(records, ensure_ascii=False, indent=0), encoding="utf-8")
@@ -94,7 +110,13 @@ def write_split(out: Path, split: str, count: int, seed: int) -> None:
         raise DataError(f"--out: cannot write {out}: {error}") from error
 
 
-def make_record(rng: random.Random, split: str, number: int, out: Path) -> dict[str, Any]:
+def make_record(
+    rng: random.Random,
+    split: str,
+    number: int,
+    out: Path,
+    languages: Sequence[Language] = LANGUAGES,
+) -> dict[str, Any]:
     """One annotation, its picture, if the split has pictures, written below ``out``.
 
     Training splits have conversations of several turns; the others one question, tagged with its
@@ -104,10 +126,10 @@ def make_record(rng: random.Random, split: str, number: int, out: Path) -> dict[
     record: dict[str, Any] = {"id": f"{split}-{number}"}
     scene = random_scene(rng, held_out=held_out)
     if split in _LESSONS:
-        questions = _lesson(scene, rng, **_LESSONS[split])
+        questions = _lesson(scene, rng, languages, **_LESSONS[split])
     else:
         kind = _TEST_KINDS[number % len(_TEST_KINDS)]
-        language = LANGUAGES[number // len(_TEST_KINDS) % len(LANGUAGES)]
+        language = languages[number // len(_TEST_KINDS) % len(languages)]
         while (question := ask(scene, rng, kind, language)) is None:
             scene = random_scene(rng, held_out=held_out)
         questions = [question]
@@ -122,6 +144,7 @@ def make_record(rng: random.Random, split: str, number: int, out: Path) -> dict[
 def _lesson(
     scene: Scene,
     rng: random.Random,
+    languages: Sequence[Language],
     *,
     turns: int,
     scan: float,
@@ -144,7 +167,7 @@ def _lesson(
         kinds.append("description")
     if shuffled:
         rng.shuffle(kinds)
-    made = (ask(scene, rng, kind, rng.choice(LANGUAGES)) for kind in kinds)
+    made = (ask(scene, rng, kind, rng.choice(languages)) for kind in kinds)
     return [q for q in made if q is not None] or [_must(scene, rng)]
 
 
