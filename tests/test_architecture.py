@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lavis.common.schema import BuildInfo, DatasetConfig, RunConfig
-from lavis.models.config import MiniGPT4QwenConfig, QFormerConfig, ViTConfig
+from lavis.models.config import QFormerConfig, ViTConfig
+from lavis.models.legacy import MiniGPT4QwenConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "lavis").rglob("*.py"))

@@ -9,11 +9,11 @@ from lavis.models.config import (
     EvaQFormerConfig,
     HfConfig,
     LinearConfig,
-    MiniGPT4QwenConfig,
     MlpConfig,
     Qwen1Config,
     VlmConfig,
 )
+from lavis.models.legacy import MiniGPT4QwenConfig
 
 if TYPE_CHECKING:
     from lavis.models.loading import load_model, load_model_and_preprocess

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.packages import check_packages
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import did_you_mean
 from lavis.common.schema import ModelConfig, PartConfig
-from lavis.common.typed import only, require_range
+from lavis.common.typed import require_range
 from lavis.models.shards import check_download, find_shards, llm_files
 
 Part = Literal["vit", "qformer", "llm"]
@@ -343,109 +343,3 @@ class VlmConfig(PartsConfig):
         """How each part learns that does."""
         given = (self.train or {"connector": PartTraining()}).items()
         return {k: v if isinstance(v, PartTraining) else PartTraining(lr=v) for k, v in given}
-
-
-@dataclass(frozen=True)
-class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
-    """``arch: minigpt4qwen``: the original's keys, all on one level.
-
-    ``from_scratch`` names parts that start from random weights and so need no weight file.
-    """
-
-    DEFAULTS: ClassVar[dict[str, str]] = {
-        "qwen7b_chat": "minigpt4qwen_qwen7b_chat.yaml",
-        "qwen14b_chat": "minigpt4qwen_qwen14b_chat.yaml",
-        "toybox": "minigpt4qwen_toybox.yaml",
-    }
-
-    model_type: str = "qwen7b_chat"
-    load_pretrained: bool = True  # false: the Q-Former from scratch
-    freeze_vit: bool = True
-    unfreeze_pos_embed: bool = False
-    qformer_text_input: bool = only(
-        False, "the Q-Former reads no text here, as in every recipe of the original; remove the key"
-    )
-    freeze_qformer: bool = True
-    freeze_queries: bool = True
-    freeze_proj: bool = False
-    # language model
-    llm_model: str = "ckpt/Qwen7B-chat"
-    llm_config: dict[str, Any] | None = None  # over its config.json
-    llm_embedding_std: float | None = None  # from scratch; default: initializer_range
-    llm_precision: Precision = "auto"  # auto: as stored
-    freeze_llm: bool = True
-    llm_grad_ckpt: bool = False
-    llm_device_map: Literal["cpu", "auto"] = "cpu"  # auto: spread over the visible GPUs
-    get_lora: bool = False
-    lora_r: int = 8
-    lora_alpha: int = 32
-    lora_dropout: float = 0.05
-    prompt: str = only("", "it had no effect in the original; put it into the question")
-    apply_lemmatizer: bool = only(False, "answers are returned as generated; remove the key")
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, "lora_r", "lora_alpha")
-        require_range(self, 0, "lora_dropout", below=1)
-        require_range(self, 0, "llm_embedding_std")
-        EvaQFormerKeys.__post_init__(self)
-        PartsConfig.__post_init__(self)
-        trained = "freeze_vit: false" if not self.freeze_vit else "unfreeze_pos_embed: true"
-        if self.vit_precision == "fp16" and (not self.freeze_vit or self.unfreeze_pos_embed):
-            raise ConfigError(
-                f"{trained} needs vit_precision: fp32 (fp16 weights do not train: their updates "
-                "round away); run.amp gives the speed of half precision"
-            )
-
-    def is_from_scratch(self, part: Part) -> bool:
-        """Whether a part starts from random weights."""
-        return part in self.from_scratch or (part == "qformer" and not self.load_pretrained)
-
-    @property
-    def parts(self) -> tuple[EvaQFormerKeys, ConnectorConfig, LanguageConfig]:
-        """Vision encoder, connector and language model."""
-        language = Qwen1Config(
-            "qwen1",
-            path=self.llm_model,
-            precision=self.llm_precision,
-            grad_ckpt=self.llm_grad_ckpt,
-            device_map=self.llm_device_map,
-            config=self.llm_config,
-            embedding_std=self.llm_embedding_std,
-            from_scratch=self.is_from_scratch("llm"),
-        )
-        return self, LinearConfig("linear", init="pytorch"), language
-
-    @property
-    def keys(self) -> tuple[str, str]:
-        """What stands before a key of the vision encoder and of the language model in messages."""
-        return "model.", "model.llm_"
-
-    @property
-    def training(self) -> Mapping[str, PartTraining]:
-        """How each part learns that does."""
-        learn: dict[str, PartTraining] = {}
-        if parts := tuple(self._vision_parts.values()):
-            learn["vision"] = PartTraining(parts=parts)
-        if not self.freeze_proj:
-            learn["connector"] = PartTraining()
-        if not self.freeze_llm:
-            learn["language"] = PartTraining()
-        elif self.get_lora:
-            lora = LoraConfig(self.lora_r, self.lora_alpha, self.lora_dropout)
-            learn["language"] = PartTraining(lora=lora)
-        return learn
-
-    @property
-    def trained_vision(self) -> tuple[str, ...]:
-        """The settings by which some of the vision encoder is trained."""
-        return tuple(self._vision_parts)
-
-    @property
-    def _vision_parts(self) -> dict[str, str]:
-        frozen = {
-            "freeze_vit: false": ("vit", self.freeze_vit),
-            "unfreeze_pos_embed: true": ("pos_embed", not self.unfreeze_pos_embed),
-            "freeze_qformer: false": ("qformer", self.freeze_qformer),
-            "freeze_queries: false": ("queries", self.freeze_queries),
-        }
-        return {setting: part for setting, (part, is_frozen) in frozen.items() if not is_frozen}

@@ -16,7 +16,7 @@ from lavis.common.cli import output_folder, run_cli, setup_logging
 from lavis.common.config import load_config
 from lavis.common.errors import WeightsError
 from lavis.common.paths import require, require_checkpoint
-from lavis.models.config import MiniGPT4QwenConfig
+from lavis.models.legacy import MiniGPT4QwenConfig
 from lavis.models.qwen import read_spec
 from lavis.models.weights import load_pickle, outline
 

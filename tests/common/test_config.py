@@ -23,7 +23,7 @@ from lavis.common.config import (
 from lavis.common.errors import ConfigError
 from lavis.common.registry import BUILDERS, MODELS, PROCESSORS
 from lavis.common.schema import DatasetConfig, RunConfig
-from lavis.models.config import MiniGPT4QwenConfig
+from lavis.models.legacy import MiniGPT4QwenConfig
 from lavis.processors.config import BaseInstructionConfig, BaseTextConfig, ImageTrainConfig
 from tests.conftest import FIXTURES, REPO
 
