@@ -26,7 +26,7 @@ from transformers import (
 
 from lavis.chat.cache import ConversationCache
 from lavis.chat.settings import ChatSettings
-from lavis.common.errors import DataError, WeightsError
+from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.common.images import as_image
 
 if TYPE_CHECKING:
@@ -115,10 +115,8 @@ class ChatEngine:
             start = min(cache.common(content), len(content) - 1)
             cache.truncate(start)
             language = self.model.language
-            if not language.caches:  # a family whose state cannot be rolled back computes all anew
-                start, kept = 0, None
-            else:
-                kept = cache
+            kept = cache if language.caches else None  # without, all is computed anew
+            start = start if language.caches else 0
             embeds = self._embed(content[start:], images)
             positions = torch.arange(start, len(content), device=embeds.device)[None]
             hidden = language.hidden(embeds, positions, cache=kept)
@@ -145,6 +143,8 @@ class ChatEngine:
         Args:
             stopped: asked at every token whether to end with the best answer so far.
         """
+        if not self.model.language.caches:
+            raise ConfigError("num_beams above 1 needs a language model whose state can be kept")
         self.extend(cache, content[:-1], images)
         with self._lock, torch.no_grad():
             last = self._embed(content[-1:], images)

@@ -63,7 +63,7 @@ class VLM(nn.Module):
         self.context = language.context
         self.uniform_graph = False
         self.vis_processor: Callable[[Image.Image], Tensor] | None = None
-        self._prefixes: dict[tuple[Any, ...], ConstantPrefix] = {}
+        self._prefixes: dict[tuple[Any, ...], ConstantPrefix | None] = {}
         self._schedule = StepSchedule()
 
     @property
@@ -183,8 +183,9 @@ class VLM(nn.Module):
             return None
         state = (self.device, self.language.head.weight.dtype, autocast_dtype(self.device))
         if state not in self._prefixes:
+            self._prefixes[state] = None
             ids, labels = self.encoder.constant_prefix()
-            if not ids:
+            if not ids:  # a template that begins with the user's words
                 return None
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # once: not worth it
                 hidden, keys = self.language.prefix(torch.tensor([ids], device=self.device))
