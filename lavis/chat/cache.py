@@ -37,7 +37,7 @@ class _Layer(DynamicLayer):
         """Append (1, heads, N, head_dim) keys and values.
 
         Returns:
-            The buffers: all keys and values, and room that attention knows of by ``row_length``.
+            The buffers: all keys and values, and room, whose beginning the mask knows.
         """
         end = self.length + key_states.shape[2]
         self.keys = self._append(self.keys, key_states, end, along=_lies_along(key_states))
