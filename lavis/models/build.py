@@ -168,7 +168,7 @@ def _scale_to_embeddings(connector: nn.Module, language: CausalLM) -> None:
     """
     last = [m for m in connector.modules() if isinstance(m, nn.Linear)][-1]
     embeddings: Any = language.model.get_input_embeddings()
-    std = float(embeddings.weight[:1000].float().std())
+    std = float(embeddings.weight[:1000].detach().float().std())
     with torch.no_grad():
         nn.init.normal_(last.weight, std=std / last.in_features**0.5)
         if last.bias is not None:
