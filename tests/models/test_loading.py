@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from lavis.chat.command import add_chat_arguments
+from lavis.chat.command import add_chat_arguments, load_chat
 from lavis.common.cli import resolve_model_arguments
 from lavis.common.config import default_model_config
 from lavis.common.errors import ConfigError, WeightsError
-from lavis.common.paths import TOYBOX
+from lavis.common.paths import REPOSITORY, TOYBOX
 from lavis.models import load_model, load_model_and_preprocess
 from lavis.models.build import MiniGPT4Qwen
 from tests.conftest import TOY_YAML
@@ -137,3 +137,26 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, toy_yaml: P
         assert str(caught.value).startswith(f"device is {device} but 0 CUDA devices are visible. ")
         assert str(caught.value).endswith('On a machine without a GPU: device="cpu"')
     assert load_model("minigpt4qwen", device="auto", cfg_path=toy_yaml).device.type == "cpu"
+
+
+def test_a_command_takes_a_model_of_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_chat_arguments(parser)
+    monkeypatch.chdir(REPOSITORY)
+    path = "lavis/projects/toybox/smollm2.yaml"
+    words = ["--cfg-path", path, "--checkpoint", str(TOYBOX / "checkpoint.pth")]
+    options = ["--options", f"model.language.path={tmp_path}/none"]
+    with pytest.raises(WeightsError, match=r"model\.language\.path"):  # all but this is found
+        load_chat(parser.parse_args([*words, *options]))
+
+
+def test_where_a_language_model_computes_reaches_the_parts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    options = [f"model.language.path={tmp_path}/none"]
+    with pytest.raises(WeightsError, match=r"model\.language\.path"):
+        load_model_and_preprocess(
+            "vlm", None, llm_device_map="cpu", options=options,
+            cfg_path="lavis/projects/toybox/smollm2.yaml",
+        )  # fmt: skip
