@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from lavis.common.schema import BuildInfo, DatasetConfig, RunConfig
-from lavis.models.config import QFormerConfig, ViTConfig
+from lavis.models.config import (
+    HfConfig,
+    LoraConfig,
+    MlpConfig,
+    PartTraining,
+    QFormerConfig,
+    Qwen1Config,
+    ViTConfig,
+    VlmConfig,
+)
 from lavis.models.legacy import MiniGPT4QwenConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +77,21 @@ def test_pictures_are_read_in_one_place(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [MiniGPT4QwenConfig, ViTConfig, QFormerConfig, RunConfig, DatasetConfig, BuildInfo]
+    "config",
+    [
+        MiniGPT4QwenConfig,
+        ViTConfig,
+        QFormerConfig,
+        RunConfig,
+        DatasetConfig,
+        BuildInfo,
+        VlmConfig,
+        HfConfig,
+        Qwen1Config,
+        MlpConfig,
+        PartTraining,
+        LoraConfig,
+    ],  # fmt: skip
 )
 def test_every_key_is_documented(config: type) -> None:
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
