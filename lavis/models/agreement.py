@@ -107,10 +107,12 @@ def _check_parts(label: object, saved: PartsConfig, config: PartsConfig, *, trai
         if key.endswith(_FREE) or then == now or _same_name(then, now):
             continue
         last = key.rpartition(".")[2]
-        if key.startswith("vision.") and key.split(".")[1] in _REFUSED or key in _REFUSED_OF_PARTS:
+        if (
+            key.startswith("vision.") and key.split(".")[1] in _REFUSED
+        ) or key in _REFUSED_OF_PARTS:
             wrong.append(f"model.{key}: {then} (now {now})")
         elif dist.is_main() and (
-            last in _WARNED_OF_PARTS or training and last in _TRAINED_OF_PARTS
+            last in _WARNED_OF_PARTS or (training and last in _TRAINED_OF_PARTS)
         ):
             logger.warning("%s: model.%s was %s, now %s", label, key, then, now)
     if wrong:
