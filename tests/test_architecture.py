@@ -91,7 +91,7 @@ def test_pictures_are_read_in_one_place(path: Path) -> None:
         MlpConfig,
         PartTraining,
         LoraConfig,
-    ],  # fmt: skip
+    ],
 )
 def test_every_key_is_documented(config: type) -> None:
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")

@@ -79,7 +79,8 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
     """
     toybox = resolve_model_arguments(args)
     args.checkpoint = str(require_checkpoint(args.checkpoint))
-    config = default_model_config("minigpt4qwen", args.model_type, args.options, args.cfg_path)
+    arch = "" if args.cfg_path else "minigpt4qwen"  # a YAML says which
+    config = default_model_config(arch, args.model_type, args.options, args.cfg_path)
     processor = config.preprocess.vis_processor.eval
     if processor is None:
         raise DataError("the configuration's preprocess.vis_processor has no `eval`")
@@ -100,7 +101,7 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
     logger.info("loading %s with %s", args.cfg_path or args.model_type, args.checkpoint)
     settings = ChatSettings(max_new_tokens=args.max_new_tokens, seed=args.seed)
     model, processors, _ = load_model_and_preprocess(
-        "minigpt4qwen",
+        arch,
         args.model_type,
         is_eval=True,
         device=pick_device(args.device, "--device", "--device cpu"),
