@@ -12,7 +12,9 @@ import pytest
 
 from lavis.common.schema import BuildInfo, DatasetConfig, RunConfig
 from lavis.models.config import (
+    EvaQFormerConfig,
     HfConfig,
+    LinearConfig,
     LoraConfig,
     MlpConfig,
     PartTraining,
@@ -79,20 +81,11 @@ def test_pictures_are_read_in_one_place(path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        MiniGPT4QwenConfig,
-        ViTConfig,
-        QFormerConfig,
-        RunConfig,
-        DatasetConfig,
+        MiniGPT4QwenConfig, VlmConfig, EvaQFormerConfig, ViTConfig, QFormerConfig, LinearConfig,
+        MlpConfig, HfConfig, Qwen1Config, PartTraining, LoraConfig, RunConfig, DatasetConfig,
         BuildInfo,
-        VlmConfig,
-        HfConfig,
-        Qwen1Config,
-        MlpConfig,
-        PartTraining,
-        LoraConfig,
     ],
-)
+)  # fmt: skip
 def test_every_key_is_documented(config: type) -> None:
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     named = set(re.findall(r"[\w.]+", page))
@@ -105,3 +98,35 @@ def test_local_links_lead_somewhere(page: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (ROOT / target).exists(), target
+
+
+def _definitions(tree: ast.AST, inside: str = "") -> Iterator[str]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield inside + node.name
+            yield from _definitions(node, f"{inside}{node.name}.")
+
+
+@pytest.mark.parametrize("what", ["batch", "question"])
+def test_walks_lead_through_the_code(what: str) -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    walk = page.split(f"### The way of a {what}\n")[1].split("\n#")[0].strip()
+    steps = re.findall(r"(?m)^\d+\. .*$", walk)
+    assert len(steps) == 10
+    for step in steps:
+        places = re.findall(r"`([\w/]+\.py):([\w.]+)`", step)
+        assert places, step
+        for path, name in places:
+            tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+            assert name in set(_definitions(tree)), f"{path} has no {name}"
+
+
+def test_layout_names_files_that_are_there() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = page.split("## Layout")[1].split("###")[0]
+    for row in re.findall(r"(?m)^\| (`.*?) \| (.*) \|$", table):
+        folders = re.findall(r"`([\w/]+)`", row[0])
+        for folder in folders:
+            assert (ROOT / folder).is_dir(), folder
+        for file in re.findall(r"`(\w+\.py)`", row[1]):
+            assert (ROOT / folders[0] / file).is_file(), f"{folders[0]}/{file}"

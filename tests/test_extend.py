@@ -1,0 +1,55 @@
+"""What docs/extend.md shows works as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavis.common.registry import CONNECTORS
+from lavis.models.config import HfConfig
+from lavis.models.language.parts import _own_template
+from lavis.processors.contracts import Turn
+from lavis.processors.hf_tokenizer import FastTokenizer
+from lavis.processors.proof import check
+from lavis.processors.templates import TokenizerTemplate
+from tests.processors.families import FAMILIES
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "extend.md").read_text(encoding="utf-8")
+
+
+def _write(folder: Path, monkeypatch: Any) -> None:
+    """Write the page's modules, under another package's name: other tests have a my_pkg too."""
+    package = folder / "extend_page"
+    package.mkdir()
+    for name, text in re.findall(r"```python\n# my_pkg/(\w+\.py)\n(.*?)```", PAGE, re.DOTALL):
+        (package / name).write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_template_is_that_of_chatml(tmp_path: Path, monkeypatch: Any) -> None:
+    _write(tmp_path, monkeypatch)
+    folder = FAMILIES["chatml"].save(tmp_path / "llm")
+    tokenizer = FastTokenizer.load(folder, 1000)
+    config = HfConfig("hf", path=str(folder), template="extend_page.my_module:MyTemplate")
+    own = _own_template(config.template or "", tokenizer, "model.language.template")
+    assert check(own, tokenizer) == []
+    theirs = TokenizerTemplate(tokenizer)
+    turns = [Turn("user", "<ImageHere>Hi <|im_end|>"), Turn("assistant", "Yes."), Turn("user", "?")]
+    for system in (None, "Be brief."):
+        for number in (1, 2, 3):
+            some, ask = turns[:number], number % 2 == 1
+            ours = own.pieces(some, system=system, ask=ask)
+            expected = theirs.pieces(some, system=system, ask=ask)
+            assert tokenizer.encode_pieces(ours) == tokenizer.encode_pieces(expected)
+
+
+def test_connector_gives_as_many_tokens_as_it_says(tmp_path: Path, monkeypatch: Any) -> None:
+    _write(tmp_path, monkeypatch)
+    __import__("extend_page.pool")
+    kind = CONNECTORS.get("pool")
+    config = CONNECTORS.config("pool")("pool", of=4)
+    assert kind.tokens(config, 32) == 8
+    assert kind(config, 6, 10)(torch.ones(2, 32, 6)).shape == (2, 8, 10)
