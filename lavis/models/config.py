@@ -332,6 +332,16 @@ class VlmConfig(PartsConfig):
     connector: PartConfig = LinearConfig("linear")
     train: dict[str, float | PartTraining] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        eyes, learn = self.parts[0], self.training.get("vision")
+        vit = learn is not None and (not learn.parts or {"vit", "pos_embed"} & set(learn.parts))
+        if vit and eyes.vit_precision == "fp16":
+            raise ConfigError(
+                "train.vision needs vision.vit_precision: fp32 (fp16 weights do not train: their "
+                "updates round away); run.amp gives the speed of half precision"
+            )
+
     @property
     def parts(self) -> tuple[EvaQFormerKeys, ConnectorConfig, LanguageConfig]:
         """Vision encoder, connector and language model."""
