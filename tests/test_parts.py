@@ -23,7 +23,6 @@ from lavis.common.config import load_config
 from lavis.common.errors import LavisError, WeightsError
 from lavis.common.registry import RUNNERS, TASKS
 from lavis.models import load_model_and_preprocess
-from lavis.runners.runner_base import RunnerBase
 from lavis.tasks.features import FeatureCache
 from tests.conftest import REPO
 from tests.processors.families import FAMILIES
@@ -97,7 +96,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def prepare(home: Path, *options: str, job: str = "job") -> RunnerBase:
+def prepare(home: Path, *options: str, job: str = "job") -> Any:
     """What ``train.py`` does before training."""
     config = load_config(home / "run.yaml", options)
     task = TASKS.get(config.run.task)(config)
@@ -117,7 +116,7 @@ def state(path: Path) -> dict[str, torch.Tensor]:
     return saved
 
 
-def loss(runner: RunnerBase) -> float:
+def loss(runner: Any) -> float:
     runner.model.eval()
     batch = next(iter(runner._loader([[(0, i) for i in range(4)]])))
     with torch.no_grad():
