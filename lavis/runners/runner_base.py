@@ -368,6 +368,11 @@ def _rates(config: Config) -> tuple[int, dict[str, tuple[float, float]]]:
         return 0, {}
     rates = {}
     for part, how in model.training.items():
-        share = 1.0 if how.lr is None else how.lr / (run.init_lr or 1.0)
+        if how.lr and not run.init_lr:
+            raise ConfigError(
+                f"model.train.{part} learns at {how.lr:g}, but rates are shares of run.init_lr, "
+                "which is 0; set it"
+            )
+        share = 1.0 if not run.init_lr or how.lr is None else how.lr / run.init_lr
         rates[part] = share, run.weight_decay if how.weight_decay is None else how.weight_decay
     return model.parts[0].vit_config.depth, rates

@@ -742,3 +742,13 @@ def test_reading_a_configuration_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("training", ["1e-4", "{parts: [qformer, pos_embed]}"])
+def test_half_precision_eyes_do_not_train(
+    write: typing.Callable[[str], Path], training: str
+) -> None:
+    text = "model: {arch: vlm, language: {name: hf, path: x}, train: {vision: %s}}\n" % training
+    assert "train.vision needs vision.vit_precision: fp32" in refusal(write(text))
+    load_config(write(text), ["model.vision.vit_precision=fp32"])
+    load_config(write(text.replace(training, "{parts: [queries]}")))
