@@ -748,7 +748,8 @@ def test_reading_a_configuration_imports_nothing_heavy() -> None:
 def test_half_precision_eyes_do_not_train(
     write: typing.Callable[[str], Path], training: str
 ) -> None:
-    text = "model: {arch: vlm, language: {name: hf, path: x}, train: {vision: %s}}\n" % training
+    model = f"arch: vlm, language: {{name: hf, path: x}}, train: {{vision: {training}}}"
+    text = f"model: {{{model}}}\n"
     assert "train.vision needs vision.vit_precision: fp32" in refusal(write(text))
-    load_config(write(text), ["model.vision.vit_precision=fp32"])
+    load_config(write(text), ["model.vision={name: eva_qformer, vit_precision: fp32}"])
     load_config(write(text.replace(training, "{parts: [queries]}")))
