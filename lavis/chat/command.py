@@ -79,7 +79,7 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
     """
     toybox = resolve_model_arguments(args)
     args.checkpoint = str(require_checkpoint(args.checkpoint))
-    arch = "" if args.cfg_path else "minigpt4qwen"
+    arch = "" if args.cfg_path else "minigpt4qwen"  # a YAML says which
     config = default_model_config(arch, args.model_type, args.options, args.cfg_path)
     processor = config.preprocess.vis_processor.eval
     if processor is None:

@@ -93,7 +93,7 @@ def parse(cls: type[T], data: Any, path: str, where: Where) -> T:
         return cls(**values)
     except ConfigError as error:  # raised by __post_init__, which knows field names only
         first = str(error).split(maxsplit=1)[0].rstrip(":")
-        if first in fields:
+        if first.partition(".")[0] in fields:
             dotted = _join(path, first)
             raise ConfigError(f"{where(dotted)}: {_join(path, error)}") from error
         at = f"{path}: " if path else ""
@@ -115,6 +115,8 @@ def convert(hint: Any, value: Any, path: str, where: Where) -> Any:
             return None
         if len(options) == 1:
             return convert(options[0], value, path, where)
+        if isinstance(value, Mapping) and sum(map(dataclasses.is_dataclass, options)) == 1:
+            return convert(next(filter(dataclasses.is_dataclass, options)), value, path, where)
         for option in options:
             try:
                 return convert(option, value, path, where)

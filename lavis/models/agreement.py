@@ -9,8 +9,10 @@ from pathlib import PurePath
 from typing import Any
 
 from lavis.common import dist
-from lavis.common.errors import WeightsError
+from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.schema import ModelConfig
+from lavis.common.typed import parse
+from lavis.models.config import EvaQFormerKeys, PartsConfig
 
 logger = logging.getLogger(__name__)
 _REFUSED = (
@@ -19,6 +21,12 @@ _REFUSED = (
 )  # fmt: skip
 _WARNED = ("llm_model", "vit_weights", "pretrained", "vit_precision")  # of paths, the last part
 _WARNED_IN_TRAINING = ("lora_dropout", "label_mask", "max_txt_len")
+_REFUSED_OF_PARTS = (
+    "vision.name", "connector.name", "connector.depth", "train.language.lora.r",
+    "train.language.lora.alpha", "train.language.lora.targets",
+)  # fmt: skip
+_WARNED_OF_PARTS = ("path", "thinking", "template", "vit_weights", "pretrained", "vit_precision")
+_TRAINED_OF_PARTS = ("dropout", "label_mask", "max_txt_len")
 _FREE = ("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -43,6 +51,12 @@ def check_settings(
         WeightsError: its weights would compute something else here than where they were trained.
     """
     saved = saved_settings(content, "model")
+    if isinstance(config, PartsConfig) and "vlm" in (config.arch, saved.get("arch")):
+        if (theirs_config := _parsed(saved)) is not None:
+            _check_parts(label, theirs_config, config, training=training)
+        else:
+            logger.info("%s does not say how it was trained: settings are not compared", label)
+        return
     if saved:
         saved = {f.name: f.default for f in fields(config) if f.default is not MISSING} | saved
     else:
@@ -69,6 +83,59 @@ def check_settings(
             for k in wrong
         )
         raise WeightsError(f"{label} was trained with other settings; set {', '.join(told)}")
+
+
+def _parsed(saved: dict[str, Any]) -> PartsConfig | None:
+    """A configuration of parts, if these settings make one."""
+    try:
+        config = parse(ModelConfig, saved, "model", str)
+    except ConfigError:
+        return None
+    return config if isinstance(config, PartsConfig) else None
+
+
+def _check_parts(label: object, saved: PartsConfig, config: PartsConfig, *, training: bool) -> None:
+    """Compare models of parts, whichever keys they were written with.
+
+    Raises:
+        WeightsError: as :func:`check_settings`.
+    """
+    theirs, ours = _of_parts(saved), _of_parts(config)
+    wrong = []
+    for key in sorted(theirs.keys() | ours.keys()):
+        then, now = theirs.get(key, "nothing"), ours.get(key, "nothing")
+        if key.endswith(_FREE) or then == now or _same_name(then, now):
+            continue
+        last = key.rpartition(".")[2]
+        if (
+            key.startswith("vision.") and key.split(".")[1] in _REFUSED
+        ) or key in _REFUSED_OF_PARTS:
+            wrong.append(f"model.{key}: {then} (now {now})")
+        elif dist.is_main() and (
+            last in _WARNED_OF_PARTS or (training and last in _TRAINED_OF_PARTS)
+        ):
+            logger.warning("%s: model.%s was %s, now %s", label, key, then, now)
+    if wrong:
+        raise WeightsError(f"{label} was trained with other settings; set {', '.join(wrong)}")
+
+
+def _of_parts(config: PartsConfig) -> dict[str, Any]:
+    """The settings of a model of parts, by the keys of ``arch: vlm``."""
+    eyes, connector, language = config.parts
+    flat: dict[str, Any] = {"max_txt_len": config.max_txt_len, "label_mask": config.label_mask}
+    keys = {f.name: getattr(eyes, f.name) for f in fields(EvaQFormerKeys)}
+    flat |= {f"vision.{k}": v for k, v in _flat(keys).items()}
+    flat["vision.name"] = getattr(eyes, "name", "eva_qformer")
+    flat |= {f"connector.{k}": v for k, v in _flat(vars(connector)).items()}
+    flat |= {f"language.{k}": v for k, v in _flat(vars(language)).items()}
+    if config.lora is not None:
+        flat |= {f"train.language.lora.{k}": v for k, v in vars(config.lora).items()}
+    return flat
+
+
+def _same_name(one: object, other: object) -> bool:
+    paths = isinstance(one, str) and isinstance(other, str)
+    return paths and PurePath(str(one)).name == PurePath(str(other)).name
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lavis.common.errors import ConfigError
-from lavis.common.registry import CONNECTORS, VISION_ENCODERS
+from lavis.common.registry import CONNECTORS, VISION_ENCODERS, did_you_mean
 from lavis.models.config import LoraConfig, PartsConfig, VlmConfig
 from lavis.models.frozen_linear import widen_frozen_linears
 from lavis.models.keys import full_model
@@ -98,6 +98,8 @@ class Assembly:
                 f"model.max_txt_len {config.max_txt_len} is past this language model's context of "
                 f"{described.context} (seq_length), where it would need dynamic NTK scaling"
             )
+        if config.lora is not None:
+            lora_targets(described.outline(), config.lora)
         features = (eyes.num_query_token, int(resolve_qformer(eyes, cache_root).hidden_size))
         encoder = ConversationEncoder(
             described.tokenizer,
@@ -175,6 +177,27 @@ def _scale_to_embeddings(connector: nn.Module, language: CausalLM) -> None:
             last.bias.zero_()
 
 
+def lora_targets(language: CausalLM, options: LoraConfig) -> list[str]:
+    """Names of the layers that adapters wrap.
+
+    Raises:
+        ConfigError: the model has no layer of that name.
+    """
+    names = {
+        name.rpartition(".")[2]
+        for block in language.blocks()
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    wanted = sorted(names) if options.targets == "all" else list(options.targets)
+    if unknown := sorted(set(wanted) - names):
+        raise ConfigError(
+            f"model.train.language.lora.targets: no layer {', '.join(unknown)}"
+            f"{did_you_mean(unknown[0], names)} (there are: {', '.join(sorted(names))})"
+        )
+    return wanted
+
+
 def add_lora(language: CausalLM, options: LoraConfig) -> None:
     """Put trainable low-rank adapters on a language model's projections, in place.
 
@@ -184,18 +207,7 @@ def add_lora(language: CausalLM, options: LoraConfig) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
-    names = {
-        name.rpartition(".")[2]
-        for block in language.blocks()
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    wanted = sorted(names) if options.targets == "all" else list(options.targets)
-    if unknown := set(wanted) - names:
-        raise ConfigError(
-            f"model.train.language.lora.targets: no layer {', '.join(sorted(unknown))} (there are: "
-            f"{', '.join(sorted(names))})"
-        )
+    wanted = lora_targets(language, options)
     config = PeftConfig(
         r=options.r,
         lora_alpha=options.alpha,

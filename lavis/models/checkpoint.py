@@ -82,7 +82,9 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
         if tensor.shape != (shape := source.whole(parameter.shape)):
             raise WeightsError(
                 f"{file.label}: {source.key} has shape {tuple(tensor.shape)}, the model "
-                f"{shape}: the checkpoint belongs to other encoder or LLM sizes"
+                f"{shape}: the checkpoint belongs to other encoder or LLM sizes "
+                "(model.vision, model.connector or model.language.path; in the original's keys "
+                "model.llm_model)"
             )
         floats = tensor.is_floating_point()
         if not floats or not torch.isfinite(tensor.to(parameter.dtype)).all():
@@ -103,7 +105,8 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
 
 _MISSING = (
     "check the freeze_* settings that the checkpoint was made with",
-    "the checkpoint was made without LoRA: set model.get_lora: false",
+    "the checkpoint was made without LoRA: set model.get_lora: false (of parts: no "
+    "model.train.language.lora)",
 )
 _OTHERS = {
     "mm_projector": "LLaVA", "multi_modal_projector": "LLaVA", "llama_proj": "MiniGPT-4",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,9 +85,6 @@ class PartTraining:
     weight_decay: float | None = None
     parts: tuple[str, ...] = ()  # of the part, only these; the vision encoder says which it has
     lora: LoraConfig | None = None  # of the language model: adapters learn in place of weights
-
-    def __post_init__(self) -> None:
-        require_range(self, 0, "lr", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ class HfConfig(LanguageConfig):
             return
         require(path, f"{at}path", WeightsError, directory=True)
         check_download(require(path / "config.json", f"{at}path", WeightsError))
-        for shard in find_shards(path):
+        for shard in find_shards(path, f"{at}path"):
             check_download(shard)
 
 
@@ -248,6 +246,10 @@ class PartsConfig(ModelConfig):
         if self.load_finetuned and not self.finetuned:
             raise ConfigError("load_finetuned is true but finetuned names no checkpoint")
         for part, training in self.training.items():
+            for key in ("lr", "weight_decay"):
+                if not 0 <= (getattr(training, key) or 0) < math.inf:
+                    got = getattr(training, key)
+                    raise ConfigError(f"train.{part}.{key} must be at least 0, not {got}")
             if part not in ("vision", "connector", "language"):
                 near = did_you_mean(part, ("vision", "connector", "language"))
                 raise ConfigError(f"train.{part}: there is no such part{near}")

@@ -12,7 +12,7 @@ from lavis.common.packages import check_packages
 from lavis.common.paths import REPOSITORY, TOYBOX, require_checkpoint
 from lavis.common.registry import MODELS, PROCESSORS
 from lavis.common.schema import SplitProcessors
-from lavis.models.config import VlmConfig
+from lavis.models.config import PartsConfig
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def load_model(
     """Build a model from its default configuration, or from a run's.
 
     Args:
-        name: ``minigpt4qwen``, or ``vlm`` with ``cfg_path``; empty is the YAML's, whichever.
+        name: ``minigpt4qwen``, or ``vlm`` with a YAML; ``""`` is whatever the YAML says.
         model_type: ``qwen7b_chat`` (default), ``qwen14b_chat`` or ``toybox``.
         is_eval: evaluation mode.
         device: where the weights go: ``cuda``, ``cuda:N``, ``cpu`` or ``auto``.
@@ -74,8 +74,8 @@ def load_model_and_preprocess(
     check_packages()
     config = default_model_config(name, model_type, options, cfg_path)
     if llm_device_map is not None:
-        key = "language.device_map" if isinstance(config.model, VlmConfig) else "llm_device_map"
-        options = [f"model.{key}={llm_device_map}", *options]
+        key = f"{config.model.keys[1]}device_map" if isinstance(config.model, PartsConfig) else ""
+        options = [f"{key or 'model.llm_device_map'}={llm_device_map}", *options]
         config = default_model_config(name, model_type, options, cfg_path)
     root = config.env.cache_root
     if cfg_path is None and model_type == "toybox" and root == str(REPOSITORY):

@@ -76,7 +76,7 @@ def check_download(path: Path) -> None:
             )
 
 
-def find_shards(folder: Path) -> list[Path]:
+def find_shards(folder: Path, key: str = _KEY) -> list[Path]:
     """Weight files of a language model: safetensors if there are any, else ``.bin``.
 
     Raises:
@@ -101,7 +101,7 @@ def find_shards(folder: Path) -> list[Path]:
         if shards:
             return shards
     raise WeightsError(
-        f"{_KEY}: {folder} holds neither model*.safetensors nor pytorch_model*.bin"
+        f"{key}: {folder} holds neither model*.safetensors nor pytorch_model*.bin"
         + _instead(folder)
     )
 

@@ -85,10 +85,15 @@ def without_effect(config: Config, *, answers: bool) -> Iterator[str]:
         yield f"{', '.join(f'run.{k}' for k in greedy)}: no effect, since answers are greedy"
     if answers and run.max_len not in (None, run.max_new_tokens):
         yield f"run.max_len: no effect beside run.max_new_tokens ({run.max_new_tokens})"
-    model: Any = config.model
-    vit = not getattr(model, "freeze_vit", False) or getattr(model, "unfreeze_pos_embed", False)
-    if run.lr_layer_decay != 1 and not vit:
+    if run.lr_layer_decay != 1 and not _trains_vit(config.model):
         yield "run.lr_layer_decay: no effect, since the ViT is frozen"
+
+
+def _trains_vit(model: Any) -> bool:
+    vision = getattr(model, "training", {}).get("vision")
+    return vision is not None and (
+        not vision.parts or not {"vit", "pos_embed"}.isdisjoint(vision.parts)
+    )
 
 
 def build_plan(config: Config, dataset: Any, content: dict[str, Any] | None) -> BatchPlan:

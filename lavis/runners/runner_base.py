@@ -6,7 +6,8 @@ import contextlib
 import logging
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lavis.common import dist
 from lavis.common.errors import ConfigError, LavisError
 from lavis.common.optim import parameter_groups
-from lavis.common.schema import Config
+from lavis.common.schema import Config, RunConfig
 from lavis.common.types import Batch
 from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import collate, settle_bad
@@ -73,14 +74,18 @@ class RunnerBase:
         plan = plan or RunPlan.of(config, dataset, self.device)
         self.strategy, self.plan, self.schedule = plan.strategy, plan.batches, plan.schedule
         self.data, self.step = plan.data, plan.step  # optimizer steps done
+        depth, rates = _rates(config)
         groups = parameter_groups(
             model.named_parameters(),
             self.run.weight_decay,
             self.run.lr_layer_decay,
-            *_rates(config),
+            depth,
+            rates,
         )
         if not any(group["params"] for group in groups):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
+        for line in _what_learns(model, self.run, rates):
+            logger.info("%s", line)
         source, content, best = self.run.resume_ckpt_path, plan.content, None
         if content is not None:
             assign_model_state(model, state_dict_in(source, content))
@@ -340,6 +345,22 @@ class RunnerBase:
         return "resume with: " + shlex.join([*command, "--options", f"run.resume_ckpt_path={path}"])
 
 
+def _what_learns(
+    model: nn.Module, run: RunConfig, rates: Mapping[str, tuple[float, float]]
+) -> Iterator[str]:
+    """A line for each part that learns."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[name.partition(".")[0]] += parameter.numel()
+    for part, count in counts.items():
+        share, decay = rates.get(part, (1.0, run.weight_decay))
+        yield (
+            f"learns: {part}, {count:,} parameters, learning rate {share * run.init_lr:g}, "
+            f"weight decay {decay:g}"
+        )
+
+
 def _rates(config: Config) -> tuple[int, dict[str, tuple[float, float]]]:
     """Blocks of the vision encoder, and each part's share of the rate and weight decay."""
     model, run = config.model, config.run
@@ -347,6 +368,11 @@ def _rates(config: Config) -> tuple[int, dict[str, tuple[float, float]]]:
         return 0, {}
     rates = {}
     for part, how in model.training.items():
-        share = 1.0 if how.lr is None else how.lr / (run.init_lr or 1.0)
+        if how.lr and not run.init_lr:
+            raise ConfigError(
+                f"model.train.{part} learns at {how.lr:g}, but rates are shares of run.init_lr, "
+                "which is 0; set it"
+            )
+        share = 1.0 if not run.init_lr or how.lr is None else how.lr / run.init_lr
         rates[part] = share, run.weight_decay if how.weight_decay is None else how.weight_decay
     return model.parts[0].vit_config.depth, rates

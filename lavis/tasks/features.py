@@ -99,7 +99,7 @@ class FeatureCache:
                 f"weight files, or set {key}.enabled: false"
             )
         if model.load_finetuned:
-            _refuse_vision(model.path("finetuned", self.config.env.cache_root))
+            _refuse_vision(model.finetuned_path(self.config.env.cache_root))
         require_writable(self.folder, f"{key}.dir", ConfigError)
 
     def fill(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lavis.common.cli import output_folder, run_cli, setup_logging
 from lavis.common.config import load_config
-from lavis.common.errors import WeightsError
+from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import require, require_checkpoint
 from lavis.models.legacy import MiniGPT4QwenConfig
 from lavis.models.qwen import read_spec
@@ -52,7 +52,10 @@ def export(checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
     """
     checkpoint = require_checkpoint(checkpoint, "--checkpoint")
     config = load_config(checkpoint.parent / "config.yaml")
-    assert isinstance(config.model, MiniGPT4QwenConfig)
+    if not isinstance(config.model, MiniGPT4QwenConfig):
+        raise ConfigError(
+            f"{checkpoint}: only parts of arch minigpt4qwen are written, not of {config.model.arch}"
+        )
     content = load_pickle(checkpoint)
     if not isinstance(content, dict) or "config" not in content or "model" not in content:
         raise WeightsError(f"{checkpoint} is no checkpoint of a run but {outline(content)}")

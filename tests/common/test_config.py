@@ -748,8 +748,8 @@ def test_reading_a_configuration_imports_nothing_heavy() -> None:
 def test_half_precision_eyes_do_not_train(
     write: typing.Callable[[str], Path], training: str
 ) -> None:
-    parts = "vision: {name: eva_qformer}, language: {name: hf, path: x}"
-    text = f"model: {{arch: vlm, {parts}, train: {{vision: {training}}}}}\n"
+    model = f"arch: vlm, language: {{name: hf, path: x}}, train: {{vision: {training}}}"
+    text = f"model: {{{model}}}\n"
     assert "train.vision needs vision.vit_precision: fp32" in refusal(write(text))
-    load_config(write(text), ["model.vision.vit_precision=fp32"])
+    load_config(write(text), ["model.vision={name: eva_qformer, vit_precision: fp32}"])
     load_config(write(text.replace(training, "{parts: [queries]}")))

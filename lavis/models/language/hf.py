@@ -89,6 +89,18 @@ def read_any_config(path: Path) -> PreTrainedConfig:
     return text
 
 
+def outline(path: Path) -> CausalLM:
+    """The language model in a folder or a ``.gguf`` file without its numbers: on no device.
+
+    Raises:
+        WeightsError, ConfigError: as :func:`read_config`.
+    """
+    config = _gguf_config(path) if path.suffix == ".gguf" else read_config(path)
+    family, text = _family(config, path)
+    with torch.device("meta"):
+        return CausalLM(family(text))
+
+
 def _gguf_config(path: Path) -> PreTrainedConfig:
     if not path.is_file():
         raise WeightsError(f"model.language.path: no file {path}")

@@ -6,13 +6,14 @@ import importlib
 import logging
 
 import torch
+from transformers import Qwen2ForCausalLM
 
 from lavis.common.errors import ConfigError
 from lavis.common.paths import cache_path
 from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
 from lavis.models.keys import QWEN, KeyMap, Rule
 from lavis.models.language.causal import CausalLM, context_of
-from lavis.models.language.hf import load_hf, read_any_config
+from lavis.models.language.hf import load_hf, outline, read_any_config
 from lavis.models.qwen import load_llm, new_llm, read_spec
 from lavis.models.vision import DTYPES
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML
@@ -47,6 +48,10 @@ class LanguagePart:
 
     def load(self, device: torch.device) -> CausalLM:
         """The model, each tensor straight to its final place."""
+        raise NotImplementedError
+
+    def outline(self) -> CausalLM:
+        """The model without numbers, for the names of its layers."""
         raise NotImplementedError
 
     def require_room(self, new_tokens: int, key: str) -> None:
@@ -96,6 +101,11 @@ class Qwen1(LanguagePart):
             llm = load_llm(self.spec, self.path, device=device, dtype=dtype)
         return CausalLM(llm)
 
+    def outline(self) -> CausalLM:
+        """As its base says."""
+        with torch.device("meta"):
+            return CausalLM(Qwen2ForCausalLM(self.spec.config))
+
 
 class Hf(LanguagePart):
     """Any causal language model of Transformers, with its tokenizer's own chat template."""
@@ -125,6 +135,10 @@ class Hf(LanguagePart):
     def load(self, device: torch.device) -> CausalLM:
         """As its base says; what the family can do on the fast path is proved."""
         return load_hf(self.path, device=device, dtype=DTYPES[self.config.precision])
+
+    def outline(self) -> CausalLM:
+        """As its base says."""
+        return outline(self.path)
 
 
 def _own_template(name: str, tokenizer: Tokenizer, key: str) -> ChatTemplate:

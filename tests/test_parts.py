@@ -1,0 +1,395 @@
+"""Models of parts, as a YAML makes them: any language model behind the toybox's frozen eyes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import evaluate
+import test_model_chat
+import train
+from examples.toybox.world.__main__ import write_split
+from lavis.chat import ChatEngine, ChatSettings, Conversation
+from lavis.common.config import load_config
+from lavis.common.errors import LavisError, WeightsError
+from lavis.common.registry import RUNNERS, TASKS
+from lavis.models import load_model_and_preprocess
+from lavis.tasks.features import FeatureCache
+from tests.conftest import REPO
+from tests.processors.families import FAMILIES
+
+TOYBOX = REPO / "examples" / "toybox"
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024, "vocab_size": 700,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LANGUAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama3", {}),
+    "qwen3": ("qwen3", {"hidden_size": 48, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {"layer_types": ["sliding_attention", "full_attention"]}),
+}
+CHECKPOINT = "checkpoint_latest.pth"
+
+
+def save_language(folder: Path, family: str, template: str, **options: Any) -> Path:
+    """A folder as a user downloads it, with random weights."""
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(family, **(SIZES | options))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return FAMILIES[template].save(folder)
+
+
+def model_yaml(language: Path) -> dict[str, Any]:
+    toybox = yaml.safe_load(
+        (REPO / "lavis/configs/models/minigpt4qwen_toybox.yaml").read_text(encoding="utf-8")
+    )
+    keys = (
+        "pretrained", "vit_weights", "vit_config", "image_size", "vit_precision",
+        "qformer_config", "num_query_token",
+    )  # fmt: skip
+    return {
+        "model": {
+            "arch": "vlm",
+            "vision": {"name": "eva_qformer"} | {k: toybox["model"][k] for k in keys},
+            "connector": {"name": "linear"},
+            "language": {"name": "hf", "path": str(language)},
+            "label_mask": "assistant_only",
+        },
+        "preprocess": {"vis_processor": toybox["preprocess"]["vis_processor"]},
+    }
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, language models, and ``run.yaml`` that names the first of them."""
+    home = tmp_path_factory.mktemp("parts")
+    for name, (template, options) in LANGUAGES.items():
+        save_language(home / name, name, template, **options)
+    for split, count in (("train", 8), ("test", 3)):
+        write_split(home, split, count, 0, languages=("en",))
+    annotations = {s: {"storage": str(home / f"{s}.json")} for s in ("train", "test")}
+    info = {"annotations": annotations, "images": {"storage": str(home / "image")}}
+    content = model_yaml(home / "llama") | {
+        "env": {"cache_root": str(REPO)},
+        "datasets": {"toybox": {"builder": "instruction", "build_info": info}},
+        "run": {
+            "batch_size_train": 4, "init_lr": 1e-3, "max_epoch": 2, "device": "cpu", "log_freq": 1,
+            "lr_sched": "linear_warmup_cosine_lr_step-wise", "output_dir": str(home / "out"),
+            "max_new_tokens": 8,
+        },
+    }  # fmt: skip
+    (home / "run.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return home
+
+
+def prepare(home: Path, *options: str, job: str = "job") -> Any:
+    """What ``train.py`` does before training."""
+    config = load_config(home / "run.yaml", options)
+    task = TASKS.get(config.run.task)(config)
+    task.check_paths()
+    dataset = task.build_datasets()
+    torch.manual_seed(config.run.seed)
+    model = task.build_model(torch.device("cpu"))
+    return RUNNERS.get(config.run.runner)(config, task, model, dataset, job)
+
+
+def language(home: Path, name: str) -> str:
+    return f"model.language.path={home / name}"
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    saved: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["model"]
+    return saved
+
+
+def loss(runner: Any) -> float:
+    runner.model.eval()
+    batch = next(iter(runner._loader([[(0, i) for i in range(4)]])))
+    with torch.no_grad():
+        return float(runner.model(batch).loss_sum)
+
+
+# --- training -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+@pytest.mark.parametrize("depth", [0, 2])
+def test_trains_saves_and_loads(home: Path, tmp_path: Path, name: str, depth: int) -> None:
+    connector = "{name: linear}" if not depth else f"{{name: mlp, depth: {depth}}}"
+    options = [language(home, name), f"run.output_dir={tmp_path}"]
+    options.append(f"model.connector={connector}")
+    runner = prepare(home, *options, "run.save_every_steps=1")
+    before = loss(runner)
+    frozen = {n: p.clone() for n, p in runner.model.named_parameters() if not p.requires_grad}
+    path = runner.train()
+    after = loss(runner)
+    assert after < before
+    names = {"llm_proj.weight", "llm_proj.bias"}
+    if depth:
+        names = {f"connector.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")}
+    assert state(path).keys() == names
+    own = dict(runner.model.named_parameters())
+    assert all(torch.equal(own[n], p) for n, p in frozen.items())
+
+    other = prepare(home, *options, job="other")
+    other.model.load_checkpoint(path)
+    assert loss(other) == after
+
+    step = runner.folder / "checkpoint_step_3.pth"
+    resumed = prepare(home, *options, f"run.resume_ckpt_path={step}", job="resumed").train()
+    assert all(torch.equal(t, state(path)[k]) for k, t in state(resumed).items())
+
+
+def test_features_serve_every_language_model(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only ``model.language.path`` is another; no image is encoded again."""
+    options = [f"run.output_dir={tmp_path}", "run.feature_cache={enabled: true, dtype: fp32}"]
+    options.append(f"run.feature_cache.dir={tmp_path / 'features'}")
+    first = prepare(home, *options)
+    plain = prepare(home, f"run.output_dir={tmp_path}", job="plain")
+    plain.model.load_state_dict(first.model.state_dict(), strict=False)
+    assert loss(first) == pytest.approx(loss(plain), rel=1e-5)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("encoded anew")
+
+    monkeypatch.setattr(FeatureCache, "_load_vision", refuse)
+    for name in ("qwen3", "gemma2"):
+        runner = prepare(home, *options, language(home, name), job=name)
+        assert runner.model.vision is None
+        runner.train()
+
+
+# --- what learns ----------------------------------------------------------------------------
+
+ADAPTED = (
+    "model.train={connector: {lr: 2e-3, weight_decay: 0.1}, "
+    "language: {lr: 2e-4, lora: {r: 4, dropout: 0, targets: all}}}"
+)
+
+
+def test_each_part_at_its_rate(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    options = [ADAPTED, f"run.output_dir={tmp_path}", "run.max_epoch=1"]
+    runner = prepare(home, *options, "run.lr_sched=constant_lr")
+    told = [m for m in caplog.messages if m.startswith("learns: ")]
+    count = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert told == [
+        "learns: connector, 4,128 parameters, learning rate 0.002, weight decay 0.1",
+        f"learns: language, {count:,} parameters, learning rate 0.0002, weight decay 0.05",
+    ]
+    before = {n: p.clone() for n, p in runner.model.named_parameters()}
+    path = runner.train()
+    names = {id(p): n for n, p in runner.model.named_parameters()}
+    for group in runner.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            connector = name.startswith("connector.")
+            assert group["lr"] == pytest.approx(2e-3 if connector else 2e-4)
+            decay = 0.1 if connector else 0.05
+            assert group["weight_decay"] == (0 if name.endswith("bias") else decay)
+    changed = {n for n, p in runner.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if n.startswith("connector.") or "lora_" in n}
+    assert len(state(path)) == len(changed) == 2 + 2 * 2 * 7
+
+    other = prepare(home, *options, job="other")
+    assert loss(other) != loss(runner)
+    other.model.load_checkpoint(path)
+    assert loss(other) == loss(runner)
+    with pytest.raises(WeightsError, match=r"set model\.train\.language\.lora\.alpha: 32"):
+        prepare(home).model.load_checkpoint(path)
+
+
+def test_one_rate(home: Path, tmp_path: Path) -> None:
+    options = (f"run.output_dir={tmp_path}", "run.max_epoch=1", "run.lr_sched=constant_lr")
+    runner = prepare(home, "model.train={connector: 3e-3}", *options)
+    assert set(runner.model.trainable_parameters()) == {"connector.weight", "connector.bias"}
+    runner.train()
+    groups = [g for g in runner.optimizer.param_groups if g["params"]]
+    assert [g["lr"] for g in groups] == pytest.approx([3e-3, 3e-3])
+    assert [g["weight_decay"] for g in groups] == [0.05, 0]
+
+
+# --- late faults ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("model.train={connecter: 1e-3}", "model.train.connecter: .*did you mean 'connector'"),
+        ("model.train={connector: -1}", "model.train.connector.lr must be at least 0, not -1"),
+        ("model.train={connector: {lr: -1}}", "model.train.connector.lr must be at least 0"),
+        ("model.train={connector: {rate: 1}}", "unknown key 'model.train.connector.rate'"),
+        ("model.train={connector: {lora: {r: 4}}}", "model.train.connector.lora: only"),
+        (
+            "model.train={language: {lora: {r: 4, targets: [q_pro]}}}",
+            "model.train.language.lora.targets: no layer q_pro.*did you mean 'q_proj'",
+        ),
+        ("model.language.path=''", "model.language.path is missing"),
+        ("model.language.path=nowhere", "model.language.path: .*nowhere"),
+        ("model.language.path=HOME/unknown", "model_type 'nope' is unknown"),
+        ("model.language.path=HOME/bare", "HOME/bare.*no tokenizer"),
+        ("model.language.path=HOME/mute", "no chat template"),
+        ("model.language.path=HOME/narrow", "the tokenizer has .* tokens, the language model 60"),
+        ("model.language.path=HOME/empty", "model.language.path: .*neither model"),
+        ("model.language.template='nowhere:Mine'", "model.language.template: 'nowhere:Mine'"),
+        ("model.connector.name=liner", "model.connector.name: .*did you mean 'linear'"),
+        ("model.language.nme=x", "unknown key 'model.language.nme'.*'name'"),
+        (
+            "model.train={vision: 1e-4} run.feature_cache.enabled=true",
+            r"run.feature_cache: the vision side is trained \(model.train.vision\)",
+        ),
+    ],
+)
+def test_told_before_a_weight_is_read(
+    home: Path, option: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    faulty(home)
+    for name in ("language.hf.open_shards", "vision.load_vit", "vision.load_weights"):
+        monkeypatch.setattr(f"lavis.models.{name}", read)
+    options = option.replace("HOME", str(home)).split(" run.")
+    options[1:] = [f"run.{o}" for o in options[1:]]
+    with pytest.raises(LavisError, match=told.replace("HOME", str(home))):
+        prepare(home, *options)
+
+
+def faulty(home: Path) -> None:
+    """Folders that cannot be used."""
+    if (home / "unknown").exists():
+        return
+    for name in ("unknown", "bare", "mute", "narrow", "empty"):
+        folder = home / name
+        folder.mkdir()
+        for file in (home / "llama").iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = (home / "llama" / "config.json").read_text(encoding="utf-8")
+    (home / "unknown/config.json").write_text(config.replace('"llama"', '"nope"'))
+    (home / "narrow/config.json").write_text(
+        config.replace('"vocab_size": 700', '"vocab_size": 60')
+    )
+    for file in (home / "bare").glob("tokenizer*"):
+        file.unlink()
+    (home / "mute/chat_template.jinja").unlink()
+    (home / "empty/model.safetensors").unlink()
+
+
+# --- agreement ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path) -> Path:
+    return prepare(home, "run.max_epoch=1", job="trained").train()
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("model.connector={name: mlp}", r"set .*model\.connector\.name: linear \(now mlp\)"),
+        ("model.language.path=HOME/qwen3", r"llm_proj\.weight has shape.*model\.language\.path"),
+        (
+            "model.train={connector: 1e-3, language: {lora: {r: 4}}}",
+            r"model\.train\.language\.lora\.r: nothing \(now 4\)",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_parts(home: Path, trained: Path, option: str, told: str) -> None:
+    runner = prepare(home, option.replace("HOME", str(home)))
+    with pytest.raises(WeightsError, match=told):
+        runner.model.load_checkpoint(trained)
+
+
+def test_a_checkpoint_of_another_language_model_as_wide(
+    home: Path, trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = prepare(home, language(home, "gemma2"))
+    runner.model.load_checkpoint(trained)
+    (told,) = [m for m in caplog.messages if "model.language.path was" in m]
+    assert "llama" in told
+    assert "gemma2" in told
+
+
+# --- chat -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_answers_are_those_of_a_cold_start(home: Path, name: str) -> None:
+    model, processors, _ = load_model_and_preprocess(
+        "vlm", is_eval=True, cfg_path=home / "run.yaml", options=[language(home, name)]
+    )
+    engine = ChatEngine(model, processors["eval"])
+    with Image.open(TOYBOX / "image/scene.png") as file:
+        pixels = processors["eval"](file.convert("RGB"))
+    image = engine.encode_image(pixels, "scene")
+    conversation = Conversation(engine, ChatSettings(max_new_tokens=6))
+    conversation.show(image)
+
+    def check(question: str) -> str:
+        answer = conversation.ask(question)
+        text = answer.read()
+        cold = model.generate_ids([answer.prompt], pixels[None], max_new_tokens=6)[0]
+        assert answer.ids == cold
+        return text
+
+    first = check("How many objects are there?")
+    check("What colour is it? <|im_end|>")
+    conversation.undo()
+    check("Where is the box?")
+    conversation.undo()
+    conversation.undo()
+    assert check("How many objects are there?") == first
+    asked = {"prompt": "How many objects are there?", "image": pixels}
+    assert model.generate(asked, max_new_tokens=6) == [first]
+    said, history = model.chat(
+        "<Img><ImageHere></Img> How many objects are there?", image_tensor=pixels, max_new_tokens=6
+    )
+    assert said == first
+    assert len(history) == 1
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture()
+def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(command: Any, *arguments: object) -> str:
+        listed = [command.__name__, "--cfg-path", str(home / "run.yaml"), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", listed)
+        assert command.main() == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_commands_take_the_yaml(home: Path, trained: Path, tmp_path: Path, run: Run) -> None:
+    told = run(
+        test_model_chat, "--checkpoint", trained, "--image", TOYBOX / "image/scene.png",
+        "--device", "cpu", "--max-new-tokens", 4,
+    )  # fmt: skip
+    assert told.count("Assistant: ") == 2
+    told = run(evaluate, "--checkpoint", trained, "--out", tmp_path, "--baselines")
+    assert (tmp_path / "scores.json").is_file()
+    path = run(
+        train, "--options", "run.max_epoch=1", f"run.output_dir={tmp_path}",
+        language(home, "qwen3"), "run.test_splits=[test]",
+    )  # fmt: skip
+    assert Path(path.strip().splitlines()[-1]).name == CHECKPOINT
