@@ -40,7 +40,7 @@ def main() -> int:
         open_image(path)  # a wrong path is told before a model is loaded
 
     engine, settings, toybox = load_chat(args)
-    from lavis.chat.repl import Repl, pipe_reader
+    from lavis.chat.terminal.repl import Repl, pipe_reader
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     repl = Repl(engine, settings, interactive=interactive)
@@ -48,7 +48,7 @@ def main() -> int:
         repl.show(images)
     if not interactive:
         return repl.run(pipe_reader(sys.stdin))
-    from lavis.chat.terminal import terminal_reader
+    from lavis.chat.terminal.screen import terminal_reader
 
     about = ", ".join(image.name for image in repl.conversation.images) or "no image yet"
     print(printable(f"Talking to {args.cfg_path or args.model_type} about {about}."))

@@ -49,7 +49,7 @@ def main() -> int:
         args.checkpoint = require_checkpoint(args.checkpoint, "--checkpoint")
 
     from lavis.common.registry import TASKS
-    from lavis.models.weights import open_pth
+    from lavis.models.weights.files import open_pth
     from lavis.runners.launch import distributed
     from lavis.runners.prepare import log_notes, without_effect
     from lavis.tasks.evaluate import evaluate

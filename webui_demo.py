@@ -8,7 +8,7 @@ import importlib.util
 import signal
 
 from lavis.chat.command import add_chat_arguments, load_chat
-from lavis.chat.web_server import bind
+from lavis.chat.web.server import bind
 from lavis.common.cli import run_cli, setup_logging
 from lavis.common.errors import ConfigError
 
@@ -35,7 +35,7 @@ def main() -> int:
     check_address(args.host, args.port)
     engine, settings, toybox = load_chat(args)
 
-    from lavis.chat.web import WebChat
+    from lavis.chat.web.app import WebChat
 
     web = WebChat(engine, settings, language=args.lang, toybox=toybox)
     address = web.launch(args.host, args.port, share=args.share, root_path=args.root_path)

@@ -97,7 +97,7 @@ class Bench:
 
     def prepare(self, rung: Rung) -> list[Batch]:
         """Set the model to a rung; return the step's micro-batches."""
-        from lavis.models.schedule import StepSchedule
+        from lavis.models.compute.schedule import StepSchedule
 
         for layer in self.model.language.model.model.layers:
             layer._compiled_call_impl = None

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import REPO
 
 pytest.importorskip("dashscope")  # has the vocabulary
-pytest.importorskip("lavis.models.schedule")
+pytest.importorskip("lavis.models.compute.schedule")
 
 
 def test_tiny_shape(

@@ -16,8 +16,8 @@ def _lies_along(keys: Tensor) -> bool:
     """Whether the numbers of a key's dimension lie next to each other, rather than a key's.
 
     So they are read by products of matrices in half precision on a CPU
-    (:func:`lavis.models.attention.packed_attention`), which take a third less time then; other
-    kernels would have to copy them.
+    (:func:`lavis.models.compute.attention.packed_attention`), which take a third less time
+    then; other kernels would have to copy them.
     """
     return keys.device.type == "cpu" and keys.dtype in (torch.float16, torch.bfloat16)
 

@@ -92,7 +92,7 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
     from lavis.common.device import pick_device
     from lavis.common.registry import MODELS
     from lavis.models import load_model_and_preprocess
-    from lavis.models.weights import open_pth
+    from lavis.models.weights.files import open_pth
 
     open_pth(Path(args.checkpoint))
     if describe := getattr(MODELS.get(config.model.arch), "describe", None):

@@ -23,7 +23,9 @@ __all__ = ["VLM", "MiniGPT4QwenConfig", "VlmConfig", "load_model", "load_model_a
 
 MODELS.register("minigpt4qwen", "lavis.models.build:MiniGPT4Qwen", config=MiniGPT4QwenConfig)
 MODELS.register("vlm", "lavis.models.build:Assembly", config=VlmConfig)
-VISION_ENCODERS.register("eva_qformer", "lavis.models.vision:EvaQFormer", config=EvaQFormerConfig)
+VISION_ENCODERS.register(
+    "eva_qformer", "lavis.models.vision.eva_qformer:EvaQFormer", config=EvaQFormerConfig
+)
 CONNECTORS.register("linear", "lavis.models.connectors:Linear", config=LinearConfig)
 CONNECTORS.register("mlp", "lavis.models.connectors:Mlp", config=MlpConfig)
 LANGUAGE_MODELS.register("hf", "lavis.models.language.parts:Hf", config=HfConfig)

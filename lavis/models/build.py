@@ -12,16 +12,16 @@ from torch import nn
 
 from lavis.common.errors import ConfigError
 from lavis.common.registry import CONNECTORS, VISION_ENCODERS, did_you_mean
+from lavis.models.compute.frozen_linear import widen_frozen_linears
+from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import LoraConfig, PartsConfig, VlmConfig
-from lavis.models.frozen_linear import widen_frozen_linears
-from lavis.models.keys import full_model
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.parts import LanguagePart, describe_language
 from lavis.models.legacy import MiniGPT4QwenConfig
-from lavis.models.schedule import StepSchedule
-from lavis.models.vision import EvaQFormer, resolve_qformer
+from lavis.models.vision.eva_qformer import EvaQFormer, resolve_qformer
 from lavis.models.vlm import VLM
-from lavis.models.weights import own_trainable
+from lavis.models.weights.files import own_trainable
+from lavis.models.weights.original import full_model
 from lavis.processors.conversation import ConversationEncoder
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from lavis.common.paths import cache_path, require
 from lavis.common.registry import did_you_mean
 from lavis.common.schema import ModelConfig, PartConfig
 from lavis.common.typed import require_range
-from lavis.models.shards import check_download, find_shards, llm_files
+from lavis.models.weights.shards import check_download, find_shards, llm_files
 
 Part = Literal["vit", "qformer", "llm"]
 Precision = Literal["auto", "fp16", "bf16", "fp32"]

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers import Cache
 
-from lavis.models.masks import Documents, KeysAndValues
+from lavis.models.compute.masks import Documents, KeysAndValues
 
 
 class LanguageModel(Protocol):

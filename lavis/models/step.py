@@ -1,4 +1,4 @@
-"""The training step, as :class:`lavis.models.schedule.StepSchedule` says."""
+"""The training step, as :class:`lavis.models.compute.schedule.StepSchedule` says."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavis.common.types import IGNORE_INDEX, Batch
-from lavis.models.attention import document_lengths
-from lavis.models.masks import Documents
+from lavis.models.compute.attention import document_lengths
+from lavis.models.compute.masks import Documents
 
 if TYPE_CHECKING:
     from lavis.models.vlm import VLM

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.types import NO_FEATURES, Batch
-from lavis.models.checkpoint import load_model_state
+from lavis.models.compute.head import autocast_dtype
+from lavis.models.compute.prefix import ConstantPrefix
+from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import PartsConfig, PartTraining
 from lavis.models.generation import Generator, History
-from lavis.models.head import autocast_dtype
-from lavis.models.keys import KeyMap
 from lavis.models.language.causal import CausalLM
-from lavis.models.prefix import ConstantPrefix
-from lavis.models.schedule import StepSchedule
 from lavis.models.step import LossOutput, packed_loss, supervised_loss
-from lavis.models.vision import EvaQFormer
+from lavis.models.vision.eva_qformer import EvaQFormer
+from lavis.models.weights.original import KeyMap
+from lavis.models.weights.trained import load_model_state
 from lavis.processors.conversation import ConversationEncoder
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.optim import Schedule, build_schedule
 from lavis.common.schema import Config, RunConfig
 from lavis.datasets.annotations import Record
-from lavis.models.agreement import check_settings, saved_settings
+from lavis.models.weights.agreement import check_settings, saved_settings
 from lavis.runners.checkpoint import Progress
 
 logger = logging.getLogger(__name__)

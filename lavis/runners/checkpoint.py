@@ -22,7 +22,7 @@ from lavis.common.errors import WeightsError
 from lavis.common.paths import require_checkpoint
 from lavis.common.types import Metric
 from lavis.datasets.plan import BatchPlan
-from lavis.models.weights import is_state_dict, load_pickle, outline
+from lavis.models.weights.files import is_state_dict, load_pickle, outline
 
 _PACKAGES = ("torch", "transformers", "timm", "tiktoken", "safetensors")
 

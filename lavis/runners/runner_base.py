@@ -24,9 +24,9 @@ from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import collate, settle_bad
 from lavis.datasets.instruction import augmentation_seed
 from lavis.datasets.plan import PlanSampler
-from lavis.models.checkpoint import assign_model_state, trainable_state
 from lavis.models.config import PartsConfig
-from lavis.models.weights import state_dict_in
+from lavis.models.weights.files import state_dict_in
+from lavis.models.weights.trained import assign_model_state, trainable_state
 from lavis.runners.agreement import fingerprint
 from lavis.runners.checkpoint import Best, Progress
 from lavis.runners.keeper import Keeper

@@ -339,7 +339,7 @@ def _refuse_videos(datasets: Sequence[Any]) -> None:
 
 
 def _refuse_vision(checkpoint: Path) -> None:
-    from lavis.models.weights import open_pth
+    from lavis.models.weights.files import open_pth
 
     vision = ("visual_encoder.", "ln_vision.", "Qformer.", "query_tokens")
     found = next((name for name in open_pth(checkpoint) if name.startswith(vision)), None)

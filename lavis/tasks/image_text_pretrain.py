@@ -23,8 +23,8 @@ from lavis.common.types import AUTOCAST, Batch, Metric
 from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import collate, settle_bad
 from lavis.datasets.plan import ConcatDataset, shared_batches
-from lavis.models.schedule import StepSchedule
-from lavis.models.weights import open_pth
+from lavis.models.compute.schedule import StepSchedule
+from lavis.models.weights.files import open_pth
 from lavis.tasks.evaluate import answer_splits
 from lavis.tasks.features import Counts, FeatureCache
 from lavis.tasks.scoring import require_bleu

@@ -16,9 +16,9 @@ from lavis.common.cli import output_folder, run_cli, setup_logging
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import require, require_checkpoint
+from lavis.models.language.qwen1 import read_spec
 from lavis.models.legacy import MiniGPT4QwenConfig
-from lavis.models.qwen import read_spec
-from lavis.models.weights import load_pickle, outline
+from lavis.models.weights.files import load_pickle, outline
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _QFORMER = ("query_tokens", "ln_vision.", "Qformer.")

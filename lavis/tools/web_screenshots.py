@@ -32,7 +32,7 @@ def main() -> int:
     from playwright.sync_api import sync_playwright
 
     from lavis.chat.command import add_chat_arguments, load_chat
-    from lavis.chat.web import WebChat
+    from lavis.chat.web.app import WebChat
 
     chat = argparse.ArgumentParser()
     add_chat_arguments(chat)

@@ -84,7 +84,7 @@ def web(toybox: Any) -> Iterator[Any]:
     """A running page; ``web.address`` is where."""
     pytest.importorskip("gradio", reason="needs the extra `web`")
     from lavis.chat import ChatSettings
-    from lavis.chat.web import WebChat
+    from lavis.chat.web.app import WebChat
 
     page = WebChat(toybox, ChatSettings(max_new_tokens=64, seed=1234), toybox=True, grace=0)
     page.address = page.launch("127.0.0.1", 0)
@@ -103,7 +103,7 @@ def gate(toybox: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Sem
         return extend(*args)
 
     monkeypatch.setattr(toybox, "extend", wait_and_extend)
-    monkeypatch.setattr("lavis.chat.web._EVERY", 0)
+    monkeypatch.setattr("lavis.chat.web.app._EVERY", 0)
     yield tokens
     tokens.release(10_000)
 
@@ -178,7 +178,7 @@ class Tab:
 def chosen(**settings: Any) -> list[Any]:
     """The settings in the page's order."""
     from lavis.chat import ChatSettings
-    from lavis.chat.web_page import SETTINGS
+    from lavis.chat.web.page import SETTINGS
 
     values = ChatSettings(max_new_tokens=64, seed=1234)
     return [settings.get(name, getattr(values, name)) for name in SETTINGS]

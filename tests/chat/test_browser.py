@@ -289,7 +289,7 @@ def test_a_reload_keeps_conversation_question_and_settings(
 
 
 def test_a_page_whose_server_was_restarted_says_so(browser: Any, toybox: Any) -> None:
-    from lavis.chat.web import WebChat
+    from lavis.chat.web.app import WebChat
 
     server = WebChat(toybox)
     server.address = server.launch("127.0.0.1", 0)

@@ -8,7 +8,7 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
-from lavis.chat.terminal import ChatCompleter
+from lavis.chat.terminal.screen import ChatCompleter
 
 
 def completed(line: str) -> list[str]:

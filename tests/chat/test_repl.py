@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lavis.chat import ChatEngine, ChatSettings
-from lavis.chat.repl import COMMANDS, Leave, Repl
+from lavis.chat.terminal.repl import COMMANDS, Leave, Repl
 from lavis.common.cli import TOYBOX, printable
 
 SCENE = str(TOYBOX / "image" / "scene.png")

@@ -255,7 +255,7 @@ def test_a_tab_that_goes_away_is_forgotten(tab: Tab) -> None:
 
 def test_the_session_idle_longest_goes(toybox: Any) -> None:
     from lavis.chat import ChatSettings
-    from lavis.chat.web_sessions import Sessions
+    from lavis.chat.web.sessions import Sessions
 
     sessions = Sessions(toybox, ChatSettings(), limit=2)
     first = sessions.get("a")
@@ -269,7 +269,7 @@ def test_the_session_idle_longest_goes(toybox: Any) -> None:
 
 
 def test_uploads_are_bounded_and_removed() -> None:
-    from lavis.chat.web_guard import Uploads
+    from lavis.chat.web.guard import Uploads
 
     uploads = Uploads()
     names = [uploads.add("client", "../../a\n.png", b"x") for _ in range(70)]
@@ -283,7 +283,7 @@ def test_uploads_are_bounded_and_removed() -> None:
 
 
 def test_languages(web: Any) -> None:
-    from lavis.chat.web_texts import TEXTS, accepted_language
+    from lavis.chat.web.texts import TEXTS, accepted_language
 
     assert TEXTS["zh"].keys() == TEXTS["en"].keys()
     assert accepted_language("zh-CN,zh;q=0.9,en;q=0.8") == "zh"
@@ -321,8 +321,8 @@ def test_one_waiting_image_is_taken_off(tab: Tab) -> None:
 
 def test_answers_are_markdown_whose_html_is_shown_as_text(toybox: Any) -> None:
     from lavis.chat import ChatSettings, Exchange
-    from lavis.chat.web_sessions import Sessions, history
-    from lavis.chat.web_texts import TEXTS
+    from lavis.chat.web.sessions import Sessions, history
+    from lavis.chat.web.texts import TEXTS
 
     session = Sessions(toybox, ChatSettings()).get("a")
     answer = (
@@ -398,9 +398,9 @@ def test_no_raised_text_reaches_a_page(
 
 
 def test_every_text_that_is_told_exists_in_both_languages() -> None:
-    from lavis.chat.web_texts import TEXTS
+    from lavis.chat.web.texts import TEXTS
 
-    source = "".join(p.read_text("utf-8") for p in (REPO / "lavis/chat").glob("web*.[pj]*"))
+    source = "".join(p.read_text("utf-8") for p in (REPO / "lavis/chat/web").glob("*.[pj]*"))
     told = re.findall(r'(?:ToldError|_RefusedError|_session)\((?:[\w, ]+, )?"(\w+)"', source)
     told += re.findall(r'lavis\.press\("show", "(\w+)"', source)
     assert len(set(told)) > 15
@@ -414,10 +414,10 @@ def test_every_text_that_is_told_exists_in_both_languages() -> None:
 
 
 def web_page() -> Any:
-    import lavis.chat.web  # imports Gradio past any proxy
-    from lavis.chat import web_page
+    import lavis.chat.web.app  # imports Gradio past any proxy
+    from lavis.chat.web import page as web_page
 
-    assert lavis.chat.web
+    assert lavis.chat.web.app
     return web_page
 
 
@@ -461,7 +461,7 @@ def test_a_full_queue_is_explained() -> None:
     import httpx
     from starlette.responses import Response
 
-    from lavis.chat.web_guard import Guard, Uploads
+    from lavis.chat.web.guard import Guard, Uploads
 
     async def ask() -> Any:
         guard = Guard(Response("busy", 503), Uploads(), "zh")
@@ -476,7 +476,7 @@ def test_a_full_queue_is_explained() -> None:
 
 
 def test_a_restarted_server_does_not_answer_about_nothing(toybox: Any) -> None:
-    from lavis.chat.web import WebChat
+    from lavis.chat.web.app import WebChat
 
     first = WebChat(toybox)
     first.address = first.launch("127.0.0.1", 0)
@@ -542,7 +542,7 @@ def test_a_reloaded_page_has_its_conversation(tab: Tab, monkeypatch: pytest.Monk
 
 def test_a_session_is_dropped_only_if_it_stays_unused(toybox: Any) -> None:
     from lavis.chat import ChatSettings
-    from lavis.chat.web_sessions import Sessions
+    from lavis.chat.web.sessions import Sessions
 
     sessions = Sessions(toybox, ChatSettings())
     session = sessions.get("a", "client")
@@ -559,13 +559,13 @@ def test_a_session_is_dropped_only_if_it_stays_unused(toybox: Any) -> None:
 
 
 SERVED = """
-from lavis.chat.web_server import direct, serve
+from lavis.chat.web.server import direct, serve
 before = dict(__import__("os").environ)
 with direct():
     import gradio
     import httpx
     from starlette.middleware import Middleware
-    from lavis.chat.web_guard import Guard, Uploads
+    from lavis.chat.web.guard import Guard, Uploads
 with gradio.Blocks() as demo:
     gr = gradio.Textbox()
 for host in ("127.0.0.1", "localhost", "::1", "[::1]"):
@@ -594,7 +594,7 @@ def test_no_proxy_stands_before_the_page() -> None:
 
 
 def test_a_tunnel_without_a_way_is_an_error() -> None:
-    from lavis.chat.web_server import serve
+    from lavis.chat.web.server import serve
 
     class Demo:
         def launch(self, **options: Any) -> Any:

@@ -213,7 +213,7 @@ def test_every_reader_sees_the_same(
     from matplotlib.axes import Axes
 
     from lavis.chat import ChatEngine
-    from lavis.chat.web_sessions import data_address
+    from lavis.chat.web.sessions import data_address
     from lavis.common.schema import (
         AnnotationConfig,
         BuildInfo,

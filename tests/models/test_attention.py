@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lavis.models.attention import Documents, packed_attention
+from lavis.models.compute.attention import Documents, packed_attention
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])

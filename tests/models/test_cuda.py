@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lavis.models.attention import Documents, packed_attention
-from lavis.models.schedule import StepSchedule
+from lavis.models.compute.attention import Documents, packed_attention
+from lavis.models.compute.schedule import StepSchedule
 from tests.models.test_fast_path import REFERENCE, data, model_and_batch, step
 
 pytestmark = [

@@ -21,11 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 import lavis.chat.cache
 from lavis.chat.cache import ConversationCache
 from lavis.common.errors import ConfigError, WeightsError
-from lavis.models.attention import PACKED, Documents, packed_attention
+from lavis.models.compute.attention import PACKED, Documents, packed_attention
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.hf import load_hf
 from lavis.models.language.proof import prove
-from lavis.models.weights import open_shards
+from lavis.models.weights.files import open_shards
 
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
@@ -309,13 +309,13 @@ def test_no_square_mask_is_made_for_a_packed_row(monkeypatch: pytest.MonkeyPatch
     """Masks of documents at most, and none at all without windows."""
     llms = proved("llama"), proved("ministral")
     made: list[int] = []
-    sdpa_mask = lavis.models.masks.sdpa_mask
+    sdpa_mask = lavis.models.compute.masks.sdpa_mask
 
     def counting(**arguments: Any) -> Any:
         made.append(arguments["q_length"])
         return sdpa_mask(**arguments)
 
-    monkeypatch.setattr("lavis.models.masks.sdpa_mask", counting)
+    monkeypatch.setattr("lavis.models.compute.masks.sdpa_mask", counting)
     fast(llms[0], prefix=True)
     assert max(made) == P  # the prefix's own
     made.clear()

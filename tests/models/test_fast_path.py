@@ -15,8 +15,8 @@ from lavis.common.errors import ConfigError
 from lavis.common.registry import TASKS
 from lavis.common.types import Batch, Sample
 from lavis.datasets.collate import collate
-from lavis.models.memory import activation_bytes
-from lavis.models.schedule import StepSchedule
+from lavis.models.compute.memory import activation_bytes
+from lavis.models.compute.schedule import StepSchedule
 from lavis.processors.conversation import Turn
 from tests.conftest import TOY
 from tests.runners.worker import PROJECT, options

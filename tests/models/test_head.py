@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lavis.models import head
-from lavis.models.head import head_loss
+from lavis.models.compute import head
+from lavis.models.compute.head import head_loss
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 3, 100])

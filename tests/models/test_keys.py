@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lavis.models.keys import QFORMER, QWEN, VIT, KeyMap, Rule, SourceKey
-from lavis.models.weights import open_pth, open_shards
+from lavis.models.weights.files import open_pth, open_shards
+from lavis.models.weights.original import QFORMER, QWEN, VIT, KeyMap, Rule, SourceKey
 from tests.conftest import TOY
 
 CKPT = TOY / "cache" / "ckpt"

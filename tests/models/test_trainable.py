@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lavis.common.errors import WeightsError
-from lavis.models.checkpoint import trainable_state
+from lavis.models.weights.trained import trainable_state
 from tests.conftest import TOY
 from tests.models.conftest import BLIP, SHARDS, VIT, Load, one_batch, refusal
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from lavis.common.errors import ConfigError, WeightsError
-from lavis.models.eva import interpolate_pos_embed
-from lavis.models.qwen import read_spec
+from lavis.models.language.qwen1 import read_spec
+from lavis.models.vision.eva import interpolate_pos_embed
 from tests.models.conftest import BLIP, LLM, SHARDS, VIT, Load, one_batch, refusal
 
 BERT = "bert-base-uncased/config.json"

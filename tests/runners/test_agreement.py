@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lavis.common.errors import LavisError, WeightsError
-from lavis.models.weights import load_pickle
+from lavis.models.weights.files import load_pickle
 from lavis.runners.agreement import fingerprint
 from tests.conftest import DEMO, TOY
 from tests.runners.test_runner import SHORT, final, prepare, same

@@ -23,7 +23,7 @@ from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.registry import RUNNERS, TASKS
 from lavis.common.types import NO_WORDS
 from lavis.models.build import Assembly
-from lavis.models.vision import EvaQFormer
+from lavis.models.vision.eva_qformer import EvaQFormer
 from lavis.tasks.features import Counts, FeatureCache
 from tests.conftest import REPO, TOY
 from tests.runners.worker import PROJECT, options

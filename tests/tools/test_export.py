@@ -10,7 +10,7 @@ import torch
 from lavis.common.config import load_config
 from lavis.common.errors import WeightsError
 from lavis.models import load_model
-from lavis.models.checkpoint import trainable_state
+from lavis.models.weights.trained import trainable_state
 from lavis.runners.checkpoint import Progress, save_checkpoint
 from lavis.tools.export import export
 from tests.conftest import TOY, TOY_YAML

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lavis.common.errors import ConfigError
-from lavis.models.attention import PACKED
-from lavis.models.head import head_loss
-from lavis.models.masks import Documents, KeysAndValues
+from lavis.models.compute.attention import PACKED
+from lavis.models.compute.head import head_loss
+from lavis.models.compute.masks import Documents, KeysAndValues
 
 logger = logging.getLogger(__name__)
 

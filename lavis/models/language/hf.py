@@ -19,7 +19,7 @@ from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import prove
-from lavis.models.weights import open_shards
+from lavis.models.weights.files import open_shards
 
 logger = logging.getLogger(__name__)
 _SHOWN = 8  # names listed in one message

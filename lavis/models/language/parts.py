@@ -11,11 +11,11 @@ from transformers import Qwen2ForCausalLM
 from lavis.common.errors import ConfigError
 from lavis.common.paths import cache_path
 from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
-from lavis.models.keys import QWEN, KeyMap, Rule
 from lavis.models.language.causal import CausalLM, context_of
 from lavis.models.language.hf import load_hf, outline, read_any_config
-from lavis.models.qwen import load_llm, new_llm, read_spec
-from lavis.models.vision import DTYPES
+from lavis.models.language.qwen1 import load_llm, new_llm, read_spec
+from lavis.models.vision.eva_qformer import DTYPES
+from lavis.models.weights.original import QWEN, KeyMap, Rule
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML
 from lavis.processors.contracts import ChatTemplate, Tokenizer
 from lavis.processors.hf_tokenizer import FastTokenizer

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lavis.common.errors import ConfigError
-from lavis.models.attention import PACKED
+from lavis.models.compute.attention import PACKED
+from lavis.models.compute.masks import Documents
 from lavis.models.language.causal import CausalLM
-from lavis.models.masks import Documents
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lavis.common.types import IGNORE_INDEX, Batch
-from lavis.models.attention import KeysAndValues
+from lavis.models.compute.attention import KeysAndValues
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.registry import did_you_mean
-from lavis.models.attention import PACKED
-from lavis.models.keys import QWEN
-from lavis.models.shards import read_json
-from lavis.models.weights import load_weights, open_shards
+from lavis.models.compute.attention import PACKED
+from lavis.models.weights.files import load_weights, open_shards
+from lavis.models.weights.original import QWEN
+from lavis.models.weights.shards import read_json
 
 # What a Qwen-7B-Chat config.json says where a smaller one is made from scratch.
 _QWEN_DEFAULTS: dict[str, Any] = {

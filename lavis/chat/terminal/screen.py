@@ -15,7 +15,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-from lavis.chat.repl import COMMANDS, setting_names
+from lavis.chat.terminal.repl import COMMANDS, setting_names
 
 _TAKES_PATHS = (":img", ":new", ":save", ":save!")
 _WORD = re.compile(r"""(?:[^\s'"\\]|\\.|\\$|'[^']*(?:'|$)|"(?:[^"\\]|\\.)*\\?(?:"|$))+""")

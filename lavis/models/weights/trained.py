@@ -12,9 +12,9 @@ from lavis.common.errors import WeightsError
 from lavis.common.paths import require_checkpoint
 from lavis.common.registry import did_you_mean
 from lavis.common.schema import ModelConfig
-from lavis.models.agreement import check_settings
-from lavis.models.keys import KeyMap, Rule
-from lavis.models.weights import WeightFile, load_pickle, state_dict_in
+from lavis.models.weights.agreement import check_settings
+from lavis.models.weights.files import WeightFile, load_pickle, state_dict_in
+from lavis.models.weights.original import KeyMap, Rule
 
 _SAME_NAMES = KeyMap((Rule("*", ("*",)),))
 

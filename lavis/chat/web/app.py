@@ -17,11 +17,11 @@ import torch
 from lavis.chat.conversation import Answer
 from lavis.chat.engine import ChatEngine
 from lavis.chat.settings import ChatSettings
-from lavis.chat.web_guard import MAX_FILES, Guard, Uploads, client_of
-from lavis.chat.web_images import open_upload
-from lavis.chat.web_server import direct, serve
-from lavis.chat.web_sessions import Session, Sessions, history, strip
-from lavis.chat.web_texts import TEXTS, ToldError, language_of
+from lavis.chat.web.guard import MAX_FILES, Guard, Uploads, client_of
+from lavis.chat.web.images import open_upload
+from lavis.chat.web.server import direct, serve
+from lavis.chat.web.sessions import Session, Sessions, history, strip
+from lavis.chat.web.texts import TEXTS, ToldError, language_of
 from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.processors.conversation import IMAGE_PLACEHOLDER
 
@@ -30,7 +30,7 @@ with direct():
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from lavis.chat.web_page import EXAMPLES, SETTINGS, Page, chat_html, chosen_settings, looks
+    from lavis.chat.web.page import EXAMPLES, SETTINGS, Page, chat_html, chosen_settings, looks
 
 logger = logging.getLogger(__name__)
 

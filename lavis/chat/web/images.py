@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lavis.chat.web_texts import LIMITS, ToldError
+from lavis.chat.web.texts import LIMITS, ToldError
 from lavis.common.errors import DataError
 from lavis.common.images import TooLargeError, open_image
 

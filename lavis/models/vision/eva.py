@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lavis.common.errors import WeightsError
 from lavis.models.config import EvaQFormerKeys
-from lavis.models.keys import VIT
-from lavis.models.weights import load_weights, open_pth
+from lavis.models.weights.files import load_weights, open_pth
+from lavis.models.weights.original import VIT
 
 logger = logging.getLogger(__name__)
 _BLOCK = re.compile(r"blocks\.(\d+)\.")

@@ -18,7 +18,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from lavis.chat.web_texts import LIMITS, ToldError, language_of
+from lavis.chat.web.texts import LIMITS, ToldError, language_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from lavis.chat.interrupt import CtrlC
+from lavis.chat.terminal.interrupt import CtrlC
 from lavis.common.cli import printable
 from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.registry import did_you_mean

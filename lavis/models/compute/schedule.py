@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lavis.common.schema import RunConfig
-from lavis.models.memory import layers_to_recompute
+from lavis.models.compute.memory import layers_to_recompute
 
 
 @dataclass(frozen=True)

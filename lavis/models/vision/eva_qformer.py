@@ -17,10 +17,10 @@ from transformers import Blip2QFormerConfig
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.registry import did_you_mean
 from lavis.models.config import EvaQFormerKeys
-from lavis.models.eva import build_vit, load_vit
-from lavis.models.keys import QFORMER
-from lavis.models.qformer import build_qformer, qformer_config
-from lavis.models.weights import load_weights, open_pth
+from lavis.models.vision.eva import build_vit, load_vit
+from lavis.models.vision.qformer import build_qformer, qformer_config
+from lavis.models.weights.files import load_weights, open_pth
+from lavis.models.weights.original import QFORMER
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lavis.common.errors import ConfigError
-from lavis.models.masks import Documents, KeysAndValues, MaskRule, Masks
+from lavis.models.compute.masks import Documents, KeysAndValues, MaskRule, Masks
 
 __all__ = ["PACKED", "Documents", "KeysAndValues", "document_lengths", "packed_attention"]
 

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lavis.common.errors import WeightsError
-from lavis.models.keys import KeyMap
-from lavis.models.shards import find_shards
+from lavis.models.weights.original import KeyMap
+from lavis.models.weights.shards import find_shards
 
 logger = logging.getLogger(__name__)
 _SHOWN = 8  # names listed in one message

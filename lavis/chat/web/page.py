@@ -9,9 +9,9 @@ from typing import Any
 import gradio as gr
 
 from lavis.chat.settings import ChatSettings
-from lavis.chat.web_guard import MAX_FILE_BYTES, MAX_FILES, MAX_UPLOAD_BYTES
-from lavis.chat.web_sessions import data_address
-from lavis.chat.web_texts import GRADIO, LANGUAGE_COOKIE, LANGUAGES, LIMITS, TEXTS, ToldError
+from lavis.chat.web.guard import MAX_FILE_BYTES, MAX_FILES, MAX_UPLOAD_BYTES
+from lavis.chat.web.sessions import data_address
+from lavis.chat.web.texts import GRADIO, LANGUAGE_COOKIE, LANGUAGES, LIMITS, TEXTS, ToldError
 from lavis.common.cli import TOYBOX
 from lavis.common.errors import ConfigError
 

@@ -1,0 +1,1 @@
+"""How a frozen model is run: attention, head, prefix, recomputation."""

@@ -1,0 +1,1 @@
+"""Files of weights: what is frozen is mapped, what is trained is kept."""
