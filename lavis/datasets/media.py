@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -24,15 +27,11 @@ def count_frames(path: Path) -> int:
     Raises:
         DataError: if the video cannot be read.
     """
-    av = _import_av()
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DataError(f"{path} has no video stream")
-            stream = container.streams.video[0]
-            count = int(stream.frames) or sum(1 for _ in container.decode(stream))
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a video: {error}") from error
+    with _opened(path) as container:
+        if not container.streams.video:
+            raise DataError(f"{path} has no video stream")
+        stream = container.streams.video[0]
+        count = int(stream.frames) or sum(1 for _ in container.decode(stream))
     if count < 1:
         raise DataError(f"{path} has no frames")
     return count
@@ -45,19 +44,25 @@ def open_frames(path: Path, max_frames: int) -> list[Image.Image]:
         DataError: if the video cannot be read or ends before its header says.
     """
     wanted = frame_indices(count_frames(path), max_frames)
-    frames = []
+    frames: list[Image.Image] = []
+    with _opened(path) as container:
+        for i, frame in enumerate(container.decode(video=0)):
+            if i == wanted[len(frames)]:
+                # a phone films on its side, and says so
+                frames.append(to_rgb(frame.to_image().rotate(frame.rotation, expand=True)))
+            if len(frames) == len(wanted):
+                return frames
+    raise DataError(f"{path} ends after {len(frames)} of the {len(wanted)} frames wanted")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     av = _import_av()
     try:
         with av.open(str(path)) as container:
-            for i, frame in enumerate(container.decode(video=0)):
-                if i in set(wanted):
-                    # a phone films on its side, and says so
-                    frames.append(to_rgb(frame.to_image().rotate(frame.rotation, expand=True)))
-                if len(frames) == len(wanted):
-                    return frames
+            yield container
     except (av.FFmpegError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a video: {error}") from error
-    raise DataError(f"{path} ends after {len(frames)} of the {len(wanted)} frames wanted")
 
 
 @cache
