@@ -23,7 +23,7 @@ from lavis.common.config import load_config
 from lavis.common.errors import LavisError, WeightsError
 from lavis.common.registry import RUNNERS, TASKS
 from lavis.models import load_model_and_preprocess
-from lavis.tasks.features import FeatureCache
+from lavis.models.build import Assembly
 from tests.conftest import REPO
 from tests.processors.families import FAMILIES
 
@@ -168,7 +168,7 @@ def test_features_serve_every_language_model(
     def refuse(*_: Any) -> None:
         raise AssertionError("encoded anew")
 
-    monkeypatch.setattr(FeatureCache, "_load_vision", refuse)
+    monkeypatch.setattr(Assembly, "build_vision", refuse)
     for name in ("qwen3", "gemma2"):
         runner = prepare(home, *options, language(home, name), job=name)
         assert runner.model.vision is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ import test_model_chat
 from examples.toybox.world.__main__ import write_split
 from lavis.common.config import load_config
 from lavis.common.registry import RUNNERS, TASKS
-from lavis.datasets.plan import ConcatDataset
+from lavis.datasets.instruction import ConcatDataset
 from lavis.tasks.scoring import predict, score
 from tests.conftest import REPO
 
@@ -49,8 +50,8 @@ def prepare(world: Path, output: Path, *options: str, limit: int | None = None) 
     )
     task = TASKS.get(config.run.task)(config)
     dataset = task.build_datasets()
-    dataset.datasets[0].records = dataset.datasets[0].records[:limit]
-    dataset = ConcatDataset(dataset.datasets)
+    (part,) = dataset.datasets
+    dataset = ConcatDataset([dataclasses.replace(part, records=part.records[:limit])])
     torch.manual_seed(config.run.seed)
     model = task.build_model(torch.device("cpu"))
     runner = RUNNERS.get(config.run.runner)(config, task, model, dataset, "job")

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import PROCESSORS, did_you_mean
 from lavis.common.schema import DatasetConfig, PreprocessConfig, ProcessorConfig
-from lavis.common.types import BadSample
+from lavis.common.types import BadSample, Encoded
 from lavis.datasets.annotations import Record, read_annotations
+from lavis.datasets.collate import list_bad
+from lavis.datasets.features import CachedFeatures
 from lavis.datasets.instruction import InstructionDataset
 from lavis.datasets.lengths import Length, count_tokens
 from lavis.processors.config import BaseInstructionConfig
 from lavis.processors.conversation import ConversationEncoder
 
 logger = logging.getLogger(__name__)
-_SHOWN = 10  # bad samples named in one message
 
 
 @dataclass(frozen=True)
@@ -63,55 +65,73 @@ class InstructionBuilder:
             )
 
     def build(
-        self, split: str, encoder: ConversationEncoder, *, train: bool, seed: int, on_bad: str
+        self,
+        split: str,
+        encoder: ConversationEncoder,
+        *,
+        train: bool,
+        seed: int,
+        on_bad: str,
+        limit: int | None = None,
+        views: int | None = None,
     ) -> InstructionDataset:
-        """Read and check every record of a split.
+        """Read and check every record of a split, whose paths :meth:`check_paths` has checked.
 
         Args:
             train: use the training processors rather than the evaluation ones.
             seed: of the augmentation.
             on_bad: ``error`` or ``skip``.
+            limit: keep the first records.
+            views: give features of so many views of an image in place of pixels.
 
         Raises:
             DataError: naming the first bad records, with ``on_bad="error"``; or nothing is left.
         """
-        self.check_paths((split,))
-        info = self.config.build_info
-        storage = info.images.storage
-        media_root = None if storage is None else cache_path(storage, self.cache_root)
+        vis = self._processor("vis_processor", train)
+        text = self._processor("text_processor", train)
+        images = PROCESSORS.get(vis.name)(vis)
         dataset = InstructionDataset(
-            [],
+            (),
             encoder,
-            PROCESSORS.get(self._vis(train).name)(self._vis(train)),
-            PROCESSORS.get(self._text(train).name)(self._text(train)),
-            info.max_frames,
+            images,
+            PROCESSORS.get(text.name)(text),
+            self.config.build_info.max_frames,
             seed,
+            features=None if views is None else CachedFeatures(images, seed, views),
         )
-        good: list[Record] = []
-        bad: list[BadSample] = []
-        lengths: list[Length] = []
-        for path in self._annotation_files(split):
-            records = list(read_annotations(path, media_root, self.config.format))
-            readable = [r for r in records if isinstance(r, Record)]
-            counts = iter(count_tokens(readable, dataset, path.name))
-            for record in records:
-                if isinstance(record, BadSample):
-                    bad.append(record)
-                elif isinstance(count := next(counts), str):
-                    bad.append(BadSample(record.sample_id, count))
-                else:
-                    good.append(record)
-                    lengths.append(count)
-        report_bad(self.name, split, good, bad, on_bad)
-        if cut := [n for n in lengths if n.cut]:
+        good, bad = self._read(split, dataset.encode)
+        report_bad(self.name, split, len(good), bad, on_bad)
+        if cut := [n for _, n in good if n.cut]:
             logger.warning(
                 "datasets.%s, %s: %d of %d records are longer than model.max_txt_len %d: %d tokens "
                 "and %d whole answers at their ends are left out",
                 self.name, split, len(cut), len(good), encoder.max_txt_len,
                 sum(n.cut for n in cut), sum(n.cut_answers for n in cut),
             )  # fmt: skip
-        dataset.records, dataset.lengths = good, tuple(n.kept for n in lengths)
-        return dataset
+        kept = good[:limit]
+        return replace(
+            dataset, records=[r for r, _ in kept], lengths=tuple(n.kept for _, n in kept)
+        )
+
+    def _read(
+        self, split: str, encode: Callable[[Record], Encoded]
+    ) -> tuple[list[tuple[Record, Length]], list[BadSample]]:
+        storage = self.config.build_info.images.storage
+        media_root = None if storage is None else cache_path(storage, self.cache_root)
+        good: list[tuple[Record, Length]] = []
+        bad: list[BadSample] = []
+        for path in self._annotation_files(split):
+            records = list(read_annotations(path, media_root, self.config.format))
+            readable = [r for r in records if isinstance(r, Record)]
+            counts = iter(count_tokens(readable, encode, path.name))
+            for record in records:
+                if isinstance(record, BadSample):
+                    bad.append(record)
+                elif isinstance(count := next(counts), str):
+                    bad.append(BadSample(record.sample_id, count))
+                else:
+                    good.append((record, count))
+        return good, bad
 
     @property
     def _key(self) -> str:
@@ -121,38 +141,36 @@ class InstructionBuilder:
         paths = self.config.build_info.annotations[split].paths
         return [cache_path(path, self.cache_root) for path in paths]
 
-    def _vis(self, train: bool) -> ProcessorConfig:
-        own, default = self.config.vis_processor, self.preprocess.vis_processor
-        chosen = (own.train or default.train) if train else (own.eval or default.eval)
-        if chosen is None:
-            raise ConfigError(
-                f"datasets.{self.name}.vis_processor.{'train' if train else 'eval'} is missing, "
-                "and the model's preprocess section names none"
-            )
-        return chosen
+    def _processor(self, kind: str, train: bool) -> ProcessorConfig:
+        """The block's processor of a kind, or the model's."""
+        side = "train" if train else "eval"
+        for section in (self.config, self.preprocess):
+            chosen: ProcessorConfig | None = getattr(getattr(section, kind), side)
+            if chosen is not None:
+                return chosen
+        if kind == "text_processor":
+            return BaseInstructionConfig("base_instruction")
+        raise ConfigError(
+            f"datasets.{self.name}.{kind}.{side} is missing, and the model's preprocess section "
+            "names none"
+        )
 
-    def _text(self, train: bool) -> ProcessorConfig:
-        own, default = self.config.text_processor, self.preprocess.text_processor
-        chosen = (own.train or default.train) if train else (own.eval or default.eval)
-        return chosen or BaseInstructionConfig("base_instruction")
 
-
-def report_bad(
-    name: str, split: str, good: list[Record], bad: list[BadSample], on_bad: str
-) -> None:
+def report_bad(name: str, split: str, good: int, bad: Sequence[BadSample], on_bad: str) -> None:
     """Refuse or log bad samples.
+
+    Args:
+        good: how many the others are.
 
     Raises:
         DataError: with ``on_bad="error"`` and a bad sample, or if no sample is left.
     """
-    listed = "".join(f"\n  {b.sample_id}: {b.reason}" for b in bad[:_SHOWN])
-    more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     if bad and on_bad == "error":
         raise DataError(
-            f"datasets.{name}, split {split!r}: {len(bad)} of {len(good) + len(bad)} records "
-            f"cannot be used (run.on_bad_sample: skip leaves them out):{listed}{more}"
+            f"datasets.{name}, split {split!r}: {len(bad)} of {good + len(bad)} records "
+            f"cannot be used (run.on_bad_sample: skip leaves them out):{list_bad(bad)}"
         )
     if not good:
-        raise DataError(f"datasets.{name}, split {split!r}: no usable record{listed}{more}")
+        raise DataError(f"datasets.{name}, split {split!r}: no usable record{list_bad(bad)}")
     if bad:
-        logger.warning("datasets.%s, %s: skipped %d:%s%s", name, split, len(bad), listed, more)
+        logger.warning("datasets.%s, %s: skipped %d:%s", name, split, len(bad), list_bad(bad))

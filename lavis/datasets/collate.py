@@ -14,6 +14,7 @@ from lavis.common.errors import DataError
 from lavis.common.types import IGNORE_INDEX, NO_FEATURES, NO_WORDS, BadSample, Batch, Sample
 
 logger = logging.getLogger(__name__)
+_SHOWN = 10  # bad samples named in one message
 _FILLER = Sample(
     sample_id="",
     input_ids=torch.zeros(2, dtype=torch.int64),
@@ -32,11 +33,11 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
     bad = tuple(s for s in samples if isinstance(s, BadSample))
     lengths = torch.tensor([len(s.input_ids) for s in good], dtype=torch.int64)
     starts = torch.cumsum(lengths, 0) - lengths
-    labels = _cat([s.labels for s in good])
+    labels = torch.cat([s.labels for s in good])
     labels[starts] = IGNORE_INDEX  # nothing before it in its own document predicts it
     positions = torch.arange(len(labels)) - torch.repeat_interleave(starts, lengths)
     return Batch(
-        input_ids=_cat([s.input_ids for s in good])[None],
+        input_ids=torch.cat([s.input_ids for s in good])[None],
         labels=labels[None],
         position_ids=positions[None],
         document_ids=torch.repeat_interleave(torch.arange(len(good)), lengths)[None],
@@ -65,7 +66,7 @@ def settle_bad(bad: Iterable[BadSample], on_bad: str) -> list[BadSample]:
     Raises:
         DataError: on every process, naming the first, with ``error``.
     """
-    everyone = list(dict.fromkeys(b for each in dist.gather(tuple(bad)) for b in each))
+    everyone = list(dict.fromkeys(b for share in dist.gather(tuple(bad)) for b in share))
     if everyone and on_bad == "error":
         raise DataError(
             f"{everyone[0].sample_id}: {everyone[0].reason} "
@@ -78,6 +79,12 @@ def settle_bad(bad: Iterable[BadSample], on_bad: str) -> list[BadSample]:
     return everyone
 
 
+def list_bad(bad: Sequence[BadSample]) -> str:
+    """The first bad samples, a line each, for a message."""
+    more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    return "".join(f"\n  {b.sample_id}: {b.reason}" for b in bad[:_SHOWN]) + more
+
+
 def stack_words(words: Sequence[Tensor]) -> Tensor:
     """Join (M, Q, W) phrases of different widths, filled up with -1."""
     kept = [w for w in words if len(w)]
@@ -85,10 +92,6 @@ def stack_words(words: Sequence[Tensor]) -> Tensor:
         return NO_WORDS
     width = max(w.shape[2] for w in kept)
     return torch.cat([F.pad(w, (0, width - w.shape[2]), value=-1) for w in kept])
-
-
-def _cat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
 
 
 def _cat_images(images: list[Tensor], none: Tensor) -> Tensor:

@@ -1,57 +1,69 @@
-"""Tensors of one shape by key, on disk: what a kill or a bad disk damages is never returned.
+"""Tensors of one shape by key, in safetensors files: what is damaged is never returned.
 
-A folder holds shards. A shard is two files that only ever grow, written by one process:
-
-* ``<id>.data``: records of equal size, end to end;
-* ``<id>.index``: 16 bytes (``LAVISFC1``, record size as a little-endian 64-bit integer), then 48
-  bytes for each record: its key (32), the BLAKE2b-8 of the record, and that of these 40 bytes with
-  the record's number.
-
-A record is written before its entry, so every prefix of the pair is a valid shard. Nobody writes to
-a shard that another process began: a new writer begins a new one.
+Each file of a folder is a shard, written whole under another name and then renamed. It holds
+``keys`` (N, 32) and ``checksums`` (N, 8), both uint8, and ``features`` (N, *shape). A row's
+checksum is the BLAKE2b-8 of its bytes, keyed by its key.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
+import logging
+import time
 import uuid
+from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
-import numpy as np
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-_MAGIC = b"LAVISFC1"
-_HEADER = struct.Struct("<8sQ")
-_ENTRY = struct.Struct("<32s8s8s")
+from lavis.common import dist
+
+logger = logging.getLogger(__name__)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_ROWS = 512  # of a shard at most: 24 MB of 32 x 768 numbers in fp16
+_SECONDS = 30  # between shards at most, so that a kill costs no more
 
 
 class FeatureStore:
-    """All shards of a folder, for reading."""
+    """All shards of a folder; what is added goes into new ones."""
 
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: str) -> None:
         """Open a folder, which need not exist.
 
         Args:
-            shape: of every record.
+            shape: of every feature.
             dtype: ``fp16``, ``bf16`` or ``fp32``.
         """
         name = "x".join(map(str, shape))
         self.folder, self.shape, self.dtype = folder / f"{name}-{dtype}", shape, DTYPES[dtype]
-        self._record = torch.Size(shape).numel() * self.dtype.itemsize
+        self._added: dict[bytes, Tensor] = {}
+        self._due = 0.0
+        if dist.is_main() and (old := list(self.folder.glob("*.index"))):
+            logger.warning(
+                "feature cache %s: %d shards of an older version (*.index, *.data) are not read; "
+                "their images are encoded again. Delete these files to make room",
+                self.folder, len(old),
+            )  # fmt: skip
         self.refresh()
 
     def refresh(self) -> None:
         """See what has been written since."""
-        self._shards: list[tuple[Path, int]] = []
-        self._places: dict[bytes, list[tuple[int, int, bytes]]] = {}
-        self._maps: dict[int, Any] = {}
-        for path in sorted(self.folder.glob("*.index")):
-            self._read_index(path)
+        self._places: dict[bytes, list[tuple[Path, int, bytes]]] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                shard = safetensors.torch.load_file(path)  # mapped
+                keys, checksums = (shard[name].numpy() for name in ("keys", "checksums"))
+                fits = shard["features"].shape == (len(keys), *self.shape)
+            except (SafetensorError, OSError, KeyError):
+                continue  # damaged, or deleted meanwhile
+            if not fits or shard["features"].dtype != self.dtype:
+                continue
+            for row, (key, checksum) in enumerate(zip(keys, checksums, strict=False)):
+                place = path, row, checksum.tobytes()
+                self._places.setdefault(key.tobytes(), []).append(place)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -59,94 +71,58 @@ class FeatureStore:
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_maps": {}}  # another process maps the files itself
-
     def get(self, key: bytes) -> Tensor | None:
-        """A record, or ``None`` if there is none or none that is undamaged."""
-        for shard, row, checksum in self._places.get(key, ()):
-            content = self._bytes(shard, row)
-            if _checksum(content) == checksum:
-                return torch.frombuffer(bytearray(content), dtype=self.dtype).view(self.shape)
+        """A feature, or ``None`` if there is none or none that is undamaged."""
+        for path, row, checksum in self._places.get(key, ()):
+            feature = _mapped(path)[row]
+            if _checksum(key, feature) == checksum:
+                return feature.clone()
         return None
 
-    def writer(self) -> FeatureWriter:
-        """A shard of one's own to write to."""
-        return FeatureWriter(self.folder, self._record, self.dtype)
-
-    def _bytes(self, shard: int, row: int) -> bytes:
-        if shard not in self._maps:
-            path, rows = self._shards[shard]
-            shape = (rows, self._record)
-            self._maps[shard] = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
-        return self._maps[shard][row].tobytes()
-
-    def _read_index(self, path: Path) -> None:
-        data = path.with_suffix(".data")
-        try:
-            content, whole = path.read_bytes(), data.stat().st_size // self._record
-        except FileNotFoundError:
-            return
-        if content[: _HEADER.size] != _HEADER.pack(_MAGIC, self._record) or not whole:
-            return
-        entries = memoryview(content)[_HEADER.size :]
-        rows = min(len(entries) // _ENTRY.size, whole)
-        for row, entry in enumerate(_ENTRY.iter_unpack(entries[: rows * _ENTRY.size])):
-            key, checksum, check = entry
-            if _checksum(_numbered(row, key, checksum)) == check:
-                self._places.setdefault(key, []).append((len(self._shards), row, checksum))
-        self._shards.append((data, whole))
-
-
-class FeatureWriter:
-    """Writes a new shard, whose files are made with the first record."""
-
-    def __init__(self, folder: Path, record: int, dtype: torch.dtype) -> None:
-        self._folder, self._record, self._dtype = folder, record, dtype
-        self._files: tuple[Any, Any] | None = None
-        self._rows = 0
-
-    def add(self, key: bytes, value: Tensor) -> None:
-        """Append a record.
+    def add(self, key: bytes, feature: Tensor) -> None:
+        """Take a feature, which is on disk after the next :meth:`flush`, or before.
 
         Raises:
-            OSError: the folder cannot be written, or the disk is full.
+            OSError: as :meth:`flush`.
         """
-        content = value.detach().to("cpu", self._dtype).contiguous().view(torch.uint8)
-        record = content.numpy().tobytes()
-        assert len(key) == 32 and len(record) == self._record
-        data, index = self._files or self._open()
-        data.write(record)
-        data.flush()
-        checksum = _checksum(record)
-        index.write(_ENTRY.pack(key, checksum, _checksum(_numbered(self._rows, key, checksum))))
-        index.flush()
-        self._rows += 1
+        assert len(key) == 32 and feature.shape == self.shape
+        if not self._added:
+            self._due = time.monotonic() + _SECONDS
+        self._added[key] = feature.detach().to("cpu", self.dtype)
+        if len(self._added) == _ROWS or time.monotonic() > self._due:
+            self.flush()
 
-    def __enter__(self) -> FeatureWriter:
-        return self
+    def flush(self) -> None:
+        """Write what has been added since the last shard.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for file in self._files or ():
-            file.close()
-
-    def _open(self) -> tuple[Any, Any]:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        base = self._folder / uuid.uuid4().hex
-        files = base.with_suffix(".data").open("xb"), base.with_suffix(".index").open("xb")
-        files[1].write(_HEADER.pack(_MAGIC, self._record))
-        self._files = files
-        return files
-
-
-def _numbered(row: int, key: bytes, checksum: bytes) -> bytes:
-    return struct.pack("<Q32s8s", row, key, checksum)
+        Raises:
+            OSError: the folder cannot be written, or the disk is full; the features are dropped.
+        """
+        added, self._added = self._added, {}
+        if not added:
+            return
+        checksums = b"".join(_checksum(key, feature) for key, feature in added.items())
+        shard = {
+            "keys": torch.frombuffer(bytearray(b"".join(added)), dtype=torch.uint8).view(-1, 32),
+            "checksums": torch.frombuffer(bytearray(checksums), dtype=torch.uint8).view(-1, 8),
+            "features": torch.stack(list(added.values())),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        try:
+            temporary.write_bytes(safetensors.torch.save(shard))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def _checksum(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=8).digest()
+@cache
+def _mapped(path: Path) -> Tensor:
+    """(N, *shape), whose pages come in as they are read. Each process maps a shard once."""
+    return safetensors.torch.load_file(path)["features"]
+
+
+def _checksum(key: bytes, feature: Tensor) -> bytes:
+    content = feature.contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(content.data, key=key, digest_size=8).digest()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,45 +13,43 @@ from torch.utils.data import Dataset
 
 from lavis.common.errors import DataError
 from lavis.common.images import open_image
+from lavis.common.seeds import drawing_from
 from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, NO_WORDS, BadSample, Encoded, Sample
 from lavis.datasets.annotations import Record
-from lavis.datasets.features import CachedFeatures
+from lavis.datasets.features import CachedFeatures, ImageProcessor
 from lavis.datasets.media import count_frames, frame_indices, open_frames
+from lavis.datasets.plan import Key
 from lavis.processors.conversation import ConversationEncoder, Turn
 from lavis.processors.text import process_around_images
 
 
+@dataclass(frozen=True, eq=False)
 class InstructionDataset(Dataset[Sample | BadSample]):
     """Samples by ``(epoch, index)``.
 
     Augmentation draws from a generator seeded by (seed, epoch, index): the number of workers and
     the order of reading change nothing.
+
+    Attributes:
+        max_frames: of a video.
+        seed: of the augmentation.
+        lengths: tokens of each record.
+        features: given in place of pixels, where the run keeps features.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        encoder: ConversationEncoder,
-        vis_processor: Callable[[Image.Image], Tensor],
-        text_processor: Callable[[str], str],
-        max_frames: int = 32,
-        seed: int = 0,
-    ) -> None:
-        self.records = list(records)
-        self.lengths: tuple[int, ...] = ()
-        """Tokens of each record, as the builder has counted them."""
-        self.encoder = encoder
-        self.vis_processor = vis_processor
-        self.text_processor = text_processor
-        self.max_frames = max_frames
-        self.seed = seed
-        self.features: CachedFeatures | None = None
-        """Given in place of pixels, where the run keeps features."""
+    records: Sequence[Record]
+    encoder: ConversationEncoder
+    vis_processor: ImageProcessor
+    text_processor: Callable[[str], str]
+    max_frames: int = 32
+    seed: int = 0
+    lengths: tuple[int, ...] = ()
+    features: CachedFeatures | None = None
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | BadSample:
+    def __getitem__(self, key: Key) -> Sample | BadSample:
         """Return a sample; one that cannot be read comes back as a :class:`BadSample`."""
         epoch, index = key
         record = self.records[index]
@@ -134,11 +132,8 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         Raises:
             DataError: an image or a video cannot be read.
         """
-        images = self._images(record)
-        with torch.random.fork_rng(devices=[]):
-            # Only the CPU's generator: seeding all devices costs a hundred times as much.
-            torch.default_generator.manual_seed(augmentation_seed(self.seed, epoch, index))
-            pixels = [self.vis_processor(image) for image in images]
+        with drawing_from(self.seed, epoch, index):
+            pixels = [self.vis_processor(image) for image in self._images(record)]
         return torch.stack(pixels) if pixels else torch.empty(0)
 
     def _images(self, record: Record) -> list[Image.Image]:
@@ -147,7 +142,25 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         return [open_image(path) for path in record.images]
 
 
-def augmentation_seed(seed: int, epoch: int, index: int) -> int:
-    """A 63-bit seed that depends on all three numbers and on nothing else."""
-    digest = hashlib.sha256(f"{seed}/{epoch}/{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+class ConcatDataset(Dataset[Sample | BadSample]):
+    """Several data sets end to end, asked by ``(epoch, index)``."""
+
+    def __init__(self, datasets: Sequence[InstructionDataset | ConcatDataset]) -> None:
+        self.datasets = list(datasets)
+        self.sizes = tuple(map(len, self.datasets))
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sample."""
+        return tuple(n for d in self.datasets for n in d.lengths)
+
+    def __getitem__(self, key: Key) -> Sample | BadSample:
+        epoch, index = key
+        for dataset, size in zip(self.datasets, self.sizes, strict=True):
+            if index < size:
+                return dataset[epoch, index]
+            index -= size
+        raise IndexError(key)

@@ -146,12 +146,7 @@ class Assembly:
 
         Returns:
             A fingerprint of weights and settings, and the shape (Q, D) of an image's features.
-
-        Raises:
-            WeightsError: a weight file is missing.
         """
-        for _ in config.vision_files(cache_root):
-            pass
         return EvaQFormer.describe(
             config.parts[0], cache_root=cache_root, device=device, digest=digest
         )

@@ -19,11 +19,11 @@ from lavis.common import dist
 from lavis.common.errors import ConfigError, LavisError
 from lavis.common.optim import parameter_groups
 from lavis.common.schema import Config, RunConfig
+from lavis.common.seeds import derived_seed
 from lavis.common.types import Batch
 from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import collate, settle_bad
-from lavis.datasets.instruction import augmentation_seed
-from lavis.datasets.plan import PlanSampler
+from lavis.datasets.plan import Key
 from lavis.models.config import PartsConfig
 from lavis.models.weights.files import state_dict_in
 from lavis.models.weights.trained import assign_model_state, trainable_state
@@ -159,7 +159,7 @@ class RunnerBase:
         self.model.train()
         in_epoch = self.step - epoch * self.plan.steps_per_epoch
         plan = self.plan.micro_batches(epoch, dist.rank(), in_epoch)
-        batches = iter(self._loader(PlanSampler(plan)))
+        batches = iter(self._loader([micro for step in plan for micro in step]))
         for micro_batches in plan:
             self._train_step(epoch, [next(batches) for _ in micro_batches], watch)
             if self.interrupted:
@@ -182,7 +182,7 @@ class RunnerBase:
         nonfinite: list[str] = []
         for i, batch in enumerate(micro_batches):
             # Dropout, where there is any, depends on the step alone: resuming changes nothing.
-            torch.manual_seed(augmentation_seed(self.run.seed, self.step, self._number(i)))
+            torch.manual_seed(derived_seed(self.run.seed, self.step, self._number(i)))
             with self.strategy.micro_batch(last=i == len(micro_batches) - 1):
                 output = self.task.train_step(self.strategy.module, batch.to(self.device))
                 self.strategy.backward(output.loss_sum / max(supervised, 1))
@@ -325,10 +325,10 @@ class RunnerBase:
             self.strategy.scaler.load_state_dict(content["scaler"])
         logger.info("resumed from %s at step %d", source, self.step)
 
-    def _loader(self, sampler: PlanSampler) -> DataLoader[Any]:
+    def _loader(self, keys: list[list[Key]]) -> DataLoader[Any]:
         return DataLoader(
             self.dataset,
-            batch_sampler=sampler,
+            batch_sampler=keys,
             collate_fn=collate,
             num_workers=self.run.num_workers,
             pin_memory=self.device.type == "cuda",

@@ -22,11 +22,13 @@ from lavis.common.schema import Config
 from lavis.common.types import AUTOCAST, Batch, Metric
 from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import collate, settle_bad
-from lavis.datasets.plan import ConcatDataset, shared_batches
+from lavis.datasets.feature_cache import Counts, FeatureCache
+from lavis.datasets.instruction import ConcatDataset
+from lavis.datasets.plan import shared_batches
 from lavis.models.compute.schedule import StepSchedule
+from lavis.models.vision.frozen import FrozenVision
 from lavis.models.weights.files import open_pth
 from lavis.tasks.evaluate import answer_splits
-from lavis.tasks.features import Counts, FeatureCache
 from lavis.tasks.scoring import require_bleu
 
 logger = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ class ImageTextPretrainTask:
         self._check_packages()
         self._check_model(answers=answers)
         if run.feature_cache.enabled:
-            FeatureCache(config).check()
+            FeatureCache(config, FrozenVision(config)).check()
 
     def build_datasets(self) -> Dataset[Any]:
         """Read and check all annotations; the training splits end to end.
@@ -106,17 +108,23 @@ class ImageTextPretrainTask:
         """
         run, model = self.config.run, self.config.model
         encoder = MODELS.get(model.arch).build_encoder(model, self.config.env.cache_root)
+        cached = run.feature_cache.enabled
+        views = (run.feature_cache.views if train else 1) if cached else None
         parts = []
         for builder in self._builders():
-            parts.append(
-                builder.build(split, encoder, train=train, seed=run.seed, on_bad=run.on_bad_sample)
+            part = builder.build(
+                split,
+                encoder,
+                train=train,
+                seed=run.seed,
+                on_bad=run.on_bad_sample,
+                limit=limit,
+                views=views,
             )
-            logger.info("datasets.%s, %s: %d samples", builder.name, split, len(parts[-1]))
-            parts[-1].records = parts[-1].records[:limit]
-            parts[-1].lengths = parts[-1].lengths[:limit]
-        if run.feature_cache.enabled:
-            views = run.feature_cache.views if train else 1
-            self._features.setdefault("waiting", []).extend((part, views) for part in parts)
+            logger.info("datasets.%s, %s: %d samples", builder.name, split, len(part))
+            parts.append(part)
+        if cached:
+            self._features.setdefault("waiting", []).extend(parts)
             if "device" in self._features:
                 self.cache_features(self._features["device"])
         return parts
@@ -136,10 +144,9 @@ class ImageTextPretrainTask:
         Raises:
             ConfigError, DataError: as :meth:`FeatureCache.fill`.
         """
-        cache = self._features.setdefault("cache", FeatureCache(self.config))
-        waiting = self._features.pop("waiting", [])
         self._features["device"] = device
-        return cache.fill([d for d, _ in waiting], device, views=[v for _, v in waiting])
+        cache = FeatureCache(self.config, FrozenVision(self.config))
+        return cache.fill(self._features.pop("waiting", []), device)
 
     def build_model(self, device: torch.device) -> nn.Module:
         """Build the model and load its weights; without its vision side for cached features."""

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lavis.common.cli import print_once, run_cli, setup_logging
 from lavis.common.config import add_config_arguments, load_config
@@ -33,8 +32,8 @@ def main() -> int:
 
     from lavis.common import dist
     from lavis.common.registry import TASKS
+    from lavis.datasets.feature_cache import features_folder
     from lavis.runners.launch import distributed
-    from lavis.tasks.features import FeatureCache
 
     task = TASKS.get(run.task)(config)
     task.check_paths(evaluated, trained)
@@ -45,9 +44,9 @@ def main() -> int:
             for split in evaluated:
                 task.evaluation_split(split)
         counts = task.cache_features(device)
-        folder: Path = FeatureCache(config).folder
         print_once(
-            f"{counts.found} found, {counts.encoded} encoded, {counts.failed} failed: {folder}"
+            f"{counts.found} found, {counts.encoded} encoded, {counts.failed} failed: "
+            f"{features_folder(config)}"
         )
     return 0
 

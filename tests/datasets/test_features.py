@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from lavis.common import hashing, images
 from lavis.common.errors import DataError
 from lavis.common.hashing import FileHashes
 from lavis.common.registry import PROCESSORS
-from lavis.datasets import features
+from lavis.datasets import feature_store, features
 from lavis.datasets.feature_store import FeatureStore
 from lavis.datasets.features import (
     CachedFeatures,
+    FeatureIndex,
     draw_view,
     is_random,
     transform_fingerprint,
@@ -33,9 +33,9 @@ VALUES = [torch.arange(12.0).view(SHAPE) + i for i in range(6)]
 
 def fill(folder: Path, numbers: list[int], dtype: str = "fp32") -> FeatureStore:
     store = FeatureStore(folder, SHAPE, dtype)
-    with store.writer() as writer:
-        for i in numbers:
-            writer.add(KEYS[i], VALUES[i])
+    for i in numbers:
+        store.add(KEYS[i], VALUES[i])
+    store.flush()
     return FeatureStore(folder, SHAPE, dtype)
 
 
@@ -61,11 +61,6 @@ def test_other_shapes_and_types_are_apart(tmp_path: Path) -> None:
     assert len(FeatureStore(tmp_path, SHAPE, "fp16")) == 0
 
 
-def files(store: FeatureStore) -> tuple[Path, Path]:
-    (data,), (index,) = store.folder.glob("*.data"), store.folder.glob("*.index")
-    return data, index
-
-
 def flip(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
@@ -73,32 +68,70 @@ def flip(path: Path, position: int) -> None:
 
 
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
-    """In the data it costs its record, in an index entry too, in the header the shard."""
+    """In a row's numbers, key or checksum it costs the row, in the header at most the shard."""
     store = fill(tmp_path, [0, 1, 2])
-    for path, size, start in zip(files(store), (48, 48), (0, 16), strict=True):
-        for position in range(path.stat().st_size):
-            flip(path, position)
-            lost = (position - start) // size
-            expected = [i for i in range(3) if i != lost] if position >= start else []
-            assert found(FeatureStore(tmp_path, SHAPE, "fp32")) == expected
-            flip(path, position)
-    data, _ = files(store)
-    flip(data, 50)
-    assert found(fill(tmp_path, [1])) == [0, 1, 2]  # written again, beside the damaged one
+    (path,) = store.folder.iterdir()
+    size = path.stat().st_size
+    lost = []
+    for position in range(size):
+        flip(path, position)
+        feature_store._mapped.cache_clear()
+        kept = found(FeatureStore(tmp_path, SHAPE, "fp32"))  # each of them right
+        flip(path, position)
+        lost.append(3 - len(kept))
+    assert set(lost[-3 * (48 + 32 + 8) :]) == {1} and set(lost) <= {0, 1, 3}
+    flip(path, size - 1)
+    feature_store._mapped.cache_clear()
+    damaged = found(FeatureStore(tmp_path, SHAPE, "fp32"))
+    assert len(damaged) == 2
+    (gone,) = {0, 1, 2}.difference(damaged)
+    assert found(fill(tmp_path, [gone])) == [0, 1, 2]  # written again, beside the damaged one
 
 
-def test_every_torn_tail_leaves_the_rest(tmp_path: Path) -> None:
-    data, index = files(fill(tmp_path, [0, 1, 2, 3]))
-    whole = data.read_bytes(), index.read_bytes()
-    rng = random.Random(1)
-    for _ in range(200):
-        cut = rng.randint(0, len(whole[0])), rng.randint(0, len(whole[1]))
-        data.write_bytes(whole[0][: cut[0]])
-        index.write_bytes(whole[1][: cut[1]])
-        rows = min(cut[0] // 48, max(cut[1] - 16, 0) // 48)
-        assert found(FeatureStore(tmp_path, SHAPE, "fp32")) == list(range(rows))
-    index.unlink()
-    assert found(FeatureStore(tmp_path, SHAPE, "fp32")) == []
+def test_a_torn_shard_leaves_the_others(tmp_path: Path) -> None:
+    (torn,) = fill(tmp_path, [0, 1]).folder.iterdir()
+    whole = torn.read_bytes()
+    fill(tmp_path, [3])
+    for size in range(len(whole)):
+        torn.write_bytes(whole[:size])
+        assert found(FeatureStore(tmp_path, SHAPE, "fp32")) == [3]
+    torn.unlink()
+    assert found(FeatureStore(tmp_path, SHAPE, "fp32")) == [3]
+
+
+def test_shards_are_written_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many rows, or so long; under their name only when they are whole."""
+    monkeypatch.setattr(feature_store, "_ROWS", 2)
+    store = FeatureStore(tmp_path, SHAPE, "fp32")
+    for i in range(3):
+        store.add(KEYS[i], VALUES[i])
+    assert found(FeatureStore(tmp_path, SHAPE, "fp32")) == [0, 1]
+    monkeypatch.setattr(feature_store, "_SECONDS", -1)
+    store.flush()
+    store.add(KEYS[3], VALUES[3])
+    assert found(FeatureStore(tmp_path, SHAPE, "fp32")) == [0, 1, 2, 3]
+
+    def full(path: Path, content: bytes) -> None:
+        path.open("wb").write(content[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.add(KEYS[4], VALUES[4])
+    assert {p.suffix for p in store.folder.iterdir()} == {".safetensors"}
+    assert found(FeatureStore(tmp_path, SHAPE, "fp32")) == [0, 1, 2, 3]
+
+
+def test_an_older_version_is_named_and_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = FeatureStore(tmp_path, SHAPE, "fp32").folder
+    folder.mkdir()
+    (folder / "0.index").write_bytes(b"LAVISFC1" + bytes(8 + 48))
+    (folder / "0.data").write_bytes(bytes(48))
+    assert len(FeatureStore(tmp_path, SHAPE, "fp32")) == 0
+    (message,) = caplog.messages
+    assert message.startswith(f"feature cache {folder}: 1 shards of an older version ")
 
 
 class _Custom:
@@ -116,11 +149,11 @@ def processor(name: str, **options: Any) -> Any:
 def test_features_of_another_reading_of_pictures_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digests = {tmp_path: "a"}
-    cached = CachedFeatures(fill(tmp_path, []), "e", "t", 1, digests, {})
+    cached = CachedFeatures(_Custom(), 0, 1)
+    cached.index = FeatureIndex(fill(tmp_path, []), "e", {tmp_path: "a"}, {})
     before = cached.key(tmp_path, 0)
-    assert features._FORMAT == (1, images.IMAGE_READING)
-    monkeypatch.setattr(features, "_FORMAT", (1, images.IMAGE_READING + 1))
+    assert features._FORMAT == (2, images.IMAGE_READING)
+    monkeypatch.setattr(features, "_FORMAT", (2, images.IMAGE_READING + 1))
     assert cached.key(tmp_path, 0) != before
 
 
@@ -161,13 +194,13 @@ def test_a_view_depends_on_content_seed_and_number_alone(tmp_path: Path) -> None
 def test_epochs_take_turns_and_what_is_missing_is_said(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path / "store", SHAPE, "fp32")
     path, lost, broken = (tmp_path / name for name in ("a.png", "lost.png", "broken.png"))
-    failures: dict[Any, str] = {lost: "no such file"}
-    digests = {path: "11", broken: "22"}
-    features = CachedFeatures(store, "encoder", "transform", 2, digests, failures)
+    failures: dict[bytes | Path, str] = {lost: "no such file"}
+    features = CachedFeatures(_Custom(), 0, 2)
+    features.index = FeatureIndex(store, "encoder", {path: "11", broken: "22"}, failures)
     failures[features.key(broken, 0)] = "not an image"
-    with store.writer() as writer:
-        for view in range(2):
-            writer.add(features.key(path, view), VALUES[view])
+    for view in range(2):
+        store.add(features.key(path, view), VALUES[view])
+    store.flush()
     store.refresh()
     assert [float(features.read(path, e)[0, 0]) for e in range(4)] == [0, 1, 0, 1]
     with pytest.raises(DataError, match="no such file"):

@@ -12,7 +12,8 @@ import pytest
 
 from lavis.common import dist
 from lavis.common.errors import ConfigError
-from lavis.datasets.plan import BatchPlan, ConcatDataset, PlanSampler, shared_batches
+from lavis.datasets.instruction import ConcatDataset
+from lavis.datasets.plan import BatchPlan, shared_batches
 
 SHAPES = [(1, 8), (2, 4), (4, 2), (8, 1)]
 
@@ -236,13 +237,6 @@ def test_processes_share_an_evaluation(
 
 
 # --- what a loader asks ---------------------------------------------------------------------
-
-
-def test_sampler_hands_out_the_micro_batches() -> None:
-    steps = [[[(0, 3)], [(0, 1), (0, 2)]], [[], [(0, 4)]]]
-    batches = [[(0, 3)], [(0, 1), (0, 2)], [], [(0, 4)]]
-    assert list(PlanSampler(steps)) == batches
-    assert len(PlanSampler(steps)) == 4
 
 
 def test_data_sets_end_to_end() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -53,8 +54,8 @@ def test_bad_samples_are_skipped_and_counted(
     logged = [m.partition(" (")[0] for m in caplog.messages if m.startswith("skipped")]
     assert logged == ["skipped valid.json[0]", "skipped valid.json[1]"]
     whole = _runner(tmp_path / "whole")
-    (part,) = whole.task.evaluation_split("valid")
-    part.records = part.records[2:]
+    parts = whole.task.evaluation_split("valid")
+    parts[0] = dataclasses.replace(parts[0], records=parts[0].records[2:])
     expected = whole.task.validate(whole.model, torch.device("cpu"))
     assert set(expected) == {"valid_loss"}
     assert metrics == {"valid_loss": pytest.approx(expected["valid_loss"]), "valid_skipped": 2.0}

@@ -1,4 +1,4 @@
-"""``lavis.tools.cache_features``, killed after ``TEST_KILL_AFTER`` records (0: never)."""
+"""``lavis.tools.cache_features`` with shards of 4, killed after ``TEST_KILL_AFTER`` features."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import signal
 from typing import Any
 
 from lavis.common.cli import run_cli
-from lavis.datasets.feature_store import FeatureWriter
+from lavis.datasets import feature_store
+from lavis.datasets.feature_store import FeatureStore
 from lavis.tools.cache_features import main
 
-_add, _left = FeatureWriter.add, [int(os.environ.get("TEST_KILL_AFTER", "0"))]
+_add, _left = FeatureStore.add, [int(os.environ.get("TEST_KILL_AFTER", "0"))]  # 0: never
 
 
-def _add_or_die(self: FeatureWriter, key: bytes, value: Any) -> None:
+def _add_or_die(self: FeatureStore, key: bytes, value: Any) -> None:
     _add(self, key, value)
     _left[0] -= 1
     if not _left[0]:
@@ -21,5 +22,7 @@ def _add_or_die(self: FeatureWriter, key: bytes, value: Any) -> None:
 
 
 if __name__ == "__main__":
-    FeatureWriter.add = _add_or_die  # type: ignore[method-assign]
+    if _left[0]:
+        feature_store._ROWS = 4
+    FeatureStore.add = _add_or_die  # type: ignore[method-assign]
     run_cli(main)

@@ -1,0 +1,102 @@
+"""A run's vision encoder by itself, for features that are computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lavis.common.errors import ConfigError
+from lavis.common.registry import MODELS
+from lavis.common.schema import Config
+from lavis.common.types import AUTOCAST
+from lavis.models.config import Part, PartsConfig
+from lavis.models.weights.files import open_pth
+
+logger = logging.getLogger(__name__)
+_NAMES = ("visual_encoder.", "ln_vision.", "Qformer.", "query_tokens")  # in a checkpoint
+_KEY = "run.feature_cache"
+
+
+@dataclass(frozen=True)
+class FrozenVision:
+    """What the vision encoder of a run computes, under autocast as in training."""
+
+    config: Config
+
+    def check(self) -> None:
+        """Check that features can be kept, before anything is read.
+
+        Raises:
+            ConfigError: training changes them, or no file determines them.
+        """
+        model = self._model
+        if model.trained_vision:
+            raise ConfigError(
+                f"{_KEY}: the vision side is trained ({', '.join(model.trained_vision)}), so its "
+                f"features change at every step; freeze it, or set {_KEY}.enabled: false"
+            )
+        parts: tuple[Part, ...] = ("vit", "qformer")
+        scratch = [part for part in parts if model.parts[0].is_from_scratch(part)]
+        if scratch:
+            raise ConfigError(
+                f"{_KEY}: {' and '.join(scratch)} would start from random weights "
+                f"(model.from_scratch, model.load_pretrained), which nothing can find again; name "
+                f"weight files, or set {_KEY}.enabled: false"
+            )
+        checkpoint = model.finetuned_path(self.config.env.cache_root)
+        names = open_pth(checkpoint) if checkpoint is not None else ()
+        if found := next((name for name in names if name.startswith(_NAMES)), None):
+            raise ConfigError(
+                f"{_KEY}: model.finetuned ({checkpoint}) holds {found}, and the cache reads the "
+                "vision side from model.vit_weights and model.pretrained alone; write its parts "
+                f"with python -m lavis.tools.export, or set {_KEY}.enabled: false"
+            )
+
+    def describe(
+        self, device: torch.device, digest: Callable[[Path], str]
+    ) -> tuple[str, tuple[int, int]]:
+        """What :meth:`load` would give, without loading anything.
+
+        Args:
+            digest: hash of a file's bytes.
+
+        Returns:
+            A fingerprint of weights, settings and precision, and the shape (Q, D) of features.
+        """
+        run, model = self.config.run, self._model
+        encoder, shape = MODELS.get(model.arch).describe_vision(
+            model, cache_root=self.config.env.cache_root, device=device, digest=digest
+        )
+        amp = [str(AUTOCAST[run.autocast_dtype]), model.parts[0].enable_autocast]
+        parts = json.dumps([encoder, amp if run.amp else None])
+        return hashlib.blake2b(parts.encode(), digest_size=32).hexdigest(), shape
+
+    def load(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The encoder: (N, 3, H, W) pixels -> (N, Q, D) fp32, on the CPU."""
+        logger.info("loading the vision side to encode images; training goes on without it")
+        run, model = self.config.run, self._model
+        vision = MODELS.get(model.arch).build_vision(
+            model, cache_root=self.config.env.cache_root, device=device
+        )
+
+        def encode(pixels: Tensor) -> Tensor:
+            dtype = AUTOCAST[run.autocast_dtype]
+            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=run.amp):
+                features: Tensor = vision(pixels.to(device))
+            return features.float().cpu()
+
+        return encode
+
+    @property
+    def _model(self) -> PartsConfig:
+        model = self.config.model
+        if not isinstance(model, PartsConfig):
+            raise ConfigError(f"{_KEY}: model arch {model.arch!r} has no vision side to keep")
+        return model
