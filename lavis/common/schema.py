@@ -6,10 +6,11 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from lavis.common.errors import ConfigError
-from lavis.common.paths import user_path
+from lavis.common.paths import cache_path, user_cache, user_path
 from lavis.common.registry import (
     BUILDERS,
     CONNECTORS,
@@ -160,6 +161,10 @@ class FeatureCacheConfig:
 
     def __post_init__(self) -> None:
         require_range(self, 1, "views")
+
+    def folder(self, cache_root: str) -> Path:
+        """Where the features are."""
+        return user_cache() / "features" if self.dir is None else cache_path(self.dir, cache_root)
 
 
 @dataclass(frozen=True)

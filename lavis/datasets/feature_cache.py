@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from lavis.common import dist
 from lavis.common.errors import ConfigError, DataError, LavisError
-from lavis.common.hashing import FileHashes
-from lavis.common.paths import cache_path, require_writable, user_cache
-from lavis.common.schema import Config
+from lavis.common.hashing import file_digest
+from lavis.common.schema import Config, RunConfig
 from lavis.common.types import BadSample
 from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import list_bad
@@ -37,20 +36,15 @@ _THREADS = 8  # that read files to hash them
 class Vision(Protocol):
     """The vision side of a run's model, by itself."""
 
-    def check(self) -> None:
-        """Raise a ConfigError if features cannot be kept."""
-
-    def describe(
-        self, device: torch.device, digest: Callable[[Path], str]
-    ) -> tuple[str, tuple[int, int]]:
-        """A fingerprint of what it computes, by hashes of files, and the features' shape (Q, D)."""
+    def describe(self, device: torch.device) -> tuple[str, tuple[int, int]]:
+        """A fingerprint of what it computes, and the shape (Q, D) of an image's features."""
 
     def load(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """(N, 3, H, W) pixels -> (N, Q, D) fp32, on the CPU."""
 
 
 class Counts(NamedTuple):
-    """What a call of :meth:`FeatureCache.fill` has done, over all processes, in views of images."""
+    """What :func:`fill_features` has done, over all processes, in views of images."""
 
     found: int
     encoded: int
@@ -66,124 +60,47 @@ class _View(NamedTuple):
     source: CachedFeatures
 
 
-@dataclass(frozen=True)
-class FeatureCache:
-    """The feature cache of a run, which ``run.feature_cache`` describes."""
+def fill_features(
+    config: Config, datasets: Sequence[InstructionDataset], vision: Vision, device: torch.device
+) -> Counts:
+    """Encode what the cache lacks, and tell the data sets' ``features`` where to find all.
 
-    config: Config
-    vision: Vision
+    Every process must call it with the same data sets; each encodes its share. PyTorch's random
+    numbers go on as if nothing had been drawn.
 
-    def check(self) -> None:
-        """Check the settings, before anything is read.
-
-        Raises:
-            ConfigError: features cannot be kept, or their folder not be written.
-        """
-        self.vision.check()
-        require_writable(features_folder(self.config), "run.feature_cache.dir", ConfigError)
-
-    def fill(self, datasets: Sequence[InstructionDataset], device: torch.device) -> Counts:
-        """Encode what is missing or damaged, and tell the data sets' ``features`` where they are.
-
-        Every process must call it with the same data sets; each encodes its share. PyTorch's
-        random numbers go on as if nothing had been drawn.
-
-        Raises:
-            ConfigError: a record holds a video, or the processes do not see the same folder.
-            DataError: an image cannot be encoded and ``run.on_bad_sample`` is ``error``.
-        """
-        _refuse_videos(datasets)
-        hashes = FileHashes()
-        with dist.main_first():
-            encoder, shape = self.vision.describe(device, hashes.digest)
-            hashes.save()
-        folder, dtype = features_folder(self.config), self.config.run.feature_cache.dtype
-        store = FeatureStore(folder, shape, dtype)
-        names = {p: r.sample_id for d in datasets for r in d.records for p in r.images}
-        digests, unread = _hash(list(names), hashes)
-        failures: dict[bytes | Path, str] = dict(unread.items())
-        index = FeatureIndex(store, encoder, digests, failures)
-        views = {v.key: v for d in datasets for v in _views(d, index)}
-        missing = _missing(list(views), store)
-        found = len(views) - len(missing)
-        if dist.is_main():
-            logger.info(
-                "feature cache %s: %d of %d views of images are there",
-                store.folder, found, len(views),
-            )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
-            mine = self._encode([views[key] for key in _share(missing)], store, device)
-        failures |= {key: why for failed in dist.gather(mine) for key, why in failed.items()}
-        bad = unread | {v.path: failures[k] for k, v in views.items() if k in failures}
-        self._report([BadSample(names[path], why) for path, why in bad.items()])
-        store.refresh()
-        unseen = sum(key not in store and key not in failures for key in missing)
-        if any(dist.gather(unseen)):
-            raise ConfigError(
-                f"run.feature_cache.dir: {unseen} features that other processes have written "
-                f"are not in {store.folder}; all machines must share the folder"
-            )
-        return Counts(found, len(missing) - (len(failures) - len(unread)), len(failures))
-
-    def _encode(
-        self, views: Sequence[_View], store: FeatureStore, device: torch.device
-    ) -> dict[bytes, str]:
-        """Encode and write. Returns what could not be encoded, and why."""
-        failed: dict[bytes, str] = {}
-        run = self.config.run
-        encode: Callable[[Tensor], Tensor] | None = None
-        try:
-            try:
-                for batch in _batches(views, run.num_workers):
-                    failed |= {v.key: why for v, why in batch if isinstance(why, str)}
-                    good = [(v, p) for v, p in batch if isinstance(p, Tensor)]
-                    if good:
-                        encode = encode or self.vision.load(device)
-                        features = _padded(encode, [p for _, p in good]).to(store.dtype)
-                        for (view, _), feature in zip(good, features, strict=False):
-                            if torch.isfinite(feature).all():
-                                store.add(view.key, feature)
-                            else:
-                                failed[view.key] = (
-                                    f"the features of {view.path} are not finite in "
-                                    f"{run.feature_cache.dtype} (run.feature_cache.dtype)"
-                                )
-                    if failed and run.on_bad_sample == "error":
-                        break
-            finally:
-                store.flush()
-        except OSError as error:
-            raise LavisError(
-                f"run.feature_cache.dir: {store.folder} cannot be written: {error}. What has been "
-                "written so far is kept"
-            ) from error
-        encode = None
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return failed
-
-    def _report(self, bad: Sequence[BadSample]) -> None:
-        """Refuse or log images without features, as ``run.on_bad_sample`` says.
-
-        Raises:
-            DataError: on every process, with ``error``.
-        """
-        if bad and self.config.run.on_bad_sample == "error":
-            raise DataError(
-                f"run.feature_cache: images cannot be encoded (run.on_bad_sample: skip leaves "
-                f"their records out):{list_bad(bad)}"
-            )
-        if bad and dist.is_main():
-            logger.warning("records with these images are left out:%s", list_bad(bad))
-
-
-def features_folder(config: Config) -> Path:
-    """The folder of a run's features."""
-    folder = config.run.feature_cache.dir
-    if folder is None:
-        return user_cache() / "features"
-    return cache_path(folder, config.env.cache_root)
+    Raises:
+        ConfigError: a record holds a video, or the processes do not see the same folder.
+        DataError: an image cannot be encoded and ``run.on_bad_sample`` is ``error``.
+        LavisError: the folder cannot be written, or the disk is full.
+    """
+    _refuse_videos(datasets)
+    cache = config.run.feature_cache
+    encoder, shape = vision.describe(device)
+    store = FeatureStore(cache.folder(config.env.cache_root), shape, cache.dtype)
+    names = {p: r.sample_id for d in datasets for r in d.records for p in r.images}
+    digests, failures = _hash(list(names))
+    index = FeatureIndex(store, encoder, digests, failures)
+    views = {v.key: v for d in datasets for v in _views(d, index)}
+    missing = _missing(list(views), store)
+    found = len(views) - len(missing)
+    if dist.is_main():
+        logger.info(
+            "feature cache %s: %d of %d views of images are there", store.folder, found, len(views)
+        )
+    with torch.random.fork_rng(devices=[]):
+        mine = _encode([views[key] for key in _share(missing)], store, vision, config.run, device)
+    for share in dist.gather(mine):
+        failures.update(share)
+    bad = {views[k].path if isinstance(k, bytes) else k: why for k, why in failures.items()}
+    _report([BadSample(names[path], why) for path, why in bad.items()], config.run.on_bad_sample)
+    store.refresh()
+    unseen = sum(key not in store and key not in failures for key in missing)
+    if any(dist.gather(unseen)):
+        raise ConfigError(
+            f"run.feature_cache.dir: {unseen} features that other processes have written are not "
+            f"in {store.folder}; all machines must share the folder"
+        )
+    return Counts(found, sum(key not in failures for key in missing), len(failures))
 
 
 def _refuse_videos(datasets: Sequence[InstructionDataset]) -> None:
@@ -195,32 +112,32 @@ def _refuse_videos(datasets: Sequence[InstructionDataset]) -> None:
             )
 
 
-def _hash(paths: Sequence[Path], hashes: FileHashes) -> tuple[dict[Path, str], dict[Path, str]]:
+def _hash(paths: Sequence[Path]) -> tuple[dict[Path, str], dict[bytes | Path, str]]:
     """Hashes of files, and why some cannot be read. Each process reads its share."""
-
-    def digest(path: Path) -> tuple[Path, str, str]:
-        try:
-            return path, hashes.digest(path), ""
-        except OSError as error:
-            return path, "", f"{path} cannot be read: {error}"
-
     mine = _share(paths)
     with ThreadPoolExecutor(_THREADS) as pool:
-        results = list(_bar(pool.map(digest, mine), "hashing images", len(mine)))
-    for rank in range(dist.world_size()):  # one after the other: they share the tables
-        if rank == dist.rank():
-            hashes.save()
-        dist.barrier()
-    everyone = list(itertools.chain.from_iterable(dist.gather(results)))
-    return (
-        {path: digest for path, digest, why in everyone if not why},
-        {path: why for path, _, why in everyone if why},
-    )
+        results = list(_bar(pool.map(_digest, mine), "hashing images", len(mine)))
+    everyone = itertools.chain.from_iterable(dist.gather(list(zip(mine, results, strict=True))))
+    digests: dict[Path, str] = {}
+    failures: dict[bytes | Path, str] = {}
+    for path, result in everyone:
+        if isinstance(result, OSError):
+            failures[path] = f"{path} cannot be read: {result}"
+        else:
+            digests[path] = result
+    return digests, failures
+
+
+def _digest(path: Path) -> str | OSError:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        return error
 
 
 def _views(dataset: InstructionDataset, index: FeatureIndex) -> Iterator[_View]:
     """All views of a data set's readable images, whose features it will find in the index."""
-    assert dataset.features is not None, "built for features"
+    assert dataset.features is not None, "built for pixels"
     dataset.features.index = index
     for path in {p: None for r in dataset.records for p in r.images if p in index.digests}:
         for number in range(dataset.features.views):
@@ -235,6 +152,46 @@ def _missing(keys: Sequence[bytes], store: FeatureStore) -> list[bytes]:
     return [key for key in keys if key in everyone]
 
 
+def _encode(
+    views: Sequence[_View],
+    store: FeatureStore,
+    vision: Vision,
+    run: RunConfig,
+    device: torch.device,
+) -> dict[bytes, str]:
+    """Encode and write. Returns what could not be encoded, and why."""
+    failed: dict[bytes, str] = {}
+    encode: Callable[[Tensor], Tensor] | None = None
+    try:
+        with ExitStack() as at_end:
+            at_end.callback(store.flush)  # also of what an interrupt leaves
+            for batch in _batches(views, run.num_workers):
+                failed |= {v.key: why for v, why in batch if isinstance(why, str)}
+                if good := [(v, p) for v, p in batch if isinstance(p, Tensor)]:
+                    encode = encode or vision.load(device)
+                    features = _padded(encode, [p for _, p in good]).to(store.dtype)
+                    for (view, _), feature in zip(good, features, strict=False):
+                        if torch.isfinite(feature).all():
+                            store.add(view.key, feature)
+                        else:
+                            failed[view.key] = (
+                                f"the features of {view.path} are not finite in "
+                                f"{run.feature_cache.dtype} (run.feature_cache.dtype)"
+                            )
+                if failed and run.on_bad_sample == "error":
+                    break
+    except OSError as error:
+        raise LavisError(
+            f"run.feature_cache.dir: {store.folder} cannot be written: {error}. What has been "
+            "written so far is kept"
+        ) from error
+    encode = None
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return failed
+
+
 def _batches(views: Sequence[_View], workers: int) -> Iterator[list[tuple[_View, Tensor | str]]]:
     """Views as pixels, or why there are none."""
     loader: DataLoader[list[Tensor | str]] = DataLoader(
@@ -245,8 +202,7 @@ def _batches(views: Sequence[_View], workers: int) -> Iterator[list[tuple[_View,
         worker_init_fn=leave_signals_to_parent,
     )
     with _bar(views, "encoding images", len(views)) as bar:
-        for number, drawn in enumerate(loader):
-            start = number * _BATCH
+        for start, drawn in zip(range(0, len(views), _BATCH), loader, strict=True):
             yield list(zip(views[start : start + _BATCH], drawn, strict=True))
             bar.update(len(drawn))
 
@@ -266,6 +222,21 @@ def _padded(encode: Callable[[Tensor], Tensor], pixels: list[Tensor]) -> Tensor:
     if len({p.shape for p in pixels}) > 1:
         raise DataError("image processors give images of different sizes; model.image_size")
     return encode(torch.stack(pixels + pixels[-1:] * (_BATCH - len(pixels))))
+
+
+def _report(bad: Sequence[BadSample], on_bad: str) -> None:
+    """Refuse or log images without features.
+
+    Raises:
+        DataError: on every process, with ``error``.
+    """
+    if bad and on_bad == "error":
+        raise DataError(
+            "run.feature_cache: images cannot be encoded (run.on_bad_sample: skip leaves their "
+            f"records out):{list_bad(bad)}"
+        )
+    if bad and dist.is_main():
+        logger.warning("records with these images are left out:%s", list_bad(bad))
 
 
 def _share(items: Sequence[T]) -> Sequence[T]:

@@ -7,8 +7,8 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -25,21 +25,13 @@ ImageProcessor = Callable[[Image.Image], Tensor]
 _FORMAT = 2, IMAGE_READING  # counts changes of the transforms and of the encoding beside it
 
 
-@dataclass(frozen=True)
-class FeatureIndex:
-    """What the feature cache holds for a run.
+class FeatureIndex(NamedTuple):
+    """What the feature cache holds for a run."""
 
-    Attributes:
-        store: holds (Q, D) features.
-        encoder: fingerprint of the vision side.
-        digests: hash of each image file's bytes.
-        failures: why an image has no features, by key, or by path if the file cannot be read.
-    """
-
-    store: FeatureStore
-    encoder: str
-    digests: Mapping[Path, str]
-    failures: Mapping[bytes | Path, str]
+    store: FeatureStore  # of (Q, D) features
+    encoder: str  # fingerprint of the vision side
+    digests: Mapping[Path, str]  # of each image file's bytes
+    failures: Mapping[bytes | Path, str]  # why there is none: by key, or by path of a bad file
 
 
 class CachedFeatures:
@@ -78,8 +70,14 @@ class CachedFeatures:
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).digest()
 
     def draw(self, path: Path, view: int) -> Tensor:
-        """The pixels of a view, as :func:`draw_view`."""
-        return draw_view(path, self.processor, self.seed, view, self.index.digests[path])
+        """A view, (3, H, W): a function of the image's content, the seed and the view's number.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        image = open_image(path)
+        with drawing_from(self.seed, view, self.index.digests[path]):
+            return self.processor(image)
 
     def read(self, path: Path, epoch: int) -> Tensor:
         """(Q, D) features of an image in an epoch.
@@ -120,14 +118,3 @@ def transform_fingerprint(processor: ImageProcessor, seed: int) -> str:
             parts.append("")
     parts.append(str(seed) if is_random(processor) else "")
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).hexdigest()
-
-
-def draw_view(path: Path, processor: ImageProcessor, seed: int, view: int, digest: str) -> Tensor:
-    """A view of an image, (3, H, W): a function of its content, the seed and the view's number.
-
-    Raises:
-        DataError: the image cannot be read.
-    """
-    image = open_image(path)
-    with drawing_from(seed, view, digest):
-        return processor(image)

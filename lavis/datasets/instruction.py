@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -54,9 +53,8 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         epoch, index = key
         record = self.records[index]
         try:
-            pixel_values, query_features = self.images(record, epoch, index)
-            word_ids = self.word_ids(record)
             encoded = self.encode(record)
+            pixel_values, query_features = self.images(record, epoch, index)
         except DataError as error:
             return BadSample(record.sample_id, str(error))
         return Sample(
@@ -64,7 +62,7 @@ class InstructionDataset(Dataset[Sample | BadSample]):
             input_ids=torch.tensor(encoded.input_ids),
             labels=torch.tensor(encoded.labels),
             pixel_values=pixel_values,
-            word_ids=word_ids,
+            word_ids=self.word_ids(record),
             query_features=query_features,
         )
 
@@ -74,22 +72,12 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         Raises:
             DataError: if truncation would leave nothing to learn from, or as :meth:`turns`.
         """
-        self.word_ids(record)
         return self.encoder.encode(self.turns(record))
 
     def word_ids(self, record: Record) -> Tensor:
-        """Token ids of the phrases that stand for an image: (1, Q, W), or nothing without any.
-
-        Raises:
-            DataError: there are not as many phrases as an image has positions.
-        """
+        """Token ids of the phrases that stand for an image: (1, Q, W), or nothing without any."""
         if not record.words:
             return NO_WORDS
-        if len(record.words) != self.encoder.num_query_token:
-            raise DataError(
-                f"{len(record.words)} phrases in `words`, but an image takes "
-                f"{self.encoder.num_query_token} positions (model.num_query_token)"
-            )
         rows = [self.encoder.tokenizer.encode(f" {phrase.strip()}") for phrase in record.words]
         width = max(map(len, rows))
         return torch.tensor([[[*row, *[-1] * (width - len(row))] for row in rows]])
@@ -98,9 +86,15 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         """A record's turns as the model reads them.
 
         Raises:
-            DataError: its video is damaged, or the text processor changes the placeholders.
+            DataError: its video is damaged, it has not as many phrases as an image has positions,
+                or the text processor changes the placeholders.
         """
         turns: Sequence[Turn] = record.turns
+        if record.words and len(record.words) != self.encoder.num_query_token:
+            raise DataError(
+                f"{len(record.words)} phrases in `words`, but an image takes "
+                f"{self.encoder.num_query_token} positions (model.num_query_token)"
+            )
         images = 1 if record.words else len(record.images)
         if record.video is not None:
             images = len(frame_indices(count_frames(record.video), self.max_frames))
@@ -121,25 +115,16 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         Raises:
             DataError: an image or a video cannot be read.
         """
-        if self.features is None:
-            return self.pixels(record, epoch, index), NO_FEATURES
-        cached = [self.features.read(path, epoch) for path in record.images]
-        return torch.empty(0), torch.stack(cached) if cached else NO_FEATURES
-
-    def pixels(self, record: Record, epoch: int, index: int) -> Tensor:
-        """A record's images, augmented: (N, 3, H, W), or an empty tensor without any.
-
-        Raises:
-            DataError: an image or a video cannot be read.
-        """
-        with drawing_from(self.seed, epoch, index):
-            pixels = [self.vis_processor(image) for image in self._images(record)]
-        return torch.stack(pixels) if pixels else torch.empty(0)
-
-    def _images(self, record: Record) -> list[Image.Image]:
+        if self.features is not None:
+            cached = [self.features.read(path, epoch) for path in record.images]
+            return torch.empty(0), torch.stack(cached) if cached else NO_FEATURES
         if record.video is not None:
-            return open_frames(record.video, self.max_frames)
-        return [open_image(path) for path in record.images]
+            images = open_frames(record.video, self.max_frames)
+        else:
+            images = [open_image(path) for path in record.images]
+        with drawing_from(self.seed, epoch, index):
+            pixels = [self.vis_processor(image) for image in images]
+        return torch.stack(pixels) if pixels else torch.empty(0), NO_FEATURES
 
 
 class ConcatDataset(Dataset[Sample | BadSample]):

@@ -22,7 +22,7 @@ from lavis.common.schema import Config
 from lavis.common.types import AUTOCAST, Batch, Metric
 from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import collate, settle_bad
-from lavis.datasets.feature_cache import Counts, FeatureCache
+from lavis.datasets.feature_cache import Counts, fill_features
 from lavis.datasets.instruction import ConcatDataset
 from lavis.datasets.plan import shared_batches
 from lavis.models.compute.schedule import StepSchedule
@@ -75,7 +75,7 @@ class ImageTextPretrainTask:
         self._check_packages()
         self._check_model(answers=answers)
         if run.feature_cache.enabled:
-            FeatureCache(config, FrozenVision(config)).check()
+            FrozenVision(config).check()
 
     def build_datasets(self) -> Dataset[Any]:
         """Read and check all annotations; the training splits end to end.
@@ -142,11 +142,11 @@ class ImageTextPretrainTask:
         afterwards is encoded at once. Every process must call it.
 
         Raises:
-            ConfigError, DataError: as :meth:`FeatureCache.fill`.
+            ConfigError, DataError: as :func:`fill_features`.
         """
         self._features["device"] = device
-        cache = FeatureCache(self.config, FrozenVision(self.config))
-        return cache.fill(self._features.pop("waiting", []), device)
+        waiting = self._features.pop("waiting", [])
+        return fill_features(self.config, waiting, FrozenVision(self.config), device)
 
     def build_model(self, device: torch.device) -> nn.Module:
         """Build the model and load its weights; without its vision side for cached features."""

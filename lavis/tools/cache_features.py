@@ -32,7 +32,6 @@ def main() -> int:
 
     from lavis.common import dist
     from lavis.common.registry import TASKS
-    from lavis.datasets.feature_cache import features_folder
     from lavis.runners.launch import distributed
 
     task = TASKS.get(run.task)(config)
@@ -44,9 +43,9 @@ def main() -> int:
             for split in evaluated:
                 task.evaluation_split(split)
         counts = task.cache_features(device)
+        folder = run.feature_cache.folder(config.env.cache_root)
         print_once(
-            f"{counts.found} found, {counts.encoded} encoded, {counts.failed} failed: "
-            f"{features_folder(config)}"
+            f"{counts.found} found, {counts.encoded} encoded, {counts.failed} failed: {folder}"
         )
     return 0
 

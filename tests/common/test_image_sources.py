@@ -224,7 +224,8 @@ def test_every_reader_sees_the_same(
     )
     from lavis.common.types import Sample
     from lavis.datasets.builders import InstructionBuilder
-    from lavis.datasets.features import draw_view
+    from lavis.datasets.feature_store import FeatureStore
+    from lavis.datasets.features import CachedFeatures, FeatureIndex
     from lavis.processors.config import ImageEvalConfig
     from lavis.processors.conversation import ChatML, ConversationEncoder
     from lavis.processors.image import BlipImageEval
@@ -247,7 +248,9 @@ def test_every_reader_sees_the_same(
     sample = builder.build("train", encoder, train=True, seed=0, on_bad="error")[0, 0]
     assert isinstance(sample, Sample) and torch.equal(sample.pixel_values[0], wanted)
 
-    assert torch.equal(draw_view(path, BlipImageEval(config), 0, 0, ""), wanted)
+    cached = CachedFeatures(BlipImageEval(config), 0, 1)
+    cached.index = FeatureIndex(FeatureStore(tmp_path, (1, 1), "fp32"), "", {path: ""}, {})
+    assert torch.equal(cached.draw(path, 0), wanted)
 
     class Model:
         tokenizer = None

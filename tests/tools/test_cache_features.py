@@ -24,7 +24,7 @@ from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.registry import RUNNERS, TASKS
 from lavis.common.types import NO_WORDS
 from lavis.datasets import feature_store
-from lavis.datasets.feature_cache import Counts, features_folder
+from lavis.datasets.feature_cache import Counts
 from lavis.models.build import Assembly
 from lavis.models.vision.eva_qformer import EvaQFormer
 from tests.conftest import REPO, TOY
@@ -373,10 +373,12 @@ def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
 
 
 def test_the_folder(tmp_path: Path) -> None:
-    config = load_config(PROJECT, [f"env.cache_root={tmp_path}", "run.feature_cache.dir=a/b"])
-    assert features_folder(config) == tmp_path / "a" / "b"
-    config = load_config(PROJECT, [])
-    assert features_folder(config) == Path(os.environ["XDG_CACHE_HOME"]) / "lavis" / "features"
+    def folder(*options: str) -> Path:
+        config = load_config(PROJECT, [f"env.cache_root={tmp_path}", *options])
+        return config.run.feature_cache.folder(config.env.cache_root)
+
+    assert folder("run.feature_cache.dir=a/b") == tmp_path / "a" / "b"
+    assert folder() == Path(os.environ["XDG_CACHE_HOME"]) / "lavis" / "features"
     with pytest.raises(ConfigError, match=r"run\.feature_cache\.views must be at least 1"):
         load_config(PROJECT, ["run.feature_cache.views=0"])
 

@@ -7,12 +7,12 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lavis.common.errors import ConfigError
+from lavis.common.paths import require_writable
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config
 from lavis.common.types import AUTOCAST
@@ -34,7 +34,8 @@ class FrozenVision:
         """Check that features can be kept, before anything is read.
 
         Raises:
-            ConfigError: training changes them, or no file determines them.
+            ConfigError: training changes them, no file determines them, or their folder cannot be
+                written.
         """
         model = self._model
         if model.trained_vision:
@@ -50,7 +51,8 @@ class FrozenVision:
                 f"(model.from_scratch, model.load_pretrained), which nothing can find again; name "
                 f"weight files, or set {_KEY}.enabled: false"
             )
-        checkpoint = model.finetuned_path(self.config.env.cache_root)
+        root = self.config.env.cache_root
+        checkpoint = model.finetuned_path(root)
         names = open_pth(checkpoint) if checkpoint is not None else ()
         if found := next((name for name in names if name.startswith(_NAMES)), None):
             raise ConfigError(
@@ -58,21 +60,17 @@ class FrozenVision:
                 "vision side from model.vit_weights and model.pretrained alone; write its parts "
                 f"with python -m lavis.tools.export, or set {_KEY}.enabled: false"
             )
+        require_writable(self.config.run.feature_cache.folder(root), f"{_KEY}.dir", ConfigError)
 
-    def describe(
-        self, device: torch.device, digest: Callable[[Path], str]
-    ) -> tuple[str, tuple[int, int]]:
+    def describe(self, device: torch.device) -> tuple[str, tuple[int, int]]:
         """What :meth:`load` would give, without loading anything.
-
-        Args:
-            digest: hash of a file's bytes.
 
         Returns:
             A fingerprint of weights, settings and precision, and the shape (Q, D) of features.
         """
         run, model = self.config.run, self._model
         encoder, shape = MODELS.get(model.arch).describe_vision(
-            model, cache_root=self.config.env.cache_root, device=device, digest=digest
+            model, cache_root=self.config.env.cache_root, device=device
         )
         amp = [str(AUTOCAST[run.autocast_dtype]), model.parts[0].enable_autocast]
         parts = json.dumps([encoder, amp if run.amp else None])
