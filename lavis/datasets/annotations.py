@@ -38,7 +38,7 @@ from lavis.processors.conversation import IMAGE, SYSTEM_PROMPT, Turn
 logger = logging.getLogger(__name__)
 _NOT_JSON = (ValueError, RecursionError)  # what `json.loads` raises
 _READ = ("id", "image", "images", "video", "videos", "words", "kind", "language", "system")
-_OWN = {
+_TURN_KEYS = {
     "minigpt4qwen": ("instruction", "output", "input", "history"),
     "llava": ("conversations",),
 }  # keys of each format's turns, the first of which must be there
@@ -111,7 +111,7 @@ def read_annotations(
             continue
         try:
             unread.update(_check_keys(_object(raw), record_format))
-            yield _check_media(to_record(sample_id, raw, media_root))
+            yield to_record(sample_id, raw, media_root)
         except DataError as error:
             yield BadSample(sample_id, str(error))
     if unread:
@@ -168,27 +168,27 @@ def _check_keys(raw: dict[str, Any], record_format: str) -> list[str]:
     Raises:
         DataError: one of them would change what is learned.
     """
-    own = _OWN[record_format]
-    given = [key for key, value in raw.items() if value not in (None, "", [], {})]
-    for other, keys in _OWN.items():
-        if other != record_format and keys[0] in raw and own[0] not in raw:
+    turns = _TURN_KEYS[record_format]
+    for other, keys in _TURN_KEYS.items():
+        if other != record_format and keys[0] in raw and turns[0] not in raw:
             raise DataError(
-                f"has `{keys[0]}` but no `{own[0]}`: set the data set's format: {other}"
+                f"has `{keys[0]}` but no `{turns[0]}`: set the data set's format: {other}"
             )
-    known = (*own, *_READ)
+    known = (*turns, *_READ)
+    given = (key for key, value in raw.items() if value not in (None, "", [], {}))
     unread = [key for key in given if key not in known]
     shown = any(raw.get(key) for key in ("image", "images", "video", "videos", "words"))
     for key in unread:
         if not shown and isinstance(raw[key], str | list) and _MEDIA.search(key):
             raise DataError(f"`{key}` is not read; name files in `image` or `video`")
-        if key in _FOREIGN or any(key in keys for keys in _OWN.values()):
+        if key in _FOREIGN or any(key in keys for keys in _TURN_KEYS.values()):
             raise DataError(
                 f"`{key}` ({_FOREIGN.get(key, 'turns')}) is not read in format {record_format} and "
-                f"would be lost; write it into {_names(own)}, or remove the key"
+                f"would be lost; write it into {_names(turns)}, or remove the key"
             )
-    if own[0] not in raw:
+    if turns[0] not in raw:
         raise DataError(
-            f"`{own[0]}` must be {_TURNS[record_format]}, not None; the record has "
+            f"`{turns[0]}` must be {_TURNS[record_format]}, not None; the record has "
             f"{_names(raw) or 'no keys'}, format {record_format} reads {_names(known)}"
         )
     if raw.get("system") not in (None, "", SYSTEM_PROMPT):
@@ -278,36 +278,38 @@ def _record(sample_id: str, turns: list[Turn], raw: dict[str, Any], root: Path |
     videos = _media(raw, "video")
     if len(videos) > 1:
         raise DataError(f"has {len(videos)} videos; one can be read")
-    video = videos[0] if videos else None
-    for name in [*names, *([video] if video else [])]:
+    for name in (*names, *videos):
         if not isinstance(name, str):
             raise DataError(f"an image or video must be a file name, not {name!r:.60}")
         refuse_address(name)
     words = raw.get("words") or []
     if not isinstance(words, list) or not all(isinstance(w, str) and w.strip() for w in words):
         raise DataError(f"`words` must be a list of phrases, not {words!r:.60}")
-    if sum(map(bool, (names, video, words))) > 1:
+    if sum(map(bool, (names, videos, words))) > 1:
         raise DataError("has more than one of `image`, `video` and `words`; give one of them")
-    if (names or video) and root is None:
+    if (names or videos) and root is None:
         raise DataError("has an image, but the data set has no build_info.images.storage")
     root = root or Path()
     placeholders = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns if t.role == "user")
-    media = 1 if video or words else len(names)
+    media = 1 if videos or words else len(names)
     if placeholders != media:
-        what = "video" if video else "image" if media == 1 else "images"
+        what = "video" if videos else "image" if media == 1 else "images"
         llava = "conversations" in raw
         said = "<video>" in str(raw.get("conversations")) and not names
-        mark = ("<video>" if video or said else "<image>") if llava else IMAGE_PLACEHOLDER
+        mark = ("<video>" if videos or said else "<image>") if llava else IMAGE_PLACEHOLDER
         raise DataError(
             f"{placeholders} {mark} placeholder{'s' * (placeholders != 1)} in the "
             f"{'questions' if llava else 'instruction'} but {media} {what}; the numbers must be "
             f"equal{_misspelt(turns) if not placeholders and not llava else ''}"
         )
+    for path in (files := [root / name for name in (*names, *videos)]):
+        if not is_file(path):
+            raise DataError(f"no image or video {path!s:.300}")
     return Record(
         sample_id,
         tuple(turns),
-        images=tuple(root / n for n in names),
-        video=root / video if video else None,
+        images=() if videos else tuple(files),
+        video=files[0] if videos else None,
         words=tuple(words),
         tags={k: raw[k] for k in ("kind", "language") if isinstance(raw.get(k), str)},
     )
@@ -326,10 +328,3 @@ def _misspelt(turns: Iterable[Turn]) -> str:
     tags = ("<image>", "<video>", "<ImageHere", "<imagehere>", "<|image_pad|>", "<img>")
     found = next((tag for tag in tags for t in turns if tag in t.text), None)
     return f" ({found} is no placeholder; write {IMAGE_PLACEHOLDER})" if found else ""
-
-
-def _check_media(record: Record) -> Record:
-    for path in (*record.images, *([record.video] if record.video else [])):
-        if not is_file(path):
-            raise DataError(f"no image or video {path!s:.300}")
-    return record

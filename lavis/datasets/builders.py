@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lavis.common.registry import PROCESSORS, did_you_mean
 from lavis.common.schema import DatasetConfig, PreprocessConfig, ProcessorConfig
 from lavis.common.types import BadSample, Encoded
 from lavis.datasets.annotations import Record, read_annotations
-from lavis.datasets.collate import list_bad
+from lavis.datasets.collate import list_bad, report_bad
 from lavis.datasets.features import CachedFeatures
 from lavis.datasets.instruction import InstructionDataset
 from lavis.datasets.lengths import Length, count_tokens
@@ -100,7 +100,17 @@ class InstructionBuilder:
             features=None if views is None else CachedFeatures(images, seed, views),
         )
         good, bad = self._read(split, dataset.encode)
-        report_bad(self.name, split, len(good), bad, on_bad)
+        report_bad(
+            bad,
+            on_bad,
+            f"datasets.{self.name}, split {split!r}: {len(bad)} of {len(good) + len(bad)} records "
+            "cannot be used",
+            f"datasets.{self.name}, {split}: skipped {len(bad)}",
+        )
+        if not good:
+            raise DataError(
+                f"datasets.{self.name}, split {split!r}: no usable record{list_bad(bad)}"
+            )
         if cut := [n for _, n in good if n.cut]:
             logger.warning(
                 "datasets.%s, %s: %d of %d records are longer than model.max_txt_len %d: %d tokens "
@@ -154,23 +164,3 @@ class InstructionBuilder:
             f"datasets.{self.name}.{kind}.{side} is missing, and the model's preprocess section "
             "names none"
         )
-
-
-def report_bad(name: str, split: str, good: int, bad: Sequence[BadSample], on_bad: str) -> None:
-    """Refuse or log bad samples.
-
-    Args:
-        good: how many the others are.
-
-    Raises:
-        DataError: with ``on_bad="error"`` and a bad sample, or if no sample is left.
-    """
-    if bad and on_bad == "error":
-        raise DataError(
-            f"datasets.{name}, split {split!r}: {len(bad)} of {good + len(bad)} records "
-            f"cannot be used (run.on_bad_sample: skip leaves them out):{list_bad(bad)}"
-        )
-    if not good:
-        raise DataError(f"datasets.{name}, split {split!r}: no usable record{list_bad(bad)}")
-    if bad:
-        logger.warning("datasets.%s, %s: skipped %d:%s", name, split, len(bad), list_bad(bad))

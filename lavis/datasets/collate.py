@@ -79,6 +79,18 @@ def settle_bad(bad: Iterable[BadSample], on_bad: str) -> list[BadSample]:
     return everyone
 
 
+def report_bad(bad: Sequence[BadSample], on_bad: str, refused: str, skipped: str) -> None:
+    """Refuse samples that cannot be used, or log them: some words, and the first of them.
+
+    Raises:
+        DataError: there are any, with ``on_bad="error"``.
+    """
+    if bad and on_bad == "error":
+        raise DataError(f"{refused} (run.on_bad_sample: skip leaves them out):{list_bad(bad)}")
+    if bad and dist.is_main():
+        logger.warning("%s:%s", skipped, list_bad(bad))
+
+
 def list_bad(bad: Sequence[BadSample]) -> str:
     """The first bad samples, a line each, for a message."""
     more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""

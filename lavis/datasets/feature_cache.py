@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -17,12 +16,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lavis.common import dist
-from lavis.common.errors import ConfigError, DataError, LavisError
+from lavis.common.errors import ConfigError, DataError
 from lavis.common.hashing import file_digest
 from lavis.common.schema import Config, RunConfig
 from lavis.common.types import BadSample
 from lavis.common.workers import leave_signals_to_parent
-from lavis.datasets.collate import list_bad
+from lavis.datasets.collate import report_bad
 from lavis.datasets.feature_store import FeatureStore
 from lavis.datasets.features import CachedFeatures, FeatureIndex
 from lavis.datasets.instruction import InstructionDataset
@@ -87,20 +86,24 @@ def fill_features(
         logger.info(
             "feature cache %s: %d of %d views of images are there", store.folder, found, len(views)
         )
-    with torch.random.fork_rng(devices=[]):
+    with dist.raise_together(), torch.random.fork_rng(devices=[]):
         mine = _encode([views[key] for key in _share(missing)], store, vision, config.run, device)
     for share in dist.gather(mine):
         failures.update(share)
-    bad = {views[k].path if isinstance(k, bytes) else k: why for k, why in failures.items()}
-    _report([BadSample(names[path], why) for path, why in bad.items()], config.run.on_bad_sample)
+    report_bad(
+        [BadSample(names[path], why) for path, why in failures.items()],
+        config.run.on_bad_sample,
+        "run.feature_cache: records cannot be used, since their images cannot be encoded",
+        "records with these images are left out",
+    )
     store.refresh()
-    unseen = sum(key not in store and key not in failures for key in missing)
+    unseen = sum(key not in store and views[key].path not in failures for key in missing)
     if any(dist.gather(unseen)):
         raise ConfigError(
             f"run.feature_cache.dir: {unseen} features that other processes have written are not "
             f"in {store.folder}; all machines must share the folder"
         )
-    return Counts(found, sum(key not in failures for key in missing), len(failures))
+    return Counts(found, sum(key in store for key in missing), len(failures))
 
 
 def _refuse_videos(datasets: Sequence[InstructionDataset]) -> None:
@@ -112,19 +115,14 @@ def _refuse_videos(datasets: Sequence[InstructionDataset]) -> None:
             )
 
 
-def _hash(paths: Sequence[Path]) -> tuple[dict[Path, str], dict[bytes | Path, str]]:
+def _hash(paths: Sequence[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
     """Hashes of files, and why some cannot be read. Each process reads its share."""
     mine = _share(paths)
     with ThreadPoolExecutor(_THREADS) as pool:
         results = list(_bar(pool.map(_digest, mine), "hashing images", len(mine)))
-    everyone = itertools.chain.from_iterable(dist.gather(list(zip(mine, results, strict=True))))
-    digests: dict[Path, str] = {}
-    failures: dict[bytes | Path, str] = {}
-    for path, result in everyone:
-        if isinstance(result, OSError):
-            failures[path] = f"{path} cannot be read: {result}"
-        else:
-            digests[path] = result
+    everyone = dict(chain.from_iterable(dist.gather(list(zip(mine, results, strict=True)))))
+    digests = {path: found for path, found in everyone.items() if isinstance(found, str)}
+    failures = {p: f"{p} cannot be read: {e}" for p, e in everyone.items() if p not in digests}
     return digests, failures
 
 
@@ -148,7 +146,7 @@ def _missing(keys: Sequence[bytes], store: FeatureStore) -> list[bytes]:
     """Keys without an undamaged feature, in order; every process reads its share."""
     mine = _share(keys)
     absent = [k for k in _bar(mine, "checking features", len(mine)) if store.get(k) is None]
-    everyone = set(itertools.chain.from_iterable(dist.gather(absent)))
+    everyone = set(chain.from_iterable(dist.gather(absent)))
     return [key for key in keys if key in everyone]
 
 
@@ -158,33 +156,28 @@ def _encode(
     vision: Vision,
     run: RunConfig,
     device: torch.device,
-) -> dict[bytes, str]:
-    """Encode and write. Returns what could not be encoded, and why."""
-    failed: dict[bytes, str] = {}
+) -> dict[Path, str]:
+    """Encode and write. Returns the images that could not be encoded, and why."""
+    failed: dict[Path, str] = {}
     encode: Callable[[Tensor], Tensor] | None = None
     try:
-        with ExitStack() as at_end:
-            at_end.callback(store.flush)  # also of what an interrupt leaves
-            for batch in _batches(views, run.num_workers):
-                failed |= {v.key: why for v, why in batch if isinstance(why, str)}
-                if good := [(v, p) for v, p in batch if isinstance(p, Tensor)]:
-                    encode = encode or vision.load(device)
-                    features = _padded(encode, [p for _, p in good]).to(store.dtype)
-                    for (view, _), feature in zip(good, features, strict=False):
-                        if torch.isfinite(feature).all():
-                            store.add(view.key, feature)
-                        else:
-                            failed[view.key] = (
-                                f"the features of {view.path} are not finite in "
-                                f"{run.feature_cache.dtype} (run.feature_cache.dtype)"
-                            )
-                if failed and run.on_bad_sample == "error":
-                    break
-    except OSError as error:
-        raise LavisError(
-            f"run.feature_cache.dir: {store.folder} cannot be written: {error}. What has been "
-            "written so far is kept"
-        ) from error
+        for batch in _batches(views, run.num_workers):
+            failed |= {v.path: why for v, why in batch if isinstance(why, str)}
+            if good := [(v, p) for v, p in batch if isinstance(p, Tensor)]:
+                encode = encode or vision.load(device)
+                features = _padded(encode, [p for _, p in good]).to(store.dtype)
+                for (view, _), feature in zip(good, features, strict=False):
+                    if torch.isfinite(feature).all():
+                        store.add(view.key, feature)
+                    else:
+                        failed[view.path] = (
+                            f"the features of {view.path} are not finite in "
+                            f"{run.feature_cache.dtype} (run.feature_cache.dtype)"
+                        )
+            if failed and run.on_bad_sample == "error":
+                break
+    finally:
+        store.flush()  # also when it is interrupted
     encode = None
     gc.collect()
     if device.type == "cuda":
@@ -222,21 +215,6 @@ def _padded(encode: Callable[[Tensor], Tensor], pixels: list[Tensor]) -> Tensor:
     if len({p.shape for p in pixels}) > 1:
         raise DataError("image processors give images of different sizes; model.image_size")
     return encode(torch.stack(pixels + pixels[-1:] * (_BATCH - len(pixels))))
-
-
-def _report(bad: Sequence[BadSample], on_bad: str) -> None:
-    """Refuse or log images without features.
-
-    Raises:
-        DataError: on every process, with ``error``.
-    """
-    if bad and on_bad == "error":
-        raise DataError(
-            "run.feature_cache: images cannot be encoded (run.on_bad_sample: skip leaves their "
-            f"records out):{list_bad(bad)}"
-        )
-    if bad and dist.is_main():
-        logger.warning("records with these images are left out:%s", list_bad(bad))
 
 
 def _share(items: Sequence[T]) -> Sequence[T]:

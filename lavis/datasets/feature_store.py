@@ -11,6 +11,7 @@ import hashlib
 import logging
 import time
 import uuid
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lavis.common import dist
+from lavis.common.errors import LavisError
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_ROWS = 512  # of a shard at most: 24 MB of 32 x 768 numbers in fp16
+_BYTES = 2**25  # of a shard, about: 680 features of 32 x 768 numbers in fp16
 _SECONDS = 30  # between shards at most, so that a kill costs no more
 
 
@@ -65,9 +67,6 @@ class FeatureStore:
                 place = path, row, checksum.tobytes()
                 self._places.setdefault(key.tobytes(), []).append(place)
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 
@@ -83,20 +82,20 @@ class FeatureStore:
         """Take a feature, which is on disk after the next :meth:`flush`, or before.
 
         Raises:
-            OSError: as :meth:`flush`.
+            LavisError: as :meth:`flush`.
         """
         assert len(key) == 32 and feature.shape == self.shape
         if not self._added:
             self._due = time.monotonic() + _SECONDS
-        self._added[key] = feature.detach().to("cpu", self.dtype)
-        if len(self._added) == _ROWS or time.monotonic() > self._due:
+        self._added[key] = feature = feature.detach().to("cpu", self.dtype)
+        if len(self._added) * feature.nbytes >= _BYTES or time.monotonic() > self._due:
             self.flush()
 
     def flush(self) -> None:
         """Write what has been added since the last shard.
 
         Raises:
-            OSError: the folder cannot be written, or the disk is full; the features are dropped.
+            LavisError: the folder cannot be written, or the disk is full.
         """
         added, self._added = self._added, {}
         if not added:
@@ -107,14 +106,20 @@ class FeatureStore:
             "checksums": torch.frombuffer(bytearray(checksums), dtype=torch.uint8).view(-1, 8),
             "features": torch.stack(list(added.values())),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         temporary = path.with_suffix(".tmp")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(safetensors.torch.save(shard))
             temporary.replace(path)
+        except OSError as error:
+            raise LavisError(
+                f"run.feature_cache.dir: {self.folder} cannot be written: {error}. What has been "
+                "written so far is kept"
+            ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
 
 @cache

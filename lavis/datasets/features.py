@@ -31,7 +31,7 @@ class FeatureIndex(NamedTuple):
     store: FeatureStore  # of (Q, D) features
     encoder: str  # fingerprint of the vision side
     digests: Mapping[Path, str]  # of each image file's bytes
-    failures: Mapping[bytes | Path, str]  # why there is none: by key, or by path of a bad file
+    failures: Mapping[Path, str]  # why an image has no features
 
 
 class CachedFeatures:
@@ -85,16 +85,14 @@ class CachedFeatures:
         Raises:
             DataError: the image cannot be read, or its features have been damaged since the start.
         """
-        index = self.index
-        if path not in index.digests:
-            raise DataError(index.failures.get(path, f"{path} has no cached features"))
-        key = self.key(path, epoch % self.views)
-        features = index.store.get(key)
+        store, failures = self.index.store, self.index.failures
+        if path in failures:
+            raise DataError(failures[path])
+        features = store.get(self.key(path, epoch % self.views))
         if features is None:
             raise DataError(
-                index.failures.get(key)
-                or f"the cached features of {path} are gone or damaged ({index.store.folder}); "
-                "the next start makes them again"
+                f"the cached features of {path} are gone or damaged ({store.folder}); the next "
+                "start makes them again"
             )
         return features
 

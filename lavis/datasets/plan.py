@@ -88,11 +88,6 @@ class BatchPlan:
         ]
         return [drawn[i] for i in _permutation(len(drawn), self.seed, epoch)]
 
-    def step(self, epoch: int, step: int) -> list[int]:
-        """Sample indices of a step of an epoch, in order."""
-        start = step * self.samples_per_step
-        return self.order(epoch)[start : start + self.samples_per_step]
-
     def micro_batches(self, epoch: int, rank: int = 0, first_step: int = 0) -> list[MicroBatches]:
         """What a rank computes in an epoch: its micro-batches of each step, from a step on."""
         order, size = self.order(epoch), self.samples_per_step

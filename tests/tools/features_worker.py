@@ -1,4 +1,4 @@
-"""``lavis.tools.cache_features`` with shards of 4, killed after ``TEST_KILL_AFTER`` features."""
+"""``lavis.tools.cache_features`` with a shard for each feature, killed after ``TEST_KILL_AFTER`` features."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def _add_or_die(self: FeatureStore, key: bytes, value: Any) -> None:
 
 if __name__ == "__main__":
     if _left[0]:
-        feature_store._ROWS = 4
+        feature_store._BYTES = 1
     FeatureStore.add = _add_or_die  # type: ignore[method-assign]
     run_cli(main)
