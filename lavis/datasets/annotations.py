@@ -124,6 +124,8 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     if text.startswith("version https://git-lfs"):
         raise DataError(f"{path} is a Git LFS pointer; fetch the file with: git lfs pull")
     if path.suffix.lower() == ".jsonl":

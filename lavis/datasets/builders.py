@@ -46,23 +46,17 @@ class InstructionBuilder:
             ConfigError: a split is not described.
             DataError: a path is missing.
         """
-        info = self.config.build_info
+        key, known = f"datasets.{self.name}.build_info", self.config.build_info.annotations
         for split in splits:
-            if split not in info.annotations:
-                known = ", ".join(info.annotations)
+            if split not in known:
                 raise ConfigError(
-                    f"datasets.{self.name}.build_info.annotations has no split {split!r}"
-                    f"{did_you_mean(split, info.annotations)} (it has: {known})"
+                    f"{key}.annotations has no split {split!r}{did_you_mean(split, known)} "
+                    f"(it has: {', '.join(known)})"
                 )
             for path in self._annotation_files(split):
-                require(path, f"{self._key}.annotations.{split}.storage", DataError)
-        if info.images.storage is not None:
-            require(
-                cache_path(info.images.storage, self.cache_root),
-                f"{self._key}.images.storage",
-                DataError,
-                directory=True,
-            )
+                require(path, f"{key}.annotations.{split}.storage", DataError)
+        if (folder := self._media_root) is not None:
+            require(folder, f"{key}.images.storage", DataError, directory=True)
 
     def build(
         self,
@@ -126,12 +120,10 @@ class InstructionBuilder:
     def _read(
         self, split: str, encode: Callable[[Record], Encoded]
     ) -> tuple[list[tuple[Record, Length]], list[BadSample]]:
-        storage = self.config.build_info.images.storage
-        media_root = None if storage is None else cache_path(storage, self.cache_root)
         good: list[tuple[Record, Length]] = []
         bad: list[BadSample] = []
         for path in self._annotation_files(split):
-            records = list(read_annotations(path, media_root, self.config.format))
+            records = list(read_annotations(path, self._media_root, self.config.format))
             readable = [r for r in records if isinstance(r, Record)]
             counts = iter(count_tokens(readable, encode, path.name))
             for record in records:
@@ -144,8 +136,9 @@ class InstructionBuilder:
         return good, bad
 
     @property
-    def _key(self) -> str:
-        return f"datasets.{self.name}.build_info"
+    def _media_root(self) -> Path | None:
+        storage = self.config.build_info.images.storage
+        return None if storage is None else cache_path(storage, self.cache_root)
 
     def _annotation_files(self, split: str) -> list[Path]:
         paths = self.config.build_info.annotations[split].paths

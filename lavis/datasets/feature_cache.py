@@ -43,11 +43,11 @@ class Vision(Protocol):
 
 
 class Counts(NamedTuple):
-    """What :func:`fill_features` has done, over all processes, in views of images."""
+    """What :func:`fill_features` has done, over all processes."""
 
-    found: int
-    encoded: int
-    failed: int
+    found: int  # views of images
+    encoded: int  # views of images
+    failed: int  # images
 
 
 class _View(NamedTuple):

@@ -270,6 +270,11 @@ def test_unreadable_file(media: Path, content: bytes, message: str) -> None:
     assert str(caught.value).startswith(f"{media.parent / 'ann.json'}{message}")
 
 
+def test_a_file_that_the_system_does_not_give(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.json cannot be read: .*No such file"):
+        list(read_annotations(tmp_path / "none.json", None, "llava"))
+
+
 def test_empty_list(media: Path) -> None:
     assert read(media, []) == []
 

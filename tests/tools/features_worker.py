@@ -1,4 +1,4 @@
-"""``lavis.tools.cache_features`` with a shard for each feature, killed after ``TEST_KILL_AFTER`` features."""
+"""``lavis.tools.cache_features`` killed after ``TEST_KILL_AFTER`` features, each a shard."""
 
 from __future__ import annotations
 
