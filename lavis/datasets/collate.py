@@ -43,10 +43,7 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
         document_ids=torch.repeat_interleave(torch.arange(len(good)), lengths)[None],
         pixel_values=_cat_images([s.pixel_values for s in good], torch.empty(0)),
         word_ids=stack_words([s.word_ids for s in good]),
-        described=torch.tensor(
-            [bool(len(s.word_ids)) for s in good for _ in range(_spans(s))],
-            dtype=torch.bool,
-        ),
+        described=torch.cat([torch.full((_spans(s),), len(s.word_ids) > 0) for s in good]),
         sample_ids=tuple(s.sample_id for s in good if s is not _FILLER),
         bad=bad,
         query_features=_cat_images([s.query_features for s in good], NO_FEATURES),
