@@ -19,17 +19,11 @@ _PARALLEL_FROM = 20_000  # records; fewer are counted before other processes hav
 
 
 class Length(NamedTuple):
-    """Tokens of a record.
+    """Tokens of a record."""
 
-    Attributes:
-        kept: that are trained on.
-        cut: that lie past ``model.max_txt_len``.
-        cut_answers: answers that lie wholly among these.
-    """
-
-    kept: int
-    cut: int
-    cut_answers: int
+    kept: int  # that are trained on
+    cut: int  # that lie past `model.max_txt_len`
+    cut_answers: int  # answers that lie wholly among these
 
 
 def count_tokens(
