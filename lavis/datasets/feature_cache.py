@@ -88,8 +88,8 @@ def fill_features(
         )
     with dist.raise_together(), torch.random.fork_rng(devices=[]):
         mine = _encode([views[key] for key in _share(missing)], store, vision, config.run, device)
-    for share in dist.gather(mine):
-        failures.update(share)
+    failed = {digests[path]: why for share in dist.gather(mine) for path, why in share.items()}
+    failures.update({path: failed[d] for path, d in digests.items() if d in failed})
     report_bad(
         [BadSample(names[path], why) for path, why in failures.items()],
         config.run.on_bad_sample,

@@ -333,6 +333,21 @@ def test_a_corrupt_image_is_left_out(
     assert fill(world, cached(tmp_path / "f"), skip) == Counts(COUNT - 1, 0, 1)
 
 
+def test_a_copy_of_a_corrupt_image_is_left_out_too(
+    broken: tuple[Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world, name = broken
+    records = json.loads((world / "train.json").read_text(encoding="utf-8"))
+    copy = [r for r in records if "image" in r][7]
+    (world / "image" / copy["image"]).write_bytes(b"hello")
+    task = build_task(world, cached(tmp_path / "f"), "run.on_bad_sample=skip")
+    (part,) = task.build_split("train", train=True)
+    assert task.cache_features(torch.device("cpu")) == Counts(0, COUNT - 2, 2)
+    assert name in caplog.text and str(copy["id"]) in caplog.text
+    bad = [part[0, i] for i, r in enumerate(records) if str(r["id"]) in (name, str(copy["id"]))]
+    assert all("is not an image that can be read" in sample.reason for sample in bad)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
