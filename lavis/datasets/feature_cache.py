@@ -6,7 +6,6 @@ import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -55,6 +54,7 @@ class _View(NamedTuple):
 
     key: bytes
     path: Path
+    digest: str
     number: int
     source: CachedFeatures
 
@@ -64,8 +64,8 @@ def fill_features(
 ) -> Counts:
     """Encode what the cache lacks, and tell the data sets' ``features`` where to find all.
 
-    Every process must call it with the same data sets; each encodes its share. PyTorch's random
-    numbers go on as if nothing had been drawn.
+    Every process must call it with the same data sets; each hashes, checks and encodes its share of
+    the images. PyTorch's random numbers go on as if nothing had been drawn.
 
     Raises:
         ConfigError: a record holds a video, or the processes do not see the same folder.
@@ -77,18 +77,21 @@ def fill_features(
     encoder, shape = vision.describe(device)
     store = FeatureStore(cache.folder(config.env.cache_root), shape, cache.dtype)
     names = {p: r.sample_id for d in datasets for r in d.records for p in r.images}
-    digests, failures = _hash(list(names))
+    digests, failures = _hash(list(names)[dist.rank() :: dist.world_size()])
     index = FeatureIndex(store, encoder, digests, failures)
-    views = {v.key: v for d in datasets for v in _views(d, index)}
-    missing = _missing(list(views), store)
-    found = len(views) - len(missing)
+    views = {v.key: v for d in datasets for v in _views(d, index)}  # of this process's images
+    checked = _bar(views.values(), "checking features", len(views))
+    missing = [view for view in checked if store.get(view.key) is None]
+    total, absent = map(int, dist.add_up([len(views), len(missing)]))
     if dist.is_main():
-        logger.info(
-            "feature cache %s: %d of %d views of images are there", store.folder, found, len(views)
-        )
+        there = total - absent
+        logger.info("feature cache %s: %d of %d views are there", store.folder, there, total)
     with dist.raise_together(), torch.random.fork_rng(devices=[]):
-        mine = _encode([views[key] for key in _share(missing)], store, vision, config.run, device)
-    failed = {digests[path]: why for share in dist.gather(mine) for path, why in share.items()}
+        failed = _encode(missing, store, vision, config.run, device)
+    for hashed, unread, unfit in dist.gather((digests, failures, failed)):
+        digests.update(hashed)
+        failures.update(unread)
+        failed.update(unfit)
     failures.update({path: failed[d] for path, d in digests.items() if d in failed})
     report_bad(
         [BadSample(names[path], why) for path, why in failures.items()],
@@ -97,13 +100,15 @@ def fill_features(
         "records with these images are left out",
     )
     store.refresh()
-    unseen = sum(key not in store and views[key].path not in failures for key in missing)
+    kept = [v for d in datasets for v in _views(d, index) if v.path not in failures]
+    unseen = sum(view.key not in store for view in kept)
     if any(dist.gather(unseen)):
         raise ConfigError(
             f"run.feature_cache.dir: {unseen} features that other processes have written are not "
             f"in {store.folder}; all machines must share the folder"
         )
-    return Counts(found, sum(key in store for key in missing), len(failures))
+    encoded = dist.add_up([sum(view.key in store for view in missing)])[0]
+    return Counts(total - absent, int(encoded), len(failures))
 
 
 def _refuse_videos(datasets: Sequence[InstructionDataset]) -> None:
@@ -116,13 +121,12 @@ def _refuse_videos(datasets: Sequence[InstructionDataset]) -> None:
 
 
 def _hash(paths: Sequence[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
-    """Hashes of files, and why some cannot be read. Each process reads its share."""
-    mine = _share(paths)
+    """Hashes of files, and why some cannot be read."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        results = list(_bar(pool.map(_digest, mine), "hashing images", len(mine)))
-    everyone = dict(chain.from_iterable(dist.gather(list(zip(mine, results, strict=True)))))
-    digests = {path: found for path, found in everyone.items() if isinstance(found, str)}
-    failures = {p: f"{p} cannot be read: {e}" for p, e in everyone.items() if p not in digests}
+        results = list(_bar(pool.map(_digest, paths), "hashing images", len(paths)))
+    found = dict(zip(paths, results, strict=True))
+    digests = {path: digest for path, digest in found.items() if isinstance(digest, str)}
+    failures = {p: f"{p} cannot be read: {e}" for p, e in found.items() if p not in digests}
     return digests, failures
 
 
@@ -137,17 +141,10 @@ def _views(dataset: InstructionDataset, index: FeatureIndex) -> Iterator[_View]:
     """All views of a data set's readable images, whose features it will find in the index."""
     assert dataset.features is not None, "built for pixels"
     dataset.features.index = index
-    for path in {p: None for r in dataset.records for p in r.images if p in index.digests}:
+    for path in dict.fromkeys(p for r in dataset.records for p in r.images if p in index.digests):
         for number in range(dataset.features.views):
-            yield _View(dataset.features.key(path, number), path, number, dataset.features)
-
-
-def _missing(keys: Sequence[bytes], store: FeatureStore) -> list[bytes]:
-    """Keys without an undamaged feature, in order; every process reads its share."""
-    mine = _share(keys)
-    absent = [k for k in _bar(mine, "checking features", len(mine)) if store.get(k) is None]
-    everyone = set(chain.from_iterable(dist.gather(absent)))
-    return [key for key in keys if key in everyone]
+            key = dataset.features.key(path, number)
+            yield _View(key, path, index.digests[path], number, dataset.features)
 
 
 def _encode(
@@ -156,13 +153,13 @@ def _encode(
     vision: Vision,
     run: RunConfig,
     device: torch.device,
-) -> dict[Path, str]:
-    """Encode and write. Returns the images that could not be encoded, and why."""
-    failed: dict[Path, str] = {}
+) -> dict[str, str]:
+    """Encode and write. Returns hashes of images that could not be encoded, and why."""
+    failed: dict[str, str] = {}
     encode: Callable[[Tensor], Tensor] | None = None
     try:
         for batch in _batches(views, run.num_workers):
-            failed |= {v.path: why for v, why in batch if isinstance(why, str)}
+            failed |= {v.digest: why for v, why in batch if isinstance(why, str)}
             if good := [(v, p) for v, p in batch if isinstance(p, Tensor)]:
                 encode = encode or vision.load(device)
                 features = _padded(encode, [p for _, p in good]).to(store.dtype)
@@ -170,7 +167,7 @@ def _encode(
                     if torch.isfinite(feature).all():
                         store.add(view.key, feature)
                     else:
-                        failed[view.path] = (
+                        failed[view.digest] = (
                             f"the features of {view.path} are not finite in "
                             f"{run.feature_cache.dtype} (run.feature_cache.dtype)"
                         )
@@ -215,11 +212,6 @@ def _padded(encode: Callable[[Tensor], Tensor], pixels: list[Tensor]) -> Tensor:
     if len({p.shape for p in pixels}) > 1:
         raise DataError("image processors give images of different sizes; model.image_size")
     return encode(torch.stack(pixels + pixels[-1:] * (_BATCH - len(pixels))))
-
-
-def _share(items: Sequence[T]) -> Sequence[T]:
-    """This process's part."""
-    return items[dist.rank() :: dist.world_size()]
 
 
 def _bar(items: Iterable[T], title: str, total: int) -> tqdm[T]:
