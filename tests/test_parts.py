@@ -28,6 +28,7 @@ from lavis.processors.contracts import Piece, Turn
 from lavis.processors.templates import TokenizerTemplate
 from lavis.tasks.features import FeatureCache
 from tests.conftest import REPO
+from tests.gguf_files import write_gguf
 from tests.processors.families import FAMILIES
 
 TOYBOX = REPO / "examples" / "toybox"
@@ -41,6 +42,7 @@ LANGUAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"hidden_size": 48, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", {"layer_types": ["sliding_attention", "full_attention"]}),
 }
+GGUF = "gguf/model.gguf"
 CHECKPOINT = "checkpoint_latest.pth"
 
 
@@ -54,6 +56,15 @@ def save_language(folder: Path, family: str, template: str, **options: Any) -> P
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     return FAMILIES[template].save(folder)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(home: Path) -> Path:
+    """A file as a user downloads it, and the folder it was made of, ``home/unpacked``."""
+    folder = save_language(home / "unpacked", "qwen2", "chatml")
+    (home / GGUF).parent.mkdir()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return write_gguf(home / GGUF, model, (FAMILIES["chatml"], folder, "gpt2", "qwen2"))
 
 
 def model_yaml(language: Path) -> dict[str, Any]:
@@ -176,6 +187,41 @@ def test_features_serve_every_language_model(
         runner = prepare(home, *options, language(home, name), job=name)
         assert runner.model.vision is None
         runner.train()
+
+
+def test_a_gguf_file_is_the_folder_it_was_made_of(
+    home: Path, gguf_file: Path, tmp_path: Path
+) -> None:
+    """Trained, saved, loaded and asked: the same numbers, and nothing is read for the sizes."""
+    options = [f"run.output_dir={tmp_path}", "run.max_epoch=1"]
+    packed = prepare(home, *options, language(home, GGUF), job="packed")
+    folder = prepare(home, *options, language(home, "unpacked"), job="unpacked")
+    assert loss(packed) == pytest.approx(loss(folder), rel=1e-6)
+    texts = [Turn("user", "<ImageHere>What is it? <|im_end|>"), Turn("assistant", "A cat.")]
+    assert packed.model.encoder.encode(texts) == folder.model.encoder.encode(texts)
+    before, path = loss(packed), packed.train()
+    assert loss(packed) < before
+    trained, wanted = state(path), state(folder.train())
+    assert trained.keys() == wanted.keys() == {"llm_proj.weight", "llm_proj.bias"}
+    for key, tensor in trained.items():
+        torch.testing.assert_close(tensor, wanted[key], rtol=1e-4, atol=1e-6)
+
+    resumed = prepare(home, *options, language(home, GGUF), job="resumed")
+    resumed.model.load_checkpoint(path)
+    assert loss(resumed) == loss(packed)
+    assert packed.model.chat("cat", max_new_tokens=5) == resumed.model.chat("cat", max_new_tokens=5)
+
+    adapted = prepare(home, *options, language(home, GGUF), ADAPTED, job="adapted")
+    assert sum("lora_" in name for name in state(adapted.train())) == 2 * 2 * 7
+
+
+def test_a_gguf_file_that_is_none(home: Path, gguf_file: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf_file.read_bytes()[:-4000])
+    with pytest.raises(WeightsError, match=r"broken\.gguf cannot be read"):
+        prepare(home, f"model.language.path={broken}")
+    with pytest.raises(WeightsError, match=r"model\.language\.path: no file .*absent\.gguf"):
+        prepare(home, f"model.language.path={tmp_path / 'absent.gguf'}")
 
 
 # --- what learns ----------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +23,7 @@ from lavis.processors.conversation import ConversationEncoder, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
 from lavis.processors.proof import check, prove
 from lavis.processors.templates import TokenizerTemplate
+from tests.gguf_files import write_gguf
 from tests.processors.families import CHATML, FAMILIES, Family, byte_level
 
 ROWS = 700
@@ -526,28 +526,9 @@ def test_half_a_surrogate_pair_is_replaced(built: Built) -> None:
 def test_a_gguf_file(
     name: str, kind: str, splits: str, families: dict[str, Built], tmp_path: Path
 ) -> None:
-    gguf = pytest.importorskip("gguf")
-    built, path = families[name], tmp_path / "model.gguf"
-    state = json.loads((built.folder / "tokenizer.json").read_text())
-    special = {t["content"]: t["id"] for t in state["added_tokens"]}
-    vocab = state["model"]["vocab"] | special
-    tokens = sorted(vocab, key=vocab.__getitem__)
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre(splits)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if t in special else 6 if t[:3] == "<0x" else 1 for t in tokens])
-    writer.add_token_scores([-float(i) for i in range(len(tokens))])
-    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
-    writer.add_eos_token_id(vocab[built.family.names["eos_token"]])
-    if "bos_token" in built.family.names:
-        writer.add_bos_token_id(vocab[built.family.names["bos_token"]])
-    writer.add_chat_template(built.family.template)
-    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    built = families[name]
+    given = (built.family, built.folder, kind, splits)
+    path = write_gguf(tmp_path / "model.gguf", tokenizer=given)
     tokenizer = FastTokenizer.load(path, ROWS)
     template = TokenizerTemplate(tokenizer)
     assert prove(template) == []
