@@ -27,6 +27,7 @@ from lavis.models.generation import Generator
 from lavis.processors.contracts import Piece, Turn
 from lavis.processors.templates import TokenizerTemplate
 from lavis.tasks.features import FeatureCache
+from lavis.tools.export import export
 from tests.conftest import REPO
 from tests.gguf_files import write_gguf
 from tests.processors.families import FAMILIES
@@ -274,6 +275,23 @@ def test_one_rate(home: Path, tmp_path: Path) -> None:
     groups = [g for g in runner.optimizer.param_groups if g["params"]]
     assert [g["lr"] for g in groups] == pytest.approx([3e-3, 3e-3])
     assert [g["weight_decay"] for g in groups] == [0.05, 0]
+
+
+def test_a_trained_qformer_is_loaded_but_neither_cached_nor_exported(
+    home: Path, tmp_path: Path
+) -> None:
+    train = "model.train={connector: {}, vision: {parts: [qformer], lr: 1e-3}}"
+    options = (f"run.output_dir={tmp_path}", "run.max_epoch=1")
+    runner = prepare(home, train, *options)
+    path = runner.train()
+    assert any("bert" in name for name in state(path))
+    later = ("model.load_finetuned=true", f"model.finetuned={path}")
+    assert loss(prepare(home, *later, job="later")) == loss(runner)
+    with pytest.raises(LavisError, match=r"run\.feature_cache: model\.finetuned .* holds"):
+        prepare(home, *later, "run.feature_cache.enabled=true")
+    with pytest.raises(ConfigError, match=r"only parts of arch minigpt4qwen .*not of vlm"):
+        export(path, tmp_path / "out", torch.float32)
+    assert not (tmp_path / "out").exists()
 
 
 # --- late faults ----------------------------------------------------------------------------
