@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
-from lavis.models.language.proof import prove
+from lavis.models.language.proof import first_line, prove
 from lavis.models.weights.files import open_shards
 
 _SHOWN = 8  # names listed in one message
@@ -54,7 +54,7 @@ def load_hf(path: Path, *, device: torch.device, dtype: torch.dtype | None) -> C
             folder, config=text, output_loading_info=True, **options
         )
     except Exception as error:  # a damaged file, or shapes that differ: all kinds
-        raise WeightsError(f"{path} {wrong}: {_first_line(error)}") from error
+        raise WeightsError(f"{path} {wrong}: {first_line(error)}") from error
     _check(path, info)
     return prove(CausalLM(model.eval().to(device)))
 
@@ -80,7 +80,7 @@ def read_config(path: Path) -> PreTrainedConfig:
         )
     except Exception as error:  # the library's own checks raise all kinds
         verb = "read" if file is path else "used"
-        raise WeightsError(f"{file} cannot be {verb}: {_first_line(error)}") from error
+        raise WeightsError(f"{file} cannot be {verb}: {first_line(error)}") from error
     return config
 
 
@@ -156,7 +156,3 @@ def _check(path: Path, info: dict[str, Iterable[str]]) -> None:
             wrong.append(f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}")
     if wrong:
         raise WeightsError(f"{path} does not fit: " + "; ".join(wrong))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
