@@ -13,7 +13,6 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from lavis.processors.contracts import Ids, Kind, Piece
 
 _Json = dict[str, Any]
 """A part of ``tokenizer.json``."""
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 _BY_PRECEDENCE = (Kind.ANSWER, Kind.END, Kind.TEXT, Kind.DELIMITER, Kind.MARKUP)
 """The kind of a token that covers characters of several."""
 
@@ -241,14 +241,8 @@ def _byte_rule(decoder: _Json | None, path: Path) -> Callable[[str], bytes]:
     raise WeightsError(f"{path}: neither a byte-level nor a SentencePiece tokenizer")
 
 
-@cache
-def _alphabet() -> dict[str, int]:
-    return {character: byte for byte, character in bytes_to_unicode().items()}
-
-
 def _byte_level(name: str) -> bytes:
-    known = _alphabet()
-    return bytes(known[c] for c in name) if known.keys() >= set(name) else name.encode()
+    return bytes(_BYTES[c] for c in name) if _BYTES.keys() >= set(name) else name.encode()
 
 
 def _sentencepiece(name: str) -> bytes:

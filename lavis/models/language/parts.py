@@ -6,7 +6,7 @@ import importlib
 import logging
 
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen2ForCausalLM
 
 from lavis.common.errors import ConfigError, LavisError
 from lavis.common.paths import cache_path
@@ -31,12 +31,15 @@ class LanguagePart:
     """A language model before its weights are read.
 
     Attributes:
+        family, sizes: class and configuration of the stock model.
         tokenizer, template: make ids of conversations.
         system: the system prompt; ``None`` is the template's own.
         context: longest sequence, in tokens.
         keys: how the names in a checkpoint relate to the model's.
     """
 
+    family: type[PreTrainedModel]
+    sizes: PreTrainedConfig
     tokenizer: Tokenizer
     template: ChatTemplate
     system: str | None = None
@@ -52,7 +55,8 @@ class LanguagePart:
 
     def outline(self) -> CausalLM:
         """The model without numbers, for the names of its layers."""
-        raise NotImplementedError
+        with torch.device("meta"):
+            return CausalLM(self.family(self.sizes))
 
     def require_room(self, new_tokens: int, key: str) -> None:
         """Refuse a setting by which an answer leaves no room for a question.
@@ -70,6 +74,8 @@ class LanguagePart:
 class Qwen1(LanguagePart):
     """First-generation Qwen, computed as Qwen2; random weights if it is from scratch."""
 
+    config: Qwen1Config
+    family = Qwen2ForCausalLM
     keys = KeyMap((*QWEN.rules, *OTHER_NAMES.rules))  # others: adapters
     system = SYSTEM_PROMPT
 
@@ -80,29 +86,22 @@ class Qwen1(LanguagePart):
             WeightsError, ConfigError: a file is missing, or belongs to another kind of model.
         """
         super().__init__(config, cache_root, at)
-        self.options = config
         tokenizer = QwenTokenizer(self.path / "qwen.tiktoken")
         self.tokenizer, self.template = tokenizer, ChatML(tokenizer)
         self.spec = read_spec(self.path, config.config, need_file=not config.from_scratch)
-        self.context = self.spec.context
-        rows = self.spec.config.vocab_size
-        if tokenizer.vocab_size > rows:
+        self.sizes, self.context = self.spec.config, self.spec.context
+        if tokenizer.vocab_size > self.sizes.vocab_size:
             raise ConfigError(
                 f"model.llm_model: the vocabulary has {tokenizer.vocab_size} tokens, the language "
-                f"model only {rows}"
+                f"model only {self.sizes.vocab_size}"
             )
 
     def load(self, device: torch.device) -> CausalLM:
-        c, dtype = self.options, DTYPES[self.options.precision]
-        if c.from_scratch:
-            llm = new_llm(self.spec, device=device, dtype=dtype, embedding_std=c.embedding_std)
-        else:
-            llm = load_llm(self.spec, self.path, device=device, dtype=dtype)
-        return CausalLM(llm)
-
-    def outline(self) -> CausalLM:
-        with torch.device("meta"):
-            return CausalLM(Qwen2ForCausalLM(self.spec.config))
+        dtype = DTYPES[self.config.precision]
+        if not self.config.from_scratch:
+            return CausalLM(load_llm(self.spec, self.path, device=device, dtype=dtype))
+        std = self.config.embedding_std
+        return CausalLM(new_llm(self.spec, device=device, dtype=dtype, embedding_std=std))
 
 
 class Hf(LanguagePart):
@@ -133,10 +132,6 @@ class Hf(LanguagePart):
 
     def load(self, device: torch.device) -> CausalLM:
         return load_hf(self.path, device=device, dtype=DTYPES[self.config.precision])
-
-    def outline(self) -> CausalLM:
-        with torch.device("meta"):
-            return CausalLM(self.family(self.sizes))
 
     def _check_system(self) -> None:
         if self.system is None:
