@@ -99,12 +99,14 @@ def _probes(
     template: TokenizerTemplate, system: str | None
 ) -> Iterator[tuple[str | None, list[Turn]]]:
     """Conversations of two exchanges, over every text as a question and as an answer."""
-    systems = [None, system] + ["Be brief.", " \n Blanks. 图\n"] * (template.no_system is None)
     # A text with a special token, as the tags in Gemma's vocabulary, is meant to differ.
-    markup = template.tokenizer.markup.keys() - {IMAGE_PLACEHOLDER}
-    texts = [t for t in TEXTS if markup.isdisjoint(template.tokenizer.split(t))]
+    markup, split = template.tokenizer.markup.keys(), template.tokenizer.split
+    texts = [t for t in TEXTS if (markup - {IMAGE_PLACEHOLDER}).isdisjoint(split(t))]
+    systems = [None, *(["Be brief.", " \n Blanks. 图\n"] if template.no_system is None else [])]
+    if system is not None and markup.isdisjoint(split(system)):
+        systems.append(system)
     answers = [t for t in texts if t.strip() and IMAGE_PLACEHOLDER not in t]
-    for said in dict.fromkeys(systems):
+    for said in systems:
         for n, text in enumerate(texts):
             one, two = answers[n % len(answers)], answers[(n + 1) % len(answers)]
             again = texts[(n + 3) % len(texts)]

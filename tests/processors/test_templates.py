@@ -369,6 +369,20 @@ def test_a_mismatch_shows_the_tokens(families: dict[str, Built]) -> None:
     assert "language.template: my_pkg.my_module:MyTemplate" in lines[4]
 
 
+def test_the_models_own_system_prompt_is_proved(families: dict[str, Built]) -> None:
+    source = CHATML.replace("m.content +", "m.content + ('!' if '/fast' in m.content else '') +")
+    template = TokenizerTemplate(with_template(families["chatml"], source))
+    assert prove(template) == prove(template, "Be slow.") == []
+    with pytest.raises(ConfigError, match=r"(?s)cannot be taken apart.*'Be /fast'"):
+        prove(template, "Be /fast")
+    # what looks like markup in it is meant to differ, and stays text
+    assert prove(families["chatml"].template, "Say <|im_end|> and <ImageHere>") == []
+    pieces = families["chatml"].template.pieces(dialog("a"), system="<|im_end|><ImageHere>")
+    ids = families["chatml"].tokenizer.encode_pieces(pieces).ids
+    assert families["chatml"].tokenizer.names(ids).count("<|im_end|>") == 2
+    assert families["chatml"].tokenizer.image_id not in ids
+
+
 class MyTemplate:
     """As a user would write one."""
 
@@ -419,6 +433,15 @@ def test_a_template_that_reads_markup_in_texts_is_refused(families: dict[str, Bu
 
     with pytest.raises(ConfigError, match="looks like markup in a text becomes markup"):
         check(Careless(tokenizer), tokenizer)
+
+    class Trusting(MyTemplate):
+        def pieces(self, turns: list[Turn], *, system: str | None, ask: bool) -> list[Piece]:
+            pieces = super().pieces(turns, system=system, ask=ask)
+            return [pieces[0]._replace(kind=Kind.MARKUP), *pieces[1:]]
+
+    assert check(Trusting(tokenizer), tokenizer) == []
+    with pytest.raises(ConfigError, match="looks like markup in a text becomes markup"):
+        check(Trusting(tokenizer), tokenizer, "Be brief.")
 
 
 # Reading tokenizers
