@@ -213,12 +213,13 @@ class Generator:
         tokens that cannot follow it."""
         template, system = self.encoder.template, self.encoder.system
         pieces = template.pieces([Turn("user", "a")], system=system, ask=True)
-        begin = "" if pieces[0].kind is Kind.TEXT else pieces[0].text.strip()
         special = [n for n, piece in enumerate(pieces) if piece.kind is Kind.DELIMITER]
         asked = max(n for n, piece in enumerate(pieces, start=1) if piece.kind is Kind.TEXT)
         if len(closing := [n for n in special if n >= asked]) > 1:
             asked = closing[0] + 1  # that one ends the question
         opening = "".join(piece.text for piece in pieces[asked:]).strip()
+        # Without a special token in front, as `User:`, no text is taken for markup.
+        begin = pieces[0].text.strip() if opening and 0 in special else ""
         stops = (self.tokenizer.decode([i]) for i in template.stops)
         marks = {mark.strip() for mark in (*(pieces[n].text for n in special), *stops)}
         return begin, opening, marks - {""}
