@@ -228,6 +228,8 @@ def test_large_requests_are_refused(tab: Tab) -> None:
     assert many.status_code == 400
     assert many.json()["detail"] == "At most 16 images go with one question."
     assert tab.post("ask", "a" * 300_000, *chosen()).status_code == 413
+    for path in ("upload", "queue/join"):  # of a length that is not said
+        assert tab.http.post(f"gradio_api/{path}", content=iter([b"{}"])).status_code == 413
     tab.show(*[PICTURES / "pair.png"] * 16)
     assert "At most 16 images" in warnings(tab.show(PICTURES / "pair.png"))
 
