@@ -403,7 +403,7 @@ def test_every_text_that_is_told_exists_in_both_languages() -> None:
     from lavis.chat.web.texts import TEXTS
 
     source = "".join(p.read_text("utf-8") for p in (REPO / "lavis/chat/web").glob("*.[pj]*"))
-    told = re.findall(r'(?:ToldError|_RefusedError|_session)\((?:[\w, ]+, )?"(\w+)"', source)
+    told = re.findall(r'(?:VisitorError|_RefusedError|_session)\((?:[\w, ]+, )?"(\w+)"', source)
     told += re.findall(r'lavis\.press\("show", "(\w+)"', source)
     assert len(set(told)) > 15
     for key in {*told, *(f"bad_{name}" for name in web_page().SETTINGS)}:

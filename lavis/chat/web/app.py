@@ -21,7 +21,7 @@ from lavis.chat.web.guard import MAX_FILES, Guard, Uploads, client_of
 from lavis.chat.web.images import open_upload
 from lavis.chat.web.server import direct, serve
 from lavis.chat.web.sessions import Session, Sessions, history, strip
-from lavis.chat.web.texts import TEXTS, ToldError, language_of
+from lavis.chat.web.texts import TEXTS, VisitorError, language_of
 from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.processors.conversation import IMAGE_PLACEHOLDER
 
@@ -153,7 +153,7 @@ class WebChat:
         words = [language, *self.page.words(language), question or gr.skip()]
         session = self.sessions.rename(held, request.session_hash, client_of(request))
         if session is None and held:
-            self._tell(ToldError("forgotten"), language)
+            self._tell(VisitorError("forgotten"), language)
         if session is None:
             return [*words, *[gr.skip()] * (len(SETTINGS) + len(self.page.view))]
         session.language = language
@@ -175,7 +175,7 @@ class WebChat:
         """The page as the conversation is now."""
         session = self.sessions.find(request.session_hash)
         if session is None and held:
-            self._tell(ToldError("forgotten"), language)
+            self._tell(VisitorError("forgotten"), language)
         return self._view(session)
 
     def show(self, request: gr.Request, language: str, held: str, uploaded: str) -> list[Any]:
@@ -183,12 +183,12 @@ class WebChat:
         session, _ = self._session(request, language, held)
         names = _handed(uploaded)
         if isinstance(names, str) and names in _UPLOAD_ERRORS:
-            self._tell(ToldError(names), language)
+            self._tell(VisitorError(names), language)
             return self._view(session)
         for token in names[:MAX_FILES] if isinstance(names, list) else [names]:
             taken = self.uploads.take(client_of(request), token if isinstance(token, str) else "")
             if taken is None:
-                self._tell(ToldError("not_uploaded"), language)
+                self._tell(VisitorError("not_uploaded"), language)
                 continue
             self._show(session, *taken)
             taken[0].unlink(missing_ok=True)
@@ -197,7 +197,7 @@ class WebChat:
     def _show(self, session: Session, path: Path, name: str) -> None:
         try:
             if len(session.conversation.waiting) >= MAX_FILES:
-                raise ToldError("many_images")
+                raise VisitorError("many_images")
             picture = open_upload(path, name)
             session.show(self._engine.encode_image(picture, name), picture)
         except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
@@ -246,32 +246,33 @@ class WebChat:
         self, session: Session, question: str | None, values: tuple[Any, ...]
     ) -> Answer | None:
         """Begin to answer a question, or the last one again, or say why not."""
-        conversation, chosen = session.conversation, dict[str, Any]()
+        conversation = session.conversation
+        chosen: dict[str, Any] = {}
         try:
             chosen = chosen_settings(values)
             if question is None:
                 if not conversation.exchanges:
-                    raise ToldError("nothing_asked")
+                    raise VisitorError("nothing_asked")
                 answer = conversation.retry(**chosen)
             else:
                 if not question.strip():
-                    raise ToldError("empty_question")
+                    raise VisitorError("empty_question")
                 answer = conversation.ask(question, **chosen)
         except DataError:
             named = (question or "").count(IMAGE_PLACEHOLDER)
             number = len(conversation.waiting)
-            self._tell(ToldError("placeholders", named=named, number=number), session.language)
+            self._tell(VisitorError("placeholders", named=named, number=number), session.language)
         except ConfigError:
             limit, context = chosen["max_new_tokens"], self._engine.model.context
             room = max(min(conversation.settings.max_window_size, context - limit), 0)
-            window = ToldError("window", context=context, answer=limit, room=room)
+            window = VisitorError("window", context=context, answer=limit, room=room)
             self._tell(window, session.language)
         except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
             self._tell(error, session.language)
         else:
             session.values = values
             if names := self.settings.changed(**chosen).without_effect():
-                self._tell(ToldError("without_effect", names=", ".join(names)), session.language)
+                self._tell(VisitorError("without_effect", names=", ".join(names)), session.language)
             if answer.dropped:
                 gr.Info(html.escape(TEXTS[session.language]["unseen"]))
             return answer
@@ -311,7 +312,7 @@ class WebChat:
         if session.conversation.exchanges:
             text = session.conversation.undo().text
         elif known:
-            self._tell(ToldError("nothing_asked"), language)
+            self._tell(VisitorError("nothing_asked"), language)
         return [text, *self._view(session)]
 
     def clear(self, request: gr.Request, language: str, held: str) -> list[Any]:
@@ -335,7 +336,7 @@ class WebChat:
         """The visitor's session, and whether it is the one whose conversation the page shows."""
         known = not held or self.sessions.find(request.session_hash) is not None
         if not known:  # the server was started again, or it was idle longest of too many
-            self._tell(ToldError(lost), language)
+            self._tell(VisitorError(lost), language)
         session = self.sessions.get(request.session_hash, client_of(request))
         session.language = session.language or language
         return session, known
@@ -356,11 +357,11 @@ class WebChat:
 
     def _tell(self, error: Exception, language: str) -> None:
         """Say it in a corner of the page, which would show HTML, in the visitor's language."""
-        if not isinstance(error, ToldError):
+        if not isinstance(error, VisitorError):
             logger.error("an answer or an image failed", exc_info=error)
             key = "broken_model" if isinstance(error, WeightsError) else "server_error"
             memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            error = ToldError("no_memory" if memory else key)
+            error = VisitorError("no_memory" if memory else key)
         title = html.escape(TEXTS[language]["error"])
         gr.Warning(html.escape(error.text(language)), title=title)
 

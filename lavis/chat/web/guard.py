@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lavis.chat.web.texts import LIMITS, ToldError, language_of
+from lavis.chat.web.texts import LIMITS, VisitorError, language_of
 
 MAX_FILES = LIMITS["files"]
 MAX_FILE_BYTES = LIMITS["file_mb"] * 10**6
@@ -191,7 +191,7 @@ class Guard(BaseHTTPMiddleware):
         return JSONResponse([self._uploads.add(client, name, content) for name, content in read])
 
 
-class _RefusedError(ToldError):
+class _RefusedError(VisitorError):
     def __init__(self, status: int, key: str = "refused") -> None:
         super().__init__(key)
         self.status = status

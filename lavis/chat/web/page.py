@@ -11,7 +11,7 @@ import gradio as gr
 from lavis.chat.settings import ChatSettings
 from lavis.chat.web.guard import MAX_FILE_BYTES, MAX_FILES, MAX_UPLOAD_BYTES
 from lavis.chat.web.sessions import data_address
-from lavis.chat.web.texts import GRADIO, LANGUAGE_COOKIE, LANGUAGES, LIMITS, TEXTS, ToldError
+from lavis.chat.web.texts import GRADIO, LANGUAGE_COOKIE, LANGUAGES, LIMITS, TEXTS, VisitorError
 from lavis.common.cli import TOYBOX
 from lavis.common.errors import ConfigError
 
@@ -135,22 +135,22 @@ def chosen_settings(values: tuple[Any, ...]) -> dict[str, Any]:
     """The page's settings by name, each one checked.
 
     Raises:
-        ToldError: a value does not fit.
+        VisitorError: a value does not fit.
     """
     chosen = dict(zip(SETTINGS, values, strict=True))
     for name, value in chosen.items():
         if value is None and name != "seed":
-            raise ToldError("no_value", name=name)
+            raise VisitorError("no_value", name=name)
         if name in WHOLE and isinstance(value, float) and value.is_integer():
             chosen[name] = int(value)  # a field's number is a float
         try:
             ChatSettings(**{name: chosen[name]})
         except ConfigError as error:
-            raise ToldError(f"bad_{name}") from error
+            raise VisitorError(f"bad_{name}") from error
     if chosen["num_beams"] > LIMITS["beams"]:
-        raise ToldError("many_beams")
+        raise VisitorError("many_beams")
     if chosen["num_beams"] > 1 and chosen["do_sample"]:
-        raise ToldError("beams_draw")
+        raise VisitorError("beams_draw")
     return chosen
 
 
