@@ -50,14 +50,10 @@ def _whole_number(least: int) -> Callable[[str], int]:
     """The type of an argument; refuses what is wrong before PyTorch is imported."""
 
     def parse(text: str) -> int:
-        message = f"must be an integer from {least} to 2^63 - 1, not {text!r}"
-        try:
-            value = int(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(message) from error
-        if not least <= value < 2**63:
+        if not (text.isdecimal() and len(text) < 20 and least <= int(text) < 2**63):
+            message = f"must be an integer from {least} to 2^63 - 1, not {text!r}"
             raise argparse.ArgumentTypeError(message)
-        return value
+        return int(text)
 
     return parse
 

@@ -211,8 +211,7 @@ class Repl:
     def _seed(self, words: list[str]) -> None:
         if len(words) > 1:
             raise DataError(":seed takes one number")
-        if words:
-            self._change([f"seed={words[0]}"])
+        self._change([f"seed={word}" for word in words])
         self._write(self._out, f"seed={self.conversation.settings.seed}\n")
 
     def _conf(self, words: list[str]) -> None:
