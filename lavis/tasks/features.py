@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lavis.common import dist
 from lavis.common.errors import ConfigError, DataError, LavisError
-from lavis.common.hashing import FileHashes
+from lavis.common.hashing import file_digest
 from lavis.common.paths import cache_path, require_writable, user_cache
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config, ModelConfig
@@ -63,7 +63,6 @@ class FeatureCache:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.settings = config.run.feature_cache
-        self._hashes = FileHashes()
         self._digests: dict[Path, str] = {}
         self._failures: dict[Any, str] = {}
         self._ready: set[bytes] = set()
@@ -151,14 +150,9 @@ class FeatureCache:
     def _open(self, device: torch.device) -> tuple[FeatureStore, str]:
         if self._opened is None:
             config, run = self.config.model, self.config.run
-            with dist.main_first():
-                encoder, shape = MODELS.get(config.arch).describe_vision(
-                    config,
-                    cache_root=self.config.env.cache_root,
-                    device=device,
-                    digest=self._hashes.digest,
-                )
-                self._hashes.save()
+            encoder, shape = MODELS.get(config.arch).describe_vision(
+                config, cache_root=self.config.env.cache_root, device=device
+            )
             # Training encodes under autocast, so features are what they would be there.
             amp = [str(AUTOCAST[run.autocast_dtype]), _vision(config).enable_autocast]
             parts = json.dumps([encoder, amp if run.amp else None])
@@ -170,23 +164,13 @@ class FeatureCache:
         new = [p for p in paths if p not in self._digests and p not in self._failures]
         mine = new[dist.rank() :: dist.world_size()]
         with ThreadPoolExecutor(_THREADS) as pool:
-            results = list(_bar(pool.map(self._digest, mine), "hashing images", len(mine)))
+            results = list(_bar(pool.map(_digest, mine), "hashing images", len(mine)))
         for told in dist.gather(dict(zip(mine, results, strict=True))):
             for path, (digest, why) in told.items():
                 if digest is None:
                     self._failures[path] = why
                 else:
                     self._digests[path] = digest
-        for rank in range(dist.world_size()):  # one after the other: they share the tables
-            if rank == dist.rank():
-                self._hashes.save()
-            dist.barrier()
-
-    def _digest(self, path: Path) -> tuple[str | None, str]:
-        try:
-            return self._hashes.digest(path), ""
-        except OSError as error:
-            return None, f"{path} cannot be read: {error}"
 
     def _attach(
         self, dataset: Any, views: int, store: FeatureStore, encoder: str
@@ -306,6 +290,13 @@ class FeatureCache:
             )
         if dist.is_main():
             logger.warning("records with these images are left out:%s%s", listed, more)
+
+
+def _digest(path: Path) -> tuple[str | None, str]:
+    try:
+        return file_digest(path), ""
+    except OSError as error:
+        return None, f"{path} cannot be read: {error}"
 
 
 def _vision(config: ModelConfig) -> EvaQFormerKeys:

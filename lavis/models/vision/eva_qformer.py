@@ -8,13 +8,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 
 from lavis.common.errors import ConfigError, DataError
+from lavis.common.hashing import file_digest
 from lavis.common.registry import did_you_mean
 from lavis.models.config import EvaQFormerKeys
 from lavis.models.vision.eva import build_vit, load_vit
@@ -142,12 +142,8 @@ class EvaQFormer(nn.Module):
         *,
         cache_root: str,
         device: torch.device,
-        digest: Callable[[Path], str],
     ) -> tuple[str, tuple[int, int]]:
         """What :meth:`forward` computes, without loading anything.
-
-        Args:
-            digest: hash of a file's bytes.
 
         Returns:
             A fingerprint of weights and settings, and the shape (Q, D) of an image's features.
@@ -157,8 +153,8 @@ class EvaQFormer(nn.Module):
         """
         qformer = resolve_qformer(config, cache_root)
         parts = {
-            "vit": digest(config.path("vit_weights", cache_root)),
-            "qformer": digest(config.path("pretrained", cache_root)),
+            "vit": file_digest(config.path("vit_weights", cache_root)),
+            "qformer": file_digest(config.path("pretrained", cache_root)),
             "vit_model": config.vit_model,
             "vit_config": dataclasses.asdict(config.vit_config),
             "image_size": config.image_size,
