@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lavis.common.errors import ConfigError, LavisError, WeightsError
@@ -122,6 +122,36 @@ def require_writable(
             pass
     except (OSError, ValueError) as reason:
         raise error(f"{at}{target} cannot be written: {reason}") from reason
+
+
+@contextmanager
+def replaces(target: Path) -> Iterator[Path]:
+    """Make a file whole or not at all: give a path to write to, which takes the place of
+    ``target`` when the block ends, once it is on disk. Nothing is left of a block that fails.
+
+    Raises:
+        OSError: such as a full disk; an old ``target`` is untouched.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    with suppress(OSError):  # not every file system can sync a folder
+        _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _answers(probe: Callable[[], bool]) -> bool:

@@ -15,11 +15,11 @@ IMAGE_PLACEHOLDER = "<ImageHere>"
 """Where an image stands in text; becomes ``num_query_token`` copies of a reserved token."""
 
 
-AUTOCAST = {
+DTYPES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
-    "fp16": torch.float16, "float16": torch.float16,
+    "fp16": torch.float16, "float16": torch.float16, "fp32": torch.float32,
 }  # fmt: skip
-"""What ``run.autocast_dtype`` may say."""
+"""What YAML calls the types of floating-point numbers."""
 
 NO_WORDS = torch.empty(0, 0, 0, dtype=torch.int64)
 NO_FEATURES = torch.empty(0, 0, 0)

@@ -16,11 +16,11 @@ from lavis.common.cli import output_folder, run_cli, setup_logging
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import require, require_checkpoint
+from lavis.common.types import DTYPES
 from lavis.models.language.qwen1 import read_spec
 from lavis.models.legacy import MiniGPT4QwenConfig
 from lavis.models.weights.files import load_pickle, outline
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _QFORMER = ("query_tokens", "ln_vision.", "Qformer.")
 
 
@@ -32,10 +32,12 @@ def main() -> int:
         "--out", required=True, type=output_folder,
         help="folder to write: eva_vit_g.pth, blip2.pth, llm/, each if it was trained",
     )  # fmt: skip
-    parser.add_argument("--dtype", default="fp16", choices=_DTYPES, help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", default="fp16", choices=("fp16", "bf16", "fp32"), help="default: %(default)s"
+    )
     args = parser.parse_args()
     setup_logging()
-    for path in export(args.checkpoint, args.out, _DTYPES[args.dtype]):
+    for path in export(args.checkpoint, args.out, DTYPES[args.dtype]):
         print(path)
     return 0
 

@@ -15,14 +15,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.errors import ConfigError, WeightsError, listed
 from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import prove
 from lavis.models.weights.files import open_shards
 
 logger = logging.getLogger(__name__)
-_SHOWN = 8  # names listed in one message
 _CONSTANTS = re.compile(r".*rotary_emb\.inv_freq")  # that old files hold; computed from the config
 
 
@@ -184,9 +183,7 @@ def _check(info: dict[str, Any], path: Path) -> None:
         ("not converted", info.get("error_msgs") or []),
     ):
         if names:
-            shown = ", ".join(sorted(names)[:_SHOWN])
-            more = f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
-            wrong.append(f"{len(names)} {what}: {shown}{more}")
+            wrong.append(f"{len(names)} {what}: {listed(sorted(names))}")
     if wrong:
         raise WeightsError(f"{path} does not fit: " + "; ".join(wrong))
 

@@ -10,11 +10,11 @@ from transformers import Qwen2ForCausalLM
 
 from lavis.common.errors import ConfigError
 from lavis.common.paths import cache_path
+from lavis.common.types import DTYPES
 from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
 from lavis.models.language.causal import CausalLM, context_of
 from lavis.models.language.hf import load_hf, outline, read_any_config
 from lavis.models.language.qwen1 import load_llm, new_llm, read_spec
-from lavis.models.vision.eva_qformer import DTYPES
 from lavis.models.weights.original import QWEN, KeyMap, Rule
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML
 from lavis.processors.contracts import ChatTemplate, Tokenizer
@@ -94,7 +94,7 @@ class Qwen1(LanguagePart):
 
     def load(self, device: torch.device) -> CausalLM:
         """As its base says; random weights if they are from scratch."""
-        c, dtype = self.options, DTYPES[self.options.precision]
+        c, dtype = self.options, DTYPES.get(self.options.precision)
         if c.from_scratch:
             llm = new_llm(self.spec, device=device, dtype=dtype, embedding_std=c.embedding_std)
         else:
@@ -134,7 +134,7 @@ class Hf(LanguagePart):
 
     def load(self, device: torch.device) -> CausalLM:
         """As its base says; what the family can do on the fast path is proved."""
-        return load_hf(self.path, device=device, dtype=DTYPES[self.config.precision])
+        return load_hf(self.path, device=device, dtype=DTYPES.get(self.config.precision))
 
     def outline(self) -> CausalLM:
         """As its base says."""

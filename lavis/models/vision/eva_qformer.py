@@ -16,6 +16,7 @@ from transformers import Blip2QFormerConfig
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.hashing import file_digest
 from lavis.common.registry import did_you_mean
+from lavis.common.types import DTYPES
 from lavis.models.config import EvaQFormerKeys
 from lavis.models.vision.eva import build_vit, load_vit
 from lavis.models.vision.qformer import build_qformer, qformer_config
@@ -24,7 +25,6 @@ from lavis.models.weights.original import QFORMER
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "auto": None}
 _VIT_NORM_EPS = 1e-5
 _QFORMER_SETTINGS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
