@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -165,6 +166,15 @@ class EvaQFormer(nn.Module):
         text = json.dumps(parts, sort_keys=True).encode()
         shape = (config.num_query_token, int(qformer.hidden_size))
         return hashlib.blake2b(text, digest_size=32).hexdigest(), shape
+
+
+def layers_above(name: str, depth: int) -> int:
+    """Layers from a parameter to the end of a ViT of ``depth`` blocks: of block i ``depth - i``, of
+    what comes before the blocks one more than there are, and 0 of what is not the ViT's."""
+    found = re.search(r"(^|\.)visual_encoder\.(blocks\.(\d+)\.)?", name)
+    if found is None:
+        return 0
+    return depth - int(found[3]) if found[3] else depth + 1
 
 
 def resolve_qformer(config: EvaQFormerKeys, cache_root: str) -> Blip2QFormerConfig:
