@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class LavisError(Exception):
@@ -38,3 +39,12 @@ def listed(items: Sequence[str], separator: str = ", ", most: int = 8) -> str:
 def in_lines(items: Sequence[str], most: int = 10) -> str:
     """As :func:`listed`, each on a line of its own after what the message says; maybe none."""
     return listed(["", *items], "\n  ", most + 1)
+
+
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """Put a place in front of the message of a :class:`ConfigError` from inside."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
