@@ -32,14 +32,12 @@ class Encoded:
     Attributes:
         input_ids: T ids.
         labels: T ids or :data:`IGNORE_INDEX`; ``labels[t]`` is predicted from positions before t.
-        num_images: image spans in ``input_ids``.
         cut_tokens: how many more there were, past ``model.max_txt_len``.
         cut_answers: how many answers lie wholly among these.
     """
 
     input_ids: list[int]
     labels: list[int]
-    num_images: int
     cut_tokens: int = 0
     cut_answers: int = 0
 

@@ -95,7 +95,6 @@ class ConversationEncoder:
         return Encoded(
             ids[: self.max_txt_len],
             labels[: self.max_txt_len],
-            len(ends),
             cut_tokens=max(len(ids) - self.max_txt_len, 0),
             cut_answers=sum(start >= self.max_txt_len for start in starts),
         )
