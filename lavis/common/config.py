@@ -217,19 +217,18 @@ def _add_dataset_defaults(layers: _Layers, given: dict[str, Any]) -> None:
     for name, block in reversed(blocks.items()):  # each goes in front: the file's order stays
         path = f"datasets.{name}"
         builder = convert(str, block.get("builder") or str(name), f"{path}.builder", layers.where)
-        if builder not in BUILDERS:
+        try:
+            BUILDERS.check(builder)
+        except ConfigError as error:
             raise ConfigError(
-                f"{layers.where(path)}: {path}: unknown dataset builder {builder!r}"
-                f"{did_you_mean(builder, BUILDERS.names())} (known: {', '.join(BUILDERS.names())})"
-                ". For your own data add `builder: instruction` to the block"
-            )
-        defaults = LIBRARY_ROOT / "configs" / "datasets" / f"{builder}.yaml"
-        layer = _read_yaml(defaults) if defaults.is_file() else OmegaConf.create({"datasets": {}})
-        block_defaults = OmegaConf.merge(
-            OmegaConf.select(layer, f"datasets.{builder}") or {}, {"builder": builder}
-        )
-        source = str(defaults) if defaults.is_file() else f"defaults of {builder}"
-        layers.add(source, OmegaConf.create({"datasets": {name: block_defaults}}), first=True)
+                f"{layers.where(path)}: {path}: {error}. For your own data add "
+                "`builder: instruction` to the block"
+            ) from error
+        defaults, source = {}, f"defaults of {builder}"
+        if (file := LIBRARY_ROOT / "configs" / "datasets" / f"{builder}.yaml").is_file():
+            defaults, source = _read_yaml(file).datasets[builder], str(file)
+        block = OmegaConf.merge(defaults, {"builder": builder})
+        layers.add(source, OmegaConf.create({"datasets": {name: block}}), first=True)
 
 
 def _move_old_names(tree: dict[str, Any]) -> None:
