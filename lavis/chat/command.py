@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lavis.common.cli import whole_number
 from lavis.common.config import add_config_arguments, default_model_config
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.paths import REPOSITORY, TOYBOX, require_checkpoint
@@ -46,32 +46,16 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto spreads the language model over all visible GPUs",
     )  # fmt: skip
     parser.add_argument(
-        "--max-new-tokens", type=_whole_number(1), default=512, help="default: %(default)s"
+        "--max-new-tokens", type=whole_number(1), default=512, help="default: %(default)s"
     )
     parser.add_argument(
-        "--seed", "-s", type=_whole_number(0), default=1234,
+        "--seed", "-s", type=whole_number(0), default=1234,
         help="of answers that are drawn (%(default)s)"
     )  # fmt: skip
 
 
-def _whole_number(least: int) -> Callable[[str], int]:
-    """The type of an argument; refuses what is wrong before PyTorch is imported."""
-
-    def parse(text: str) -> int:
-        message = f"must be an integer from {least} to 2^63 - 1, not {text!r}"
-        try:
-            value = int(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(message) from error
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(message)
-        return value
-
-    return parse
-
-
 def _gpu(text: str) -> str:
-    return f"cuda:{_whole_number(0)(text)}"
+    return f"cuda:{whole_number(0)(text)}"
 
 
 def choose_model(args: argparse.Namespace) -> bool:

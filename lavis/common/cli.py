@@ -58,11 +58,23 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
-def positive(text: str) -> int:
-    """The type of an argument that counts something: an integer from 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an argument; refuses what is wrong before PyTorch is imported."""
+
+    def parse(text: str) -> int:
+        message = f"must be an integer from {least} to 2^63 - 1, not {text!r}"
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(message) from error
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return parse
+
+
+positive = whole_number(1)
 
 
 def is_main_process() -> bool:
