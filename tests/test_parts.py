@@ -265,7 +265,11 @@ def test_told_before_a_weight_is_read(
         raise AssertionError("weights were read")
 
     faulty(home)
-    for name in ("language.hf.open_shards", "vision.load_vit", "vision.load_weights"):
+    for name in (
+        "language.hf.open_shards",
+        "vision.eva_qformer.load_vit",
+        "vision.eva_qformer.load_weights",
+    ):
         monkeypatch.setattr(f"lavis.models.{name}", read)
     options = option.replace("HOME", str(home)).split(" run.")
     options[1:] = [f"run.{o}" for o in options[1:]]
