@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -137,12 +135,8 @@ class Assembly:
         *,
         cache_root: str,
         device: torch.device,
-        digest: Callable[[Path], str],
     ) -> tuple[str, tuple[int, int]]:
         """What the vision encoder computes, without loading anything.
-
-        Args:
-            digest: hash of a file's bytes.
 
         Returns:
             A fingerprint of weights and settings, and the shape (Q, D) of an image's features.
@@ -152,9 +146,7 @@ class Assembly:
         """
         for _ in config.vision_files(cache_root):
             pass
-        return EvaQFormer.describe(
-            config.parts[0], cache_root=cache_root, device=device, digest=digest
-        )
+        return EvaQFormer.describe(config.parts[0], cache_root=cache_root, device=device)
 
 
 class MiniGPT4Qwen(Assembly):

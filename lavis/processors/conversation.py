@@ -92,7 +92,6 @@ class ConversationEncoder:
         return Encoded(
             ids[:limit],
             self._labels(encoded)[:limit],
-            len(ends),
             cut_tokens=max(len(ids) - limit, 0),
             cut_answers=sum(start >= limit for start in starts),
         )

@@ -19,7 +19,7 @@ import torch
 
 import lavis
 from lavis.common.errors import WeightsError
-from lavis.common.paths import require_checkpoint
+from lavis.common.paths import replaces, require_checkpoint
 from lavis.common.types import Metric
 from lavis.datasets.plan import BatchPlan
 from lavis.models.weights.files import is_state_dict, load_pickle, outline
@@ -148,31 +148,17 @@ def save_checkpoint(
         "data": data,
         "versions": software_versions(),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(path.parent)
+    with replaces(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Make ``target`` the same file as ``source``, without a second copy where links work."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with suppress(FileNotFoundError):
-        temporary.unlink()
-    try:
-        os.link(source, temporary)
-    except OSError:
-        temporary.write_bytes(source.read_bytes())
-    temporary.replace(target)
-    _sync_folder(target.parent)
+    with replaces(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            temporary.write_bytes(source.read_bytes())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -222,12 +208,3 @@ def software_versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # not every file system can
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -12,7 +12,6 @@ import torch
 
 from lavis.common import dist
 from lavis.common.optim import Schedule, build_schedule
-from lavis.common.registry import LR_SCHEDULERS
 from lavis.common.schema import Config
 from lavis.datasets.plan import BatchPlan
 from lavis.runners.agreement import check_agreement, data_fingerprints, warn_of_another_rate
@@ -63,7 +62,7 @@ class RunPlan:
         if content is not None:
             step = Progress.of(content, source, batches).step
             warn_of_another_rate(source, content, run, schedule, step)
-        log_notes(LR_SCHEDULERS.get(run.lr_sched).notes(run, batches.steps_per_epoch))
+        log_notes(schedule.notes())
         return cls(strategy, batches, schedule, content, step, data)
 
 

@@ -8,6 +8,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lavis.datasets.collate import collate, settle_bad
 from lavis.datasets.instruction import augmentation_seed
 from lavis.datasets.plan import PlanSampler
 from lavis.models.config import PartsConfig
+from lavis.models.vision.eva_qformer import layers_above
 from lavis.models.weights.files import state_dict_in
 from lavis.models.weights.trained import assign_model_state, trainable_state
 from lavis.runners.agreement import fingerprint
@@ -79,7 +81,7 @@ class RunnerBase:
             model.named_parameters(),
             self.run.weight_decay,
             self.run.lr_layer_decay,
-            depth,
+            partial(layers_above, depth=depth),
             rates,
         )
         if not any(group["params"] for group in groups):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lavis.common import dist
 from lavis.common.device import matmul_peak, peak_memory
 from lavis.common.schema import Config
-from lavis.common.types import AUTOCAST
+from lavis.common.types import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def build_watch(
     """The watch of this process."""
     peak = 0.0
     if hasattr(model, "training_flops"):
-        dtype = AUTOCAST[config.run.autocast_dtype] if config.run.amp else torch.float32
+        dtype = DTYPES[config.run.autocast_dtype] if config.run.amp else torch.float32
         peak = sum(dist.gather(matmul_peak(device, dtype)))
     if not dist.is_main():
         return Quiet()

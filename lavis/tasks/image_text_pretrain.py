@@ -19,7 +19,7 @@ from lavis.common.packages import check_packages
 from lavis.common.paths import cache_path, require_checkpoint, require_writable
 from lavis.common.registry import BUILDERS, MODELS
 from lavis.common.schema import Config
-from lavis.common.types import AUTOCAST, Batch, Metric
+from lavis.common.types import DTYPES, Batch, Metric
 from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import collate, settle_bad
 from lavis.datasets.plan import ConcatDataset, shared_batches
@@ -182,7 +182,7 @@ class ImageTextPretrainTask:
                 )
                 for batch in tqdm(loader, desc="validating", disable=not dist.is_main()):
                     skipped += len(settle_bad(batch.bad, run.on_bad_sample))
-                    dtype = AUTOCAST[run.autocast_dtype]
+                    dtype = DTYPES[run.autocast_dtype]
                     with torch.autocast(device.type, dtype, enabled=run.amp):
                         output = self.train_step(module, batch.to(device))
                     loss_sum += output.loss_sum.item()

@@ -12,8 +12,8 @@ from lavis.chat.settings import ChatSettings
 from lavis.chat.web.guard import MAX_FILE_BYTES, MAX_FILES, MAX_UPLOAD_BYTES
 from lavis.chat.web.sessions import data_address
 from lavis.chat.web.texts import GRADIO, LANGUAGE_COOKIE, LANGUAGES, LIMITS, TEXTS, VisitorError
-from lavis.common.cli import TOYBOX
 from lavis.common.errors import ConfigError
+from lavis.common.paths import TOYBOX
 
 SETTINGS = (
     "do_sample", "temperature", "top_p", "top_k",

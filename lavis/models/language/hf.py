@@ -14,13 +14,12 @@ from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedMod
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.errors import ConfigError, WeightsError, listed
 from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import first_line, prove
 from lavis.models.weights.files import open_shards
 
-_SHOWN = 8  # names listed in one message
 _CONSTANTS = re.compile(r".*rotary_emb\.inv_freq")  # that old files hold; computed from the config
 
 
@@ -152,7 +151,6 @@ def _check(path: Path, info: dict[str, Iterable[str]]) -> None:
     wrong = []
     for what, names in reports.items():
         if names := sorted(names):
-            more = f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
-            wrong.append(f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}")
+            wrong.append(f"{len(names)} {what}: {listed(names)}")
     if wrong:
         raise WeightsError(f"{path} does not fit: " + "; ".join(wrong))

@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen2ForCausalLM
 
 from lavis.common.errors import ConfigError, LavisError
 from lavis.common.paths import cache_path
+from lavis.common.types import DTYPES
 from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
 from lavis.models.language.causal import CausalLM, context_of
 from lavis.models.language.hf import load_hf, read_config, stock_class
 from lavis.models.language.qwen1 import load_llm, new_llm, read_spec
-from lavis.models.vision.eva_qformer import DTYPES
 from lavis.models.weights.original import QWEN, KeyMap, Rule
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML
 from lavis.processors.contracts import ChatTemplate, Kind, Tokenizer, Turn
@@ -97,7 +97,7 @@ class Qwen1(LanguagePart):
             )
 
     def load(self, device: torch.device) -> CausalLM:
-        dtype = DTYPES[self.config.precision]
+        dtype = DTYPES.get(self.config.precision)
         if not self.config.from_scratch:
             return CausalLM(load_llm(self.spec, self.path, device=device, dtype=dtype))
         std = self.config.embedding_std
@@ -131,7 +131,7 @@ class Hf(LanguagePart):
             logger.info("%s: %s", self.path.name, note)
 
     def load(self, device: torch.device) -> CausalLM:
-        return load_hf(self.path, device=device, dtype=DTYPES[self.config.precision])
+        return load_hf(self.path, device=device, dtype=DTYPES.get(self.config.precision))
 
     def _check_system(self) -> None:
         if self.system is None:
