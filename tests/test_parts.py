@@ -103,7 +103,7 @@ def prepare(home: Path, *options: str, job: str = "job") -> Any:
     task.check_paths()
     dataset = task.build_datasets()
     torch.manual_seed(config.run.seed)
-    model = task.build_model(torch.device("cpu"))
+    model = task.build_model(torch.device("cpu"), dataset)
     return RUNNERS.get(config.run.runner)(config, task, model, dataset, job)
 
 

@@ -9,39 +9,37 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lavis.common import dist
-from lavis.common.errors import ConfigError, DataError, LavisError
-from lavis.common.paths import require_writable
+from lavis.common.errors import DataError, LavisError
 from lavis.common.schema import RunConfig
 from lavis.common.typed import parse
 from lavis.datasets.instruction import InstructionDataset
+from lavis.tasks.data import Splits
 from lavis.tasks.report import draw_answers
 from lavis.tasks.scoring import Prediction, predict, require_bleu, score, table
 
 logger = logging.getLogger(__name__)
-Splits = Mapping[str, Sequence[InstructionDataset]]
 Answers = Mapping[str, list[Prediction]]
 
 
 def evaluate(
-    task: Any,
-    *,
-    checkpoint: str | None,
-    splits: Sequence[str],
-    limit: int | None,
-    baselines: bool,
+    model: Any,
+    splits: Splits,
+    run: RunConfig,
     out: Path,
-    device: torch.device,
+    *,
+    blind: bool = False,
+    before: Answers | None = None,
 ) -> str:
     """Answer, score, and write ``<split>.jsonl``, ``<split>.png`` and ``scores.json`` to ``out``.
 
+    Every process must call it.
+
     Args:
-        task: builds the model and the data sets.
-        checkpoint: trained weights, or ``None`` for those the configuration builds.
-        limit: records of each split and data set.
-        baselines: also score shuffled images and the projection before training.
+        model: has ``encoder`` and ``generate_ids``.
+        run: batch size, length of answers, seed, and what becomes of bad samples.
+        blind: also score shuffled images.
+        before: answers to be scored beside them.
 
     Returns:
         The table of scores, in percent of exact match, and the files' folder.
@@ -49,47 +47,9 @@ def evaluate(
     Raises:
         LavisError: with what to mend. What was answered until then is in ``<split>.part.jsonl``.
     """
-    run = task.config.run
-    with dist.raise_together():
-        if limit is not None and limit < 1:
-            raise ConfigError(f"--limit must be at least 1, not {limit}")
-        require_writable(out, "--out", ConfigError)
-        parts = {split: task.evaluation_split(split, limit) for split in splits}
-        records = [r for datasets in parts.values() for d in datasets for r in d.records]
-        require_bleu(r.tags.get("kind") for r in records)
-    torch.manual_seed(run.seed)
-    model = task.build_model(device).eval()
-    answers = {}
-    if baselines:
-        for split, datasets in parts.items():
-            name = f"{split}, untrained"
-            answers[name] = _answer(run, model, datasets, out, name)
-    if checkpoint is not None:
-        model.load_checkpoint(checkpoint)
-    return answer_splits(run, model, parts, out, blind=baselines, before=answers)
-
-
-def answer_splits(
-    run: RunConfig,
-    model: Any,
-    splits: Splits,
-    out: Path,
-    *,
-    blind: bool = False,
-    before: Answers | None = None,
-) -> str:
-    """What :func:`evaluate` does once the model is there. Every process must call it.
-
-    Args:
-        blind: also score shuffled images.
-        before: answers that are there already.
-    """
-    answers = dict(before or {})
-    for split, datasets in splits.items():
-        answers[split] = _answer(run, model, datasets, out, split)
-        if blind:
-            name = f"{split}, blind"
-            answers[name] = _answer(run, model, datasets, out, name, blind=True)
+    answers = {**(before or {}), **answer(model, splits, run, out)}
+    if blind:
+        answers |= answer(model, splits, run, out, "blind")
     scored = _score(answers, out)
     for split in splits if dist.is_main() else ():
         try:
@@ -123,18 +83,33 @@ def _score(answers: Answers, out: Path | None) -> str:
     return table(scores)
 
 
+def answer(
+    model: Any, splits: Splits, run: RunConfig, out: Path, how: str = ""
+) -> dict[str, list[Prediction]]:
+    """Answers by split, in the records' order, which are always on disk.
+
+    While they come they are in ``<name>.part.jsonl``, at the end in ``<name>.jsonl``.
+
+    Args:
+        how: put into the names after the split's; ``blind`` shuffles the images.
+    """
+    names = {split: f"{split}, {how}" if how else split for split in splits}
+    return {
+        name: _answer(model, splits[split], run, out, name, blind=how == "blind")
+        for split, name in names.items()
+    }
+
+
 def _answer(
-    run: RunConfig,
     model: Any,
     datasets: Sequence[InstructionDataset],
+    run: RunConfig,
     out: Path,
     name: str,
     *,
-    blind: bool = False,
+    blind: bool,
 ) -> list[Prediction]:
-    """Answers, which are always on disk: while they come in ``<name>.part.jsonl``, at the end in
-    ``<name>.jsonl``, in the records' order."""
-    part, whole = out / f"{name}.part.jsonl", out / f"{name}.jsonl"
+    part = out / f"{name}.part.jsonl"
     answers: list[Prediction] = []
     count = 0
 
@@ -155,7 +130,7 @@ def _answer(
                 on_bad=run.on_bad_sample,
                 keep=keep,
             )
-        _write_answers(whole, answers)
+        _write_answers(out / f"{name}.jsonl", answers)
     except BaseException:
         if count and dist.is_main():
             logger.error("%d of %d answers are in %s", count, sum(map(len, datasets)), part)

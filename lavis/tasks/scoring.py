@@ -134,13 +134,7 @@ def predict(
     with tqdm(total=len(order), desc=title, unit="q", disable=not dist.is_main()) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            given: dict[int, tuple[Tensor, Tensor]] = {}
-            bad: dict[int, str] = {}
-            for i in chosen:
-                try:
-                    given[i] = dataset.images(records[source[i]], epoch=0, index=source[i])
-                except DataError as error:
-                    bad[i] = str(error)
+            given, bad = _images(dataset, {i: source[i] for i in chosen})
             settle_bad((BadSample(records[i].sample_id, why) for i, why in bad.items()), on_bad)
             pixels = [p for p, _ in given.values() if len(p)]
             features = [f for _, f in given.values() if len(f)]
@@ -155,11 +149,25 @@ def predict(
             texts = [model.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
             answered = dict(zip(given, texts, strict=False))
             rows = {i: _prediction(records[i], answered.get(i), bad.get(i)) for i in chosen}
-            everyone = {i: p for each in dist.gather(rows) for i, p in each.items()}
+            everyone = {i: p for share in dist.gather(rows) for i, p in share.items()}
             keep([p for i, p in everyone.items() if i not in predictions])
             predictions |= everyone
             bar.update(len(chosen))
     return [predictions[i] for i in sorted(predictions)]
+
+
+def _images(
+    dataset: InstructionDataset, sources: dict[int, int]
+) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, str]]:
+    """Pixels and features for records, each of the record it is to be shown; or why not."""
+    given: dict[int, tuple[Tensor, Tensor]] = {}
+    bad: dict[int, str] = {}
+    for i, source in sources.items():
+        try:
+            given[i] = dataset.images(dataset.records[source], epoch=0, index=source)
+        except DataError as error:
+            bad[i] = str(error)
+    return given, bad
 
 
 def _prediction(record: Record, answer: str | None, skipped: str | None) -> Prediction:

@@ -19,6 +19,7 @@ from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, LavisError
 from lavis.common.registry import TASKS
 from lavis.common.schema import RunConfig
+from lavis.runners.checkpoint import Checkpoint, Progress
 from lavis.runners.launch import new_job_id
 from lavis.runners.prepare import samples_per_step
 from lavis.runners.runner_base import RunnerBase
@@ -44,6 +45,13 @@ def trained_on(runner: RunnerBase) -> list[tuple[int, tuple[str, ...]]]:
 
     object.__setattr__(runner.task, "train_step", train_step)
     return seen
+
+
+def validate(runner: RunnerBase) -> dict[str, float]:
+    """What a validation gives."""
+    return runner.task.validate(
+        runner.model, runner._splits(runner.run.valid_splits), torch.device("cpu")
+    )
 
 
 # --- numbers that are not finite ------------------------------------------------------------
@@ -137,7 +145,7 @@ def test_validation_loss_does_not_depend_on_its_batches(tmp_path: Path) -> None:
     for size in (1, 4, 18):
         object.__setattr__(runner.config.run, "batch_size_eval", size)
         runner.model.train()
-        losses.append(runner.task.validate(runner.model, torch.device("cpu"))["valid_loss"])
+        losses.append(validate(runner)["valid_loss"])
         assert runner.model.training
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
@@ -276,12 +284,12 @@ def test_shares_that_do_not_fit(other: tuple[str, ...], ratios: str, message: st
 # --- another number of processes ------------------------------------------------------------
 
 
-def saved_by(world: int, samples: int) -> dict[str, Any]:
-    return {"progress": progress(5) | {"samples_per_step": samples, "world_size": world}}
+def saved_by(world: int, samples: int) -> Checkpoint:
+    return Checkpoint({}, {}, {}, progress=Progress(5, 3, samples, world))
 
 
 @pytest.mark.parametrize(
-    ("world", "content", "wanted"),
+    ("world", "before", "wanted"),
     [
         (1, None, 6),
         (4, None, 24),
@@ -291,19 +299,19 @@ def saved_by(world: int, samples: int) -> dict[str, Any]:
         (3, saved_by(4, 24), 24),
         (2, saved_by(4, 32), 12),  # batch_size_train was another: the configuration decides
         (2, saved_by(2, 8), 12),
-        (2, {"epoch": 9}, 12),  # the original's file
+        (2, Checkpoint({}, {}, {}, epoch=9), 12),  # the original's file
     ],
 )
 def test_a_resumed_run_keeps_its_step_on_other_processes(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     world: int,
-    content: dict[str, Any] | None,
+    before: Checkpoint | None,
     wanted: int,
 ) -> None:
     monkeypatch.setattr(dist, "world_size", lambda: world)
     run = RunConfig(batch_size_train=3, accum_grad_iters=2)
-    assert samples_per_step(run, content) == wanted
+    assert samples_per_step(run, before) == wanted
     assert len(caplog.messages) == (wanted != 6 * world)
     if caplog.messages:
         assert f"now there are {world}: a step keeps its 24 samples" in caplog.messages[0]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lavis.common.errors import ConfigError
-from lavis.runners.watch import StepReport, Watch
+from lavis.runners.watch import RunLog, StepReport
 from tests.runners.test_runner import SHORT, prepare, steps
 
 
@@ -38,7 +38,7 @@ def test_averages_over_the_steps_of_a_line(tmp_path: Path, monkeypatch: pytest.M
 
     now = 50.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    watch = Watch(tmp_path, 10, 4, 2, model=Model, peak=10_000.0)
+    watch = RunLog(tmp_path, 10, 4, 2, flops=Model.training_flops, peak=10_000.0)
     watch.step(report(4))
     now += 4.0
     watch.step(report(5, loss_sum=10.0, supervised=1, tokens=50, fillers=20, samples=1, lr=0.125))
@@ -63,7 +63,7 @@ def test_averages_over_the_steps_of_a_line(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_line_without_a_supervised_token_has_no_loss(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, 2, 0, 1)
+    watch = RunLog(tmp_path, 2, 0, 1)
     watch.step(report(0, loss_sum=0.0, supervised=0, grad_norm=math.inf))
     watch.step(report(1))
     watch.close()
@@ -74,7 +74,7 @@ def test_a_line_without_a_supervised_token_has_no_loss(tmp_path: Path) -> None:
 
 
 def test_what_is_left_is_written_at_the_end(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, 5, 0, 2)
+    watch = RunLog(tmp_path, 5, 0, 2)
     for step in range(3):
         watch.step(report(step))
     watch.close()
@@ -135,5 +135,5 @@ def test_no_tensorboard_is_told(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with caplog.at_level(logging.INFO):
-        Watch(tmp_path, 1, 0, 1).close()
+        RunLog(tmp_path, 1, 0, 1).close()
     assert caplog.messages == ["no TensorBoard events: pip install tensorboard"]
