@@ -20,10 +20,9 @@ from lavis.common.errors import ConfigError, LavisError
 from lavis.common.optim import parameter_groups
 from lavis.common.schema import Config, RunConfig
 from lavis.common.types import Batch
-from lavis.common.workers import leave_signals_to_parent
-from lavis.datasets.collate import collate, settle_bad
+from lavis.datasets.collate import settle_bad
 from lavis.datasets.instruction import augmentation_seed
-from lavis.datasets.plan import PlanSampler
+from lavis.datasets.plan import Key, PlanSampler
 from lavis.models.config import PartsConfig
 from lavis.models.weights.files import state_dict_in
 from lavis.models.weights.trained import assign_model_state, trainable_state
@@ -33,8 +32,8 @@ from lavis.runners.keeper import CheckpointFolder
 from lavis.runners.launch import make_folder
 from lavis.runners.prepare import RunPlan
 from lavis.runners.signals import StopRequest
-from lavis.runners.watch import RunLog, StepReport, open_log
-from lavis.tasks.data import RunData, Splits
+from lavis.runners.watch import RunLog, StepReport
+from lavis.tasks.data import RunData, Splits, load_batches
 from lavis.tasks.evaluate import evaluate
 from lavis.tasks.image_text_pretrain import ImageTextPretrainTask
 
@@ -103,11 +102,6 @@ class RunnerBase:
         self.stop = StopRequest()
         self.interrupted = False  # whether a signal has stopped the run; the same everywhere
 
-    @property
-    def optimizer(self) -> Any:
-        """The strategy's optimizer."""
-        return self.strategy.optimizer
-
     def train(self) -> Path:
         """Train all epochs.
 
@@ -120,7 +114,7 @@ class RunnerBase:
                 it is saved where that is possible.
         """
         total = self.run.max_epoch * self.plan.steps_per_epoch
-        log = open_log(self.folder, total, self.step, self.config, self.model, self.device)
+        log = RunLog(self.folder, total, self.step, self.config, self.model, self.device)
         first = self.step
         if first >= total:
             logger.warning(
@@ -178,7 +172,7 @@ class RunnerBase:
     def _train_step(self, epoch: int, micro_batches: list[Batch], log: RunLog) -> None:
         supervised = self._start_step(micro_batches)
         lr = self.schedule.lr(self.step)
-        for group in self.optimizer.param_groups:
+        for group in self.strategy.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         loss_sum, grad_norm = 0.0, 0.0
         nonfinite: list[str] = []
@@ -331,15 +325,9 @@ class RunnerBase:
             self.strategy.scaler.load_state_dict(before.scaler)
         logger.info("resumed from %s at step %d", before.path, self.step)
 
-    def _loader(self, sampler: PlanSampler) -> DataLoader[Any]:
-        return DataLoader(
-            self.dataset,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.run.num_workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_signals_to_parent,
-        )
+    def _loader(self, keys: Iterable[Sequence[Key]]) -> DataLoader[Any]:
+        cuda = self.device.type == "cuda"
+        return load_batches(self.dataset, keys, self.run.num_workers, pin_memory=cuda)
 
     def _how_to_resume(self) -> str:
         # The folder's own configuration holds what --options said, too.

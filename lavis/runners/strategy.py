@@ -46,9 +46,12 @@ class Strategy:
         wrapped = dict(model.named_parameters())  # sharding puts others in their place
         groups = [g | {"params": [wrapped[names[p]] for p in g["params"]]} for g in groups]
         self.trained = [p for g in groups for p in g["params"]]
-        self.optimizer: Any = torch.optim.AdamW(  # Loshchilov and Hutter 2019
-            groups, lr=self.run.init_lr, betas=(self.run.beta1, self.run.beta2), eps=self.run.eps
-        )
+        self.optimizer: Any = self.adamw(groups, self.run.init_lr)
+
+    def adamw(self, groups: Groups, lr: float) -> torch.optim.AdamW:
+        """Loshchilov and Hutter 2019, as the run sets it."""
+        betas = self.run.beta1, self.run.beta2
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=self.run.eps)
 
     def wrap(self, model: nn.Module) -> Any:
         """What is called in place of the model."""
@@ -108,8 +111,8 @@ class Strategy:
             for i, entries in state["state"].items()
         }
         self.optimizer.load_state_dict({**state, "state": sharded})
-        for group, own in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(own)  # the configuration decides, and the original has no lr_scale
+        for group, chosen in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(chosen)  # the configuration decides, and the original has no lr_scale
 
     def shard(self, value: Any, parameter: nn.Parameter) -> Any:
         """This process's part of a whole optimizer tensor."""
@@ -160,15 +163,14 @@ class FSDP2Strategy(Strategy):
         )
 
         model.uniform_graph = True  # type: ignore[assignment]
-        offload = (
-            CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        kind = self.device.type
+        mesh = init_device_mesh(kind, (dist.world_size(),))
+        slices = (
+            CPUOffloadPolicy(pin_memory=kind == "cuda")
             if self.run.fsdp_cpu_offload
             else OffloadPolicy()
         )
-        options: dict[str, Any] = {
-            "mesh": init_device_mesh(self.device.type, (dist.world_size(),)),
-            "offload_policy": offload,
-        }
+        options: dict[str, Any] = {"mesh": mesh, "offload_policy": slices}
         half = MixedPrecisionPolicy(
             param_dtype=self.dtype if self.run.amp else None, reduce_dtype=torch.float32
         )

@@ -54,19 +54,9 @@ class StepReport:
 
 
 class RunLog:
-    """Averages what every step reports and writes it every ``log_freq`` steps.
+    """Averages what every step reports and writes it every ``run.log_freq`` steps.
 
-    Only the main process's reaches the folder and the terminal.
-
-    Args:
-        folder: gets ``log.txt`` (one JSON object a line), TensorBoard events and ``loss.png``.
-        total_steps: optimizer steps of the whole run.
-        done_steps: steps done before this process.
-        log_freq: steps between two lines.
-        flops: floating-point operations of ``(tokens, images)``, for the utilisation.
-        peak: floating-point operations a second that all devices reach in a matrix product.
-        device: whose memory is watched.
-        wandb: an open Weights & Biases run.
+    Every process makes one; only the main one's reaches the folder and the terminal.
     """
 
     def __init__(
@@ -74,25 +64,33 @@ class RunLog:
         folder: Path,
         total_steps: int,
         done_steps: int,
-        log_freq: int,
-        *,
-        flops: Callable[[int, int], float] | None = None,
-        peak: float = math.nan,
-        device: torch.device | None = None,
-        wandb: Any = None,
+        config: Config,
+        model: nn.Module,
+        device: torch.device,
     ) -> None:
-        main = dist.is_main()
-        self.folder, self.log_freq = folder, log_freq
-        self._total, self._done = total_steps, done_steps
-        self._flops, self._peak = flops, peak
-        self._device = device or torch.device("cpu")
+        """Open the log.
+
+        Args:
+            folder: gets ``log.txt`` (one JSON object a line), TensorBoard events, ``loss.png``.
+            total_steps: optimizer steps of the whole run.
+            done_steps: steps done before this process.
+            model: its ``training_flops(tokens, images)``, if it has that, gives the utilisation.
+            device: whose memory is watched.
+        """
+        main, run = dist.is_main(), config.run
+        self.folder, self.log_freq = folder, run.log_freq
+        self._total, self._done, self._device = total_steps, done_steps, device
+        self._flops: Callable[[int, int], float] | None = getattr(model, "training_flops", None)
+        if self._flops is not None:
+            dtype = AUTOCAST[run.autocast_dtype] if run.amp else torch.float32
+            self._peak = sum(dist.gather(matmul_peak(device, dtype)))
         self._log = (folder / "log.txt" if main else Path(os.devnull)).open("a", encoding="utf-8")
         self._bar = tqdm(
             total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.1,
             file=None if main else self._log,
         )  # fmt: skip
         self._board = _tensorboard(folder) if main else None
-        self._wandb = wandb
+        self._wandb = _wandb(folder, config) if main and run.wandb_project is not None else None
         self._curve: list[tuple[int, float]] = []
         self._valid: list[tuple[int, float]] = []
         self._reset()
@@ -190,30 +188,6 @@ class RunLog:
         self._since = time.perf_counter()
 
 
-def open_log(
-    folder: Path, total: int, done: int, config: Config, model: nn.Module, device: torch.device
-) -> RunLog:
-    """The log of a run. Every process calls this."""
-    run, wandb_run = config.run, None
-    flops, peak = getattr(model, "training_flops", None), math.nan
-    if flops is not None:
-        dtype = AUTOCAST[run.autocast_dtype] if run.amp else torch.float32
-        peak = sum(dist.gather(matmul_peak(device, dtype)))
-    if run.wandb_project is not None and dist.is_main():
-        import wandb
-
-        wandb_run = wandb.init(
-            project=run.wandb_project,
-            mode=run.wandb_mode,
-            dir=str(folder),
-            name=folder.name,
-            config=config.tree,
-        )
-    return RunLog(
-        folder, total, done, run.log_freq, flops=flops, peak=peak, device=device, wandb=wandb_run
-    )
-
-
 def draw_loss(
     curve: list[tuple[int, float]], path: Path, valid: list[tuple[int, float]] | None = None
 ) -> None:
@@ -239,3 +213,15 @@ def _tensorboard(folder: Path) -> Any:
         logger.info("no TensorBoard events: pip install tensorboard")
         return None
     return SummaryWriter(str(folder))
+
+
+def _wandb(folder: Path, config: Config) -> Any:
+    import wandb
+
+    return wandb.init(
+        project=config.run.wandb_project,
+        mode=config.run.wandb_mode,
+        dir=str(folder),
+        name=folder.name,
+        config=config.tree,
+    )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from torch.utils.data import DataLoader, Dataset
+
+from lavis.common.workers import leave_signals_to_parent
+from lavis.datasets.collate import collate
 from lavis.datasets.instruction import InstructionDataset
-from lavis.datasets.plan import ConcatDataset
+from lavis.datasets.plan import ConcatDataset, Key
 
 Splits = Mapping[str, Sequence[InstructionDataset]]
 """Splits by name: the part that each block of ``datasets`` has in it."""
@@ -24,3 +29,22 @@ class RunData(ConcatDataset):
         blocks = zip(*trained.values(), strict=True)
         super().__init__([p[0] if len(p) == 1 else ConcatDataset(p) for p in blocks])
         self.trained, self.evaluated = trained, evaluated
+
+
+def load_batches(
+    dataset: Dataset[Any], keys: Iterable[Sequence[Key]], workers: int, *, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """A packed :class:`Batch` for the keys of each micro-batch.
+
+    Args:
+        workers: processes that read ahead.
+        pin_memory: for a GPU to copy from.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=keys,  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_parent,
+    )

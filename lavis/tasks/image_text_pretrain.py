@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lavis.common import dist
@@ -20,13 +19,12 @@ from lavis.common.paths import cache_path, require_checkpoint, require_writable
 from lavis.common.registry import BUILDERS, MODELS
 from lavis.common.schema import Config
 from lavis.common.types import AUTOCAST, Batch, Metric
-from lavis.common.workers import leave_signals_to_parent
-from lavis.datasets.collate import collate, settle_bad
+from lavis.datasets.collate import settle_bad
 from lavis.datasets.instruction import InstructionDataset
 from lavis.datasets.plan import shared_batches
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.weights.files import open_pth
-from lavis.tasks.data import RunData, Splits
+from lavis.tasks.data import RunData, Splits, load_batches
 from lavis.tasks.features import Counts, FeatureCache
 from lavis.tasks.scoring import require_bleu
 
@@ -173,13 +171,8 @@ class ImageTextPretrainTask:
         training = module.training
         module.eval()
         for dataset in (part for parts in splits.values() for part in parts):
-            loader = DataLoader(
-                dataset,
-                batch_sampler=shared_batches(len(dataset), run.batch_size_eval),
-                collate_fn=collate,
-                num_workers=run.num_workers,
-                worker_init_fn=leave_signals_to_parent,
-            )
+            keys = shared_batches(len(dataset), run.batch_size_eval)
+            loader = load_batches(dataset, keys, run.num_workers)
             for batch in tqdm(loader, desc="validating", disable=not dist.is_main()):
                 skipped += len(settle_bad(batch.bad, run.on_bad_sample))
                 dtype = AUTOCAST[run.autocast_dtype]

@@ -266,7 +266,7 @@ def test_settings_of_the_configuration_go_before_those_of_the_checkpoint(
         "run.beta2=0.5",
         f"run.resume_ckpt_path={uninterrupted / 'checkpoint_1.pth'}",
     )
-    groups = runner.optimizer.param_groups
+    groups = runner.strategy.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.375, 0.0]
     assert {group["betas"] for group in groups} == {(0.9, 0.5)}
 
