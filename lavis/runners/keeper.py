@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lavis.common.errors import LavisError, WeightsError
@@ -15,20 +15,20 @@ logger = logging.getLogger(__name__)
 _ROLLING = re.compile(r"checkpoint_step_(\d+)\.pth")
 
 
+@dataclass
 class CheckpointFolder:
     """Writes a run's checkpoints.
 
     ``checkpoint_<epoch>.pth`` stay. Of ``checkpoint_step_<n>.pth``, written inside epochs, the
     newest ``keep_last`` stay. ``checkpoint_latest.pth`` is the newest of all,
     ``checkpoint_best.pth`` the best by the task's metric; both are links where the file system
-    has them.
+    has them. ``best`` is known from the run before, and then from this one.
     """
 
-    def __init__(
-        self, folder: Path, keep_last: int, metric: Metric, best: Best | None = None
-    ) -> None:
-        self.folder, self.keep_last, self.metric = folder, keep_last, metric
-        self.best = best
+    folder: Path
+    keep_last: int
+    metric: Metric
+    best: Best | None = None
 
     def save(self, name: str, checkpoint: Checkpoint, measured_on: str = "") -> None:
         """Write ``checkpoint_<name>.pth`` and what follows from it.
@@ -39,22 +39,22 @@ class CheckpointFolder:
         Raises:
             OSError: e.g. a full disk; all files are as before.
         """
-        path = self.path(name)
-        value, best = checkpoint.metrics.get(self.metric.name), self.best
-        if value is not None and best is not None and best.data not in ("", measured_on):
-            logger.warning("%s is no rival: it was measured on other data", best.checkpoint)
-            best = None
-        better = value is not None and self.metric.is_better(value, best.value if best else None)
-        if value is not None and better:
-            file = str(self.path("best").absolute())
-            best = Best(value, file, self.metric.name, measured_on)
+        path, metric = self.path(name), self.metric
+        value, best, better = checkpoint.metrics.get(metric.name), self.best, False
+        if value is not None:
+            if best is not None and best.data not in ("", measured_on):
+                logger.warning("%s is no rival: it was measured on other data", best.checkpoint)
+                best = None
+            better = metric.is_better(value, best.value if best else None)
+            if better:
+                best = Best(value, str(self.path("best").absolute()), metric.name, measured_on)
         replace(checkpoint, best=best).write(path)
         self.best = best
         if name != "latest":
             copy_checkpoint(path, self.path("latest"))
         if better:
             copy_checkpoint(path, self.path("best"))
-            logger.info("%s is the best so far: %s %.4f", path.name, self.metric.name, value)
+            logger.info("%s is the best so far: %s %.4f", path.name, metric.name, value)
         elif value is not None and best is not None:
             logger.info("the best is still %s: %.4f, not %.4f", best.checkpoint, best.value, value)
         for old in self._rolling()[: -self.keep_last]:

@@ -84,14 +84,14 @@ def samples_per_step(run: RunConfig, before: Checkpoint | None) -> int:
     A run that goes on with another number of processes keeps the step of its checkpoint, so that
     it sees the same samples in the same steps.
     """
-    each, world = run.batch_size_train * run.accum_grad_iters, dist.world_size()
+    share, world = run.batch_size_train * run.accum_grad_iters, dist.world_size()
     then = before.progress if before else None
-    if then is None or then.world_size == world or then.samples_per_step != each * then.world_size:
-        return each * world
+    if then is None or then.world_size == world or then.samples_per_step != share * then.world_size:
+        return share * world
     logger.warning(
         "the run began with %d processes, now there are %d: a step keeps its %d samples "
         "(batch_size_train * accum_grad_iters * processes would be %d)",
-        then.world_size, world, then.samples_per_step, each * world,
+        then.world_size, world, then.samples_per_step, share * world,
     )  # fmt: skip
     return then.samples_per_step
 

@@ -282,18 +282,13 @@ class RunnerBase:
     def _save(self, name: str, metrics: dict[str, float] | None = None) -> Path:
         """Write ``checkpoint_<name>.pth``; every process takes part, the main one writes."""
         run, plan = self.run, self.plan
-        each = run.batch_size_train * run.accum_grad_iters
+        began_with = plan.samples_per_step // (run.batch_size_train * run.accum_grad_iters)
         checkpoint = Checkpoint(
             model=trainable_state(self.model, self.strategy.full),
             optimizer=self.strategy.optimizer_state(),
             config=self.config.tree,
             scaler=self.strategy.scaler.state_dict() if self.strategy.rescales else None,
-            progress=Progress(
-                self.step,
-                plan.steps_per_epoch,
-                plan.samples_per_step,
-                plan.samples_per_step // each,
-            ),
+            progress=Progress(self.step, plan.steps_per_epoch, plan.samples_per_step, began_with),
             metrics=metrics or {},
             data=self.data,
         )

@@ -61,10 +61,10 @@ class ImageTextPretrainTask:
             builder.check_paths((*trained, *splits))
         for side in ("train",) * bool(trained) + ("eval",) * bool(splits):
             for name, block in config.datasets.items():
-                own = getattr(block.vis_processor, side)
-                path = f"{f'datasets.{name}' if own else 'preprocess'}.vis_processor.{side}"
-                default = getattr(config.preprocess.vis_processor, side)
-                config.check_image_size(path, own or default)
+                processor, home = getattr(block.vis_processor, side), f"datasets.{name}"
+                if processor is None:
+                    processor, home = getattr(config.preprocess.vis_processor, side), "preprocess"
+                config.check_image_size(f"{home}.vis_processor.{side}", processor)
         if run.wandb_project is not None:
             check_packages("wandb", "run.wandb_project")
         self._check_model(answers=answers)
