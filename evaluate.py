@@ -70,11 +70,12 @@ def main() -> int:
         with dist.raise_together():
             data = RunData({}, task.build_questions(names, args.limit))
         torch.manual_seed(config.run.seed)
-        model, given = task.build_model(device, data).eval(), (data.evaluated, config.run, out)
-        untrained = answer(model, *given, "untrained") if args.baselines else {}
+        model, splits, run = task.build_model(device, data).eval(), data.evaluated, config.run
+        untrained = {f"{split}, untrained": splits[split] for split in splits if args.baselines}
+        before = {n: answer(model, parts, run, out, n) for n, parts in untrained.items()}
         if args.checkpoint is not None:
             model.load_checkpoint(args.checkpoint)
-        print_once(evaluate(model, *given, blind=args.baselines, before=untrained))
+        print_once(evaluate(model, splits, run, out, blind=args.baselines, before=before))
     return 0
 
 

@@ -24,6 +24,7 @@ from lavis.datasets.collate import settle_bad
 from lavis.datasets.instruction import augmentation_seed
 from lavis.datasets.plan import Key, PlanSampler
 from lavis.models.config import PartsConfig
+from lavis.models.vlm import VLM
 from lavis.models.weights.files import state_dict_in
 from lavis.models.weights.trained import assign_model_state, trainable_state
 from lavis.runners.agreement import fingerprint
@@ -51,7 +52,7 @@ class RunnerBase:
         self,
         config: Config,
         task: ImageTextPretrainTask,
-        model: nn.Module,
+        model: VLM,
         dataset: Dataset[Any],
         job_id: str,
         plan: RunPlan | None = None,

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lavis.common import dist
 from lavis.common.errors import DataError, LavisError
@@ -18,12 +18,15 @@ from lavis.tasks.data import Splits
 from lavis.tasks.report import draw_answers
 from lavis.tasks.scoring import Prediction, predict, require_bleu, score, table
 
+if TYPE_CHECKING:
+    from lavis.models.vlm import VLM
+
 logger = logging.getLogger(__name__)
 Answers = Mapping[str, list[Prediction]]
 
 
 def evaluate(
-    model: Any,
+    model: VLM,
     splits: Splits,
     run: RunConfig,
     out: Path,
@@ -36,7 +39,6 @@ def evaluate(
     Every process must call it.
 
     Args:
-        model: has ``encoder`` and ``generate_ids``.
         run: batch size, length of answers, seed, and what becomes of bad samples.
         blind: also score shuffled images.
         before: answers to be scored beside them.
@@ -47,9 +49,12 @@ def evaluate(
     Raises:
         LavisError: with what to mend. What was answered until then is in ``<split>.part.jsonl``.
     """
-    answers = {**(before or {}), **answer(model, splits, run, out)}
-    if blind:
-        answers |= answer(model, splits, run, out, "blind")
+    answers = dict(before or {})
+    for split, datasets in splits.items():
+        answers[split] = answer(model, datasets, run, out, split)
+        if blind:
+            name = f"{split}, blind"
+            answers[name] = answer(model, datasets, run, out, name, blind=True)
     scored = _score(answers, out)
     for split in splits if dist.is_main() else ():
         try:
@@ -84,31 +89,18 @@ def _score(answers: Answers, out: Path | None) -> str:
 
 
 def answer(
-    model: Any, splits: Splits, run: RunConfig, out: Path, how: str = ""
-) -> dict[str, list[Prediction]]:
-    """Answers by split, in the records' order, which are always on disk.
-
-    While they come they are in ``<name>.part.jsonl``, at the end in ``<name>.jsonl``.
-
-    Args:
-        how: put into the names after the split's; ``blind`` shuffles the images.
-    """
-    names = {split: f"{split}, {how}" if how else split for split in splits}
-    return {
-        name: _answer(model, splits[split], run, out, name, blind=how == "blind")
-        for split, name in names.items()
-    }
-
-
-def _answer(
-    model: Any,
+    model: VLM,
     datasets: Sequence[InstructionDataset],
     run: RunConfig,
     out: Path,
     name: str,
     *,
-    blind: bool,
+    blind: bool = False,
 ) -> list[Prediction]:
+    """Answers in the records' order, which are always on disk.
+
+    While they come they are in ``<name>.part.jsonl``, at the end in ``<name>.jsonl``.
+    """
     part = out / f"{name}.part.jsonl"
     answers: list[Prediction] = []
     count = 0
@@ -136,7 +128,7 @@ def _answer(
             logger.error("%d of %d answers are in %s", count, sum(map(len, datasets)), part)
         raise
     if dist.is_main():
-        part.unlink()
+        part.unlink(missing_ok=True)
     return answers
 
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from lavis.datasets.annotations import Record
 from lavis.datasets.collate import settle_bad, stack_words
 from lavis.datasets.instruction import InstructionDataset
 from lavis.processors.conversation import Turn
+
+if TYPE_CHECKING:
+    from lavis.models.vlm import VLM
 
 DESCRIPTION = "description"
 """The ``kind`` whose answers are scored by BLEU, not by exact match."""
@@ -100,7 +103,7 @@ def _spaced(character: str, meant: bool) -> str:
 
 
 def predict(
-    model: Any,
+    model: VLM,
     dataset: InstructionDataset,
     *,
     batch_size: int,
@@ -115,7 +118,6 @@ def predict(
     The processes share the records; each of them returns all answers, in order of the records.
 
     Args:
-        model: has ``encoder`` and ``generate_ids``.
         batch_size: questions at once.
         blind: shuffle the images among the records, for the score that text alone can reach.
         on_bad: what an image that cannot be read does: ``error`` or ``skip``.
@@ -281,7 +283,7 @@ def _share(order: list[int]) -> list[int]:
     return mine + order[: count - len(mine)]
 
 
-def _shuffled(records: Sequence[Any], seed: int) -> list[int]:
+def _shuffled(records: Sequence[Record], seed: int) -> list[int]:
     """A permutation that keeps the number of images of each record."""
     source = list(range(len(records)))
     by_count: dict[int, list[int]] = defaultdict(list)
