@@ -47,24 +47,21 @@ def strategy_name(run: RunConfig, world: int) -> str:
     Raises:
         ConfigError: the settings contradict each other, or DeepSpeed is not installed.
     """
-    name: str = run.strategy
-    older = {}
+    asked: dict[str, str] = {}
+    if run.strategy != "auto":
+        asked[run.strategy] = f"run.strategy is {run.strategy}"
     if run.fsdp:
-        older["fsdp2"] = "run.fsdp is true"
+        asked.setdefault("fsdp2", "run.fsdp is true")
     if run.runner == "deepspeed_runner":
-        older["deepspeed"] = "run.runner is deepspeed_runner"
-    if run.deepspeed_config is not None and "deepspeed" not in (name, *older):
+        asked.setdefault("deepspeed", "run.runner is deepspeed_runner")
+    if run.deepspeed_config is not None and "deepspeed" not in asked:
         raise ConfigError(
             "run.deepspeed_config is given, but DeepSpeed is not chosen: set run.strategy: "
             "deepspeed (or start with --use-deepspeed), or remove the section"
         )
-    if name == "auto":
-        if len(older) > 1:
-            raise ConfigError("run.fsdp: true and run.runner: deepspeed_runner exclude each other")
-        name = next(iter(older), "ddp" if world > 1 else "single")
-    for other, setting in older.items():
-        if other != name:
-            raise ConfigError(f"run.strategy is {name}, but {setting}; leave one of them out")
+    if len(asked) > 1:
+        raise ConfigError(f"{', but '.join(asked.values())}; leave one of them out")
+    name = next(iter(asked), "ddp" if world > 1 else "single")
     if name == "single" and world > 1:
         raise ConfigError(
             f"run.strategy is single, but {world} processes were started; use auto, ddp or fsdp2, "

@@ -79,13 +79,8 @@ class RunnerBase:
         self.strategy, self.plan, self.schedule = plan.strategy, plan.batches, plan.schedule
         self.data, self.step = plan.data, plan.step  # optimizer steps done
         depth, rates = _rates(config)
-        groups = parameter_groups(
-            model.named_parameters(),
-            self.run.weight_decay,
-            self.run.lr_layer_decay,
-            depth,
-            rates,
-        )
+        decay, by_layer = self.run.weight_decay, self.run.lr_layer_decay
+        groups = parameter_groups(model.named_parameters(), decay, by_layer, depth, rates)
         if not any(group["params"] for group in groups):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
         for line in _what_learns(model, self.run, rates):

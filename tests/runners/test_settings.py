@@ -20,7 +20,7 @@ from lavis.common.errors import ConfigError, LavisError
 from lavis.common.registry import TASKS
 from lavis.common.schema import RunConfig
 from lavis.runners.checkpoint import Checkpoint, Progress
-from lavis.runners.launch import new_job_id
+from lavis.runners.launch import new_job_id, strategy_name
 from lavis.runners.prepare import samples_per_step
 from lavis.runners.runner_base import RunnerBase
 from tests.conftest import DEMO, REPO, TOY
@@ -196,6 +196,38 @@ def test_splits_that_are_not_described_are_found_early(tmp_path: Path) -> None:
     for key in ("valid_splits", "test_splits"):
         with pytest.raises(ConfigError, match=r"annotations has no split 'tset'"):
             prepare(tmp_path, f"run.{key}=[tset]")
+
+
+# --- which strategy -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world", "settings", "wanted"),
+    [
+        (1, {}, "single"),
+        (2, {}, "ddp"),
+        (2, {"strategy": "single"}, "2 processes were started"),
+        (2, {"fsdp": True}, "fsdp2"),
+        (2, {"fsdp": True, "strategy": "fsdp2"}, "fsdp2"),
+        (2, {"fsdp": True, "strategy": "ddp"}, "run.strategy is ddp, but run.fsdp is true; leave"),
+        (2, {"runner": "deepspeed_runner"}, "deepspeed"),
+        (2, {"runner": "deepspeed_runner", "deepspeed_config": {}}, "deepspeed"),
+        (1, {"runner": "deepspeed_runner", "strategy": "single"}, "is deepspeed_runner; leave one"),
+        (2, {"runner": "deepspeed_runner", "fsdp": True}, "is true, but run.runner is deepspeed_"),
+        (2, {"deepspeed_config": {}}, "run.deepspeed_config is given, but DeepSpeed is not chosen"),
+    ],
+)
+def test_every_way_to_choose_a_strategy(
+    monkeypatch: pytest.MonkeyPatch, world: int, settings: dict[str, Any], wanted: str
+) -> None:
+    monkeypatch.setattr("lavis.runners.launch.check_packages", lambda *_: None)
+    run = RunConfig(**settings)
+    if " " not in wanted:
+        assert strategy_name(run, world) == wanted
+        return
+    with pytest.raises(ConfigError) as caught:
+        strategy_name(run, world)
+    assert wanted in str(caught.value)
 
 
 # --- batches --------------------------------------------------------------------------------
