@@ -68,7 +68,7 @@ def main() -> int:
     with distributed(config.run) as device:
         log_notes(without_effect(config, answers=True))
         with dist.raise_together():
-            data = RunData({}, task.build_questions(names, args.limit))
+            data = RunData([], task.build_questions(names, args.limit))
         torch.manual_seed(config.run.seed)
         model, splits, run = task.build_model(device, data).eval(), data.evaluated, config.run
         untrained = {f"{split}, untrained": splits[split] for split in splits if args.baselines}

@@ -76,7 +76,7 @@ class Checkpoint:
 
     Attributes:
         model: what is trained, under the original's names.
-        optimizer: PyTorch's state dict of it, with whole tensors. The original keeps none.
+        optimizer: PyTorch's state dict of it, with whole tensors, or nothing.
         config: the whole configuration, as plain values.
         scaler: state of the loss scale, where there is one.
         progress: how far the run is; ``None`` in the original's files.

@@ -27,8 +27,6 @@ class DeepSpeedStrategy(Strategy):
     Frozen parameters are sharded by stage 3 alone.
     """
 
-    name = "deepspeed"
-
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         super().__init__(run, device)
         given = dict(run.deepspeed_config or {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,6 @@ class Strategy:
         module: what is called in place of the model.
         optimizer: AdamW over the trainable parameters.
     """
-
-    name: ClassVar[str] = "single"
 
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         self.run, self.device = run, device
@@ -122,8 +120,6 @@ class Strategy:
 class DDPStrategy(Strategy):
     """A copy of the model in every process; gradients are averaged once a step."""
 
-    name = "ddp"
-
     def wrap(self, model: nn.Module) -> Any:
         model.uniform_graph = True  # type: ignore[assignment]
         # All processes have loaded the same weights: nothing needs to be sent around first.
@@ -144,8 +140,6 @@ class FSDP2Strategy(Strategy):
     The blocks that ``model.shardable_blocks`` lists are gathered one by one when they are used;
     frozen blocks are sharded, too. ``run.fsdp_cpu_offload`` keeps the slices in main memory.
     """
-
-    name = "fsdp2"
 
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         super().__init__(run, device)

@@ -21,12 +21,12 @@ class RunData(ConcatDataset):
 
     Attributes:
         datasets: one for each block of ``datasets``, whose share ``train_dataset_ratios`` may give.
-        trained: splits to train on, which ``datasets`` are made of.
+        trained: what ``datasets`` are made of: for each split, the part that each block has in it.
         evaluated: splits to validate on or to answer.
     """
 
-    def __init__(self, trained: Splits, evaluated: Splits) -> None:
-        blocks = zip(*trained.values(), strict=True)
+    def __init__(self, trained: Sequence[Sequence[InstructionDataset]], evaluated: Splits) -> None:
+        blocks = zip(*trained, strict=True)
         super().__init__([p[0] if len(p) == 1 else ConcatDataset(p) for p in blocks])
         self.trained, self.evaluated = trained, evaluated
 

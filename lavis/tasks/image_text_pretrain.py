@@ -80,7 +80,7 @@ class ImageTextPretrainTask:
         """
         run = self.config.run
         names = () if run.evaluate else run.train_splits
-        trained = {s: self.build_split(s, train=True) for s in names}
+        trained = [self.build_split(s, train=True) for s in names]
         answered = self.build_questions(self._answered)
         others = [s for s in self._evaluated if s not in answered]
         validated = {s: self.build_split(s, train=False) for s in others}
@@ -131,8 +131,8 @@ class ImageTextPretrainTask:
             ConfigError, DataError: as :meth:`FeatureCache.fill`.
         """
         trained, evaluated = (
-            [part for parts in splits.values() for part in parts]
-            for splits in (data.trained, data.evaluated)
+            [part for parts in splits for part in parts]
+            for splits in (data.trained, data.evaluated.values())
         )
         views = [self.config.run.feature_cache.views] * len(trained) + [1] * len(evaluated)
         return FeatureCache(self.config).fill([*trained, *evaluated], device, views=views)

@@ -42,7 +42,7 @@ def main() -> int:
     with distributed(run) as device:
         with dist.main_first():
             data = RunData(
-                {split: task.build_split(split, train=True) for split in trained},
+                [task.build_split(split, train=True) for split in trained],
                 {split: task.build_split(split, train=False) for split in evaluated},
             )
         counts = task.cache_features(data, device)

@@ -298,6 +298,10 @@ def test_shares_count_all_splits_of_a_data_set(tmp_path: Path, other: tuple[str,
     assert counts == {"annotations.json": 18, "four.json": 4, "two.json": 2 + 2}
 
 
+def test_a_split_that_is_named_twice_is_shown_twice(tmp_path: Path) -> None:
+    assert prepare(tmp_path, *SHORT, "run.train_splits=[train,train]").plan.sizes == (36,)
+
+
 @pytest.mark.parametrize(
     ("ratios", "message"),
     [

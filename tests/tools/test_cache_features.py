@@ -67,7 +67,7 @@ def build_task(data: Path, *more: str) -> Any:
 def fill(data: Path, *more: str) -> Counts:
     """Cache the training split alone; no language model is loaded."""
     task = build_task(data, *more)
-    data_of_run = RunData({"train": task.build_split("train", train=True)}, {})
+    data_of_run = RunData([task.build_split("train", train=True)], {})
     return task.cache_features(data_of_run, torch.device("cpu"))
 
 
@@ -355,7 +355,7 @@ def test_videos_are_refused(data: Path, tmp_path: Path) -> None:
     (part,) = task.build_split("train", train=True)
     part.records[2] = dataclasses.replace(part.records[2], images=(), video=Path("a.mp4"))
     with pytest.raises(ConfigError, match=r"holds a video \(a.mp4\); set run.feature_cache"):
-        task.cache_features(RunData({"train": [part]}, {}), torch.device("cpu"))
+        task.cache_features(RunData([[part]], {}), torch.device("cpu"))
 
 
 def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
