@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis.common.cli import REPOSITORY, output_file, positive, run_cli
+from lavis.common.cli import output_file, positive, run_cli
+from lavis.common.paths import REPOSITORY
 
 if TYPE_CHECKING:
     from torch import nn

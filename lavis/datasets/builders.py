@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from lavis.common.errors import ConfigError, DataError
+from lavis.common.errors import ConfigError, DataError, in_lines
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import PROCESSORS, did_you_mean
 from lavis.common.schema import DatasetConfig, PreprocessConfig, ProcessorConfig
@@ -18,7 +18,6 @@ from lavis.processors.config import BaseInstructionConfig
 from lavis.processors.conversation import ConversationEncoder
 
 logger = logging.getLogger(__name__)
-_SHOWN = 10  # bad samples named in one message
 
 
 @dataclass(frozen=True)
@@ -145,14 +144,13 @@ def report_bad(
     Raises:
         DataError: with ``on_bad="error"`` and a bad sample, or if no sample is left.
     """
-    listed = "".join(f"\n  {b.sample_id}: {b.reason}" for b in bad[:_SHOWN])
-    more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    which = in_lines([f"{b.sample_id}: {b.reason}" for b in bad])
     if bad and on_bad == "error":
         raise DataError(
             f"datasets.{name}, split {split!r}: {len(bad)} of {len(good) + len(bad)} records "
-            f"cannot be used (run.on_bad_sample: skip leaves them out):{listed}{more}"
+            f"cannot be used (run.on_bad_sample: skip leaves them out):{which}"
         )
     if not good:
-        raise DataError(f"datasets.{name}, split {split!r}: no usable record{listed}{more}")
+        raise DataError(f"datasets.{name}, split {split!r}: no usable record{which}")
     if bad:
-        logger.warning("datasets.%s, %s: skipped %d:%s%s", name, split, len(bad), listed, more)
+        logger.warning("datasets.%s, %s: skipped %d:%s", name, split, len(bad), which)

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lavis.common.types import DTYPES
+
 _MAGIC = b"LAVISFC1"
 _HEADER = struct.Struct("<8sQ")
 _ENTRY = struct.Struct("<32s8s8s")
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class FeatureStore:

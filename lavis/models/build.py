@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from lavis.common.errors import ConfigError
-from lavis.common.registry import CONNECTORS, VISION_ENCODERS, did_you_mean
+from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, VISION_ENCODERS, did_you_mean
 from lavis.models.compute.frozen_linear import widen_frozen_linears
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import LoraConfig, PartsConfig, VlmConfig
 from lavis.models.language.causal import CausalLM
-from lavis.models.language.parts import LanguagePart, describe_language
+from lavis.models.language.parts import LanguagePart
 from lavis.models.legacy import MiniGPT4QwenConfig
 from lavis.models.vision.eva_qformer import EvaQFormer, resolve_qformer
 from lavis.models.vlm import VLM
@@ -92,7 +90,7 @@ class Assembly:
             WeightsError, ConfigError: as :meth:`from_config`; no weight has been read.
         """
         eyes, connector, llm = config.parts
-        described = describe_language(llm, cache_root, config.keys[1])
+        described: LanguagePart = LANGUAGE_MODELS.get(llm.name)(llm, cache_root, config.keys[1])
         if config.max_txt_len > described.context:
             raise ConfigError(
                 f"model.max_txt_len {config.max_txt_len} is past this language model's context of "
@@ -137,12 +135,8 @@ class Assembly:
         *,
         cache_root: str,
         device: torch.device,
-        digest: Callable[[Path], str],
     ) -> tuple[str, tuple[int, int]]:
         """What the vision encoder computes, without loading anything.
-
-        Args:
-            digest: hash of a file's bytes.
 
         Returns:
             A fingerprint of weights and settings, and the shape (Q, D) of an image's features.
@@ -152,9 +146,7 @@ class Assembly:
         """
         for _ in config.vision_files(cache_root):
             pass
-        return EvaQFormer.describe(
-            config.parts[0], cache_root=cache_root, device=device, digest=digest
-        )
+        return EvaQFormer.describe(config.parts[0], cache_root=cache_root, device=device)
 
 
 class MiniGPT4Qwen(Assembly):

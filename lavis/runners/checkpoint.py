@@ -6,8 +6,7 @@ import os
 import platform
 import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 import lavis
 from lavis.common.errors import WeightsError
-from lavis.common.paths import require_checkpoint
+from lavis.common.paths import replaces, require_checkpoint
 from lavis.common.types import Metric
 from lavis.datasets.plan import BatchPlan
 from lavis.models.weights.files import is_state_dict, load_pickle, outline
@@ -147,10 +146,8 @@ class Checkpoint:
             "versions": software_versions(),
         }
         del content["path"]
-        with _replacing(path) as temporary, temporary.open("wb") as file:
+        with replaces(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
 
     def steps_in(self, plan: BatchPlan) -> int:
         """Optimizer steps done, in steps of the plan that goes on from here.
@@ -204,31 +201,11 @@ def _best(entry: Any) -> Best | None:
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Make ``target`` the same file as ``source``, without a second copy where links work."""
-    with _replacing(target) as temporary:
-        temporary.unlink(missing_ok=True)
+    with replaces(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name for a file that takes the place of ``path`` once it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    with suppress(OSError):  # not every file system can
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _check_sums(path: Path) -> None:

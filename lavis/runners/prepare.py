@@ -12,7 +12,6 @@ import torch
 
 from lavis.common import dist
 from lavis.common.optim import Schedule, build_schedule
-from lavis.common.registry import LR_SCHEDULERS
 from lavis.common.schema import Config, RunConfig
 from lavis.datasets.plan import BatchPlan
 from lavis.runners.agreement import check_agreement, data_fingerprints, warn_of_another_rate
@@ -74,7 +73,7 @@ class RunPlan:
         if before is not None:
             step = before.steps_in(batches)
             warn_of_another_rate(before, run, schedule, step)
-        log_notes(LR_SCHEDULERS.get(run.lr_sched).notes(run, batches.steps_per_epoch))
+        log_notes(schedule.notes())
         return cls(strategy, batches, schedule, before, step, data)
 
 

@@ -8,6 +8,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lavis.datasets.collate import settle_bad
 from lavis.datasets.instruction import augmentation_seed
 from lavis.datasets.plan import Key, PlanSampler
 from lavis.models.config import PartsConfig
+from lavis.models.vision.eva_qformer import layers_above
 from lavis.models.vlm import VLM
 from lavis.models.weights.files import state_dict_in
 from lavis.models.weights.trained import assign_model_state, trainable_state
@@ -80,7 +82,8 @@ class RunnerBase:
         self.data, self.step = plan.data, plan.step  # optimizer steps done
         depth, rates = _rates(config)
         decay, by_layer = self.run.weight_decay, self.run.lr_layer_decay
-        groups = parameter_groups(model.named_parameters(), decay, by_layer, depth, rates)
+        above = partial(layers_above, depth=depth)
+        groups = parameter_groups(model.named_parameters(), decay, by_layer, above, rates)
         if not any(group["params"] for group in groups):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
         for line in _what_learns(model, self.run, rates):

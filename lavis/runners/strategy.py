@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lavis.common import dist
 from lavis.common.errors import ConfigError
 from lavis.common.schema import RunConfig
-from lavis.common.types import AUTOCAST
+from lavis.common.types import DTYPES
 
 Groups = list[dict[str, Any]]
 
@@ -32,7 +32,7 @@ class Strategy:
 
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         self.run, self.device = run, device
-        self.dtype = AUTOCAST[run.autocast_dtype]
+        self.dtype = DTYPES[run.autocast_dtype]
         fp16 = run.amp and self.dtype == torch.float16 and run.loss_scale
         self.rescales = fp16  # whether an infinite gradient is part of finding the loss scale
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)

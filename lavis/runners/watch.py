@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lavis.common import dist
 from lavis.common.device import matmul_peak, peak_memory
 from lavis.common.schema import Config
-from lavis.common.types import AUTOCAST
+from lavis.common.types import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class RunLog:
         self._total, self._done, self._device = total_steps, done_steps, device
         self._flops: Callable[[int, int], float] | None = getattr(model, "training_flops", None)
         if self._flops is not None:
-            dtype = AUTOCAST[run.autocast_dtype] if run.amp else torch.float32
+            dtype = DTYPES[run.autocast_dtype] if run.amp else torch.float32
             self._peak = sum(dist.gather(matmul_peak(device, dtype)))
         self._log = (folder / "log.txt" if main else Path(os.devnull)).open("a", encoding="utf-8")
         self._bar = tqdm(

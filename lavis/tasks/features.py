@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lavis.common import dist
-from lavis.common.errors import ConfigError, DataError, LavisError
-from lavis.common.hashing import FileHashes
+from lavis.common.errors import ConfigError, DataError, LavisError, in_lines
+from lavis.common.hashing import file_digest
 from lavis.common.paths import cache_path, require_writable, user_cache
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config, ModelConfig
-from lavis.common.types import AUTOCAST
+from lavis.common.types import DTYPES
 from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.feature_store import FeatureStore
 from lavis.datasets.features import CachedFeatures, draw_view, is_random, transform_fingerprint
@@ -33,7 +33,6 @@ from lavis.models.config import EvaQFormerKeys, PartsConfig
 logger = logging.getLogger(__name__)
 _BATCH = 16  # images encoded at once; always as many, so that no feature depends on its neighbours
 _THREADS = 8  # that read files to hash them
-_SHOWN = 10  # bad images named in one message
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ class FeatureCache:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.settings = config.run.feature_cache
-        self._hashes = FileHashes()
         self._digests: dict[Path, str] = {}
         self._failures: dict[Any, str] = {}
         self._ready: set[bytes] = set()
@@ -151,16 +149,11 @@ class FeatureCache:
     def _open(self, device: torch.device) -> tuple[FeatureStore, str]:
         if self._opened is None:
             config, run = self.config.model, self.config.run
-            with dist.main_first():
-                encoder, shape = MODELS.get(config.arch).describe_vision(
-                    config,
-                    cache_root=self.config.env.cache_root,
-                    device=device,
-                    digest=self._hashes.digest,
-                )
-                self._hashes.save()
+            encoder, shape = MODELS.get(config.arch).describe_vision(
+                config, cache_root=self.config.env.cache_root, device=device
+            )
             # Training encodes under autocast, so features are what they would be there.
-            amp = [str(AUTOCAST[run.autocast_dtype]), _vision(config).enable_autocast]
+            amp = [str(DTYPES[run.autocast_dtype]), _vision(config).enable_autocast]
             parts = json.dumps([encoder, amp if run.amp else None])
             encoder = hashlib.blake2b(parts.encode(), digest_size=32).hexdigest()
             self._opened = FeatureStore(self.folder, shape, self.settings.dtype), encoder
@@ -170,23 +163,13 @@ class FeatureCache:
         new = [p for p in paths if p not in self._digests and p not in self._failures]
         mine = new[dist.rank() :: dist.world_size()]
         with ThreadPoolExecutor(_THREADS) as pool:
-            results = list(_bar(pool.map(self._digest, mine), "hashing images", len(mine)))
+            results = list(_bar(pool.map(_digest, mine), "hashing images", len(mine)))
         for told in dist.gather(dict(zip(mine, results, strict=True))):
             for path, (digest, why) in told.items():
                 if digest is None:
                     self._failures[path] = why
                 else:
                     self._digests[path] = digest
-        for rank in range(dist.world_size()):  # one after the other: they share the tables
-            if rank == dist.rank():
-                self._hashes.save()
-            dist.barrier()
-
-    def _digest(self, path: Path) -> tuple[str | None, str]:
-        try:
-            return self._hashes.digest(path), ""
-        except OSError as error:
-            return None, f"{path} cannot be read: {error}"
 
     def _attach(
         self, dataset: Any, views: int, store: FeatureStore, encoder: str
@@ -276,7 +259,7 @@ class FeatureCache:
         filled = torch.stack(pixels + pixels[-1:] * (_BATCH - len(pixels))).to(device)
         with (
             torch.no_grad(),
-            torch.autocast(device.type, AUTOCAST[run.autocast_dtype], enabled=run.amp),
+            torch.autocast(device.type, DTYPES[run.autocast_dtype], enabled=run.amp),
         ):
             return vision(filled).float().cpu()
 
@@ -297,15 +280,21 @@ class FeatureCache:
         bad |= {p: self._failures[p] for p in names if p in self._failures}
         if not bad:
             return
-        listed = "".join(f"\n  {names[p]}: {why}" for p, why in list(bad.items())[:_SHOWN])
-        more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        which = in_lines([f"{names[p]}: {why}" for p, why in bad.items()])
         if self.config.run.on_bad_sample == "error":
             raise DataError(
                 f"run.feature_cache: images cannot be encoded (run.on_bad_sample: skip leaves "
-                f"their records out):{listed}{more}"
+                f"their records out):{which}"
             )
         if dist.is_main():
-            logger.warning("records with these images are left out:%s%s", listed, more)
+            logger.warning("records with these images are left out:%s", which)
+
+
+def _digest(path: Path) -> tuple[str | None, str]:
+    try:
+        return file_digest(path), ""
+    except OSError as error:
+        return None, f"{path} cannot be read: {error}"
 
 
 def _vision(config: ModelConfig) -> EvaQFormerKeys:

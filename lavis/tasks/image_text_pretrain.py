@@ -18,7 +18,7 @@ from lavis.common.packages import check_packages
 from lavis.common.paths import cache_path, require_checkpoint, require_writable
 from lavis.common.registry import BUILDERS, MODELS
 from lavis.common.schema import Config
-from lavis.common.types import AUTOCAST, Batch, Metric
+from lavis.common.types import DTYPES, Batch, Metric
 from lavis.datasets.collate import settle_bad
 from lavis.datasets.instruction import InstructionDataset
 from lavis.datasets.plan import shared_batches
@@ -175,7 +175,7 @@ class ImageTextPretrainTask:
             loader = load_batches(dataset, keys, run.num_workers)
             for batch in tqdm(loader, desc="validating", disable=not dist.is_main()):
                 skipped += len(settle_bad(batch.bad, run.on_bad_sample))
-                dtype = AUTOCAST[run.autocast_dtype]
+                dtype = DTYPES[run.autocast_dtype]
                 with torch.no_grad(), torch.autocast(device.type, dtype, enabled=run.amp):
                     output = self.train_step(module, batch.to(device))
                 loss_sum += output.loss_sum.item()

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lavis.common import hashing, images
+from lavis.common import images
 from lavis.common.errors import DataError
-from lavis.common.hashing import FileHashes
+from lavis.common.hashing import file_digest
 from lavis.common.registry import PROCESSORS
 from lavis.datasets import features
 from lavis.datasets.feature_store import FeatureStore
@@ -178,49 +178,13 @@ def test_epochs_take_turns_and_what_is_missing_is_said(tmp_path: Path) -> None:
         features.read(broken, 1)
 
 
-def test_hashes_are_of_bytes_and_remembered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hashing, "_SETTLED_NS", -(10**18))  # the files of a test are new
+def test_hashes_are_of_bytes(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_bytes(b"content")
     other.write_bytes(b"content")
-    hashes = FileHashes()
-    first = hashes.digest(one)
-    assert first == hashes.digest(other)
-    hashes.save()
-    with monkeypatch.context() as patch:
-        patch.setattr("hashlib.file_digest", None)
-        assert FileHashes().digest(one) == first
+    first = file_digest(one)
+    assert first == file_digest(other)
     stat = one.stat()
     one.write_bytes(b"CONTENT")
     os.utime(one, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as copying tools do
-    assert FileHashes().digest(one) != first
-
-
-def test_a_hash_of_a_file_in_flux_is_not_remembered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "new").write_bytes(b"content")
-    hashes = FileHashes()
-    hashes.digest(tmp_path / "new")
-    hashes.save()
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_damaged_table_of_hashes_is_forgotten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hashing, "_SETTLED_NS", -(10**18))
-    file = tmp_path / "file"
-    file.write_bytes(b"content")
-    hashes = FileHashes()
-    first = hashes.digest(file)
-    hashes.save()
-    (table,) = (tmp_path / "cache").rglob("*.json")
-    for damage in ("{", "[]", '{"file": 3}', '{"file": [1, 2, 3, "00"]}'):
-        table.write_text(damage, encoding="utf-8")
-        assert FileHashes().digest(file) == first
+    assert file_digest(one) != first
