@@ -156,7 +156,10 @@ def test_a_limit_below_one_is_refused(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         _run(monkeypatch, *_arguments(_task(tmp_path), tmp_path / "out"), "--limit", str(limit))
-    assert f"argument --limit: must be at least 1, not {limit}" in capsys.readouterr().err
+    assert (
+        f"argument --limit: must be an integer from 1 to 2^63 - 1, not {str(limit)!r}"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError("out of memory")])
