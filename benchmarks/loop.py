@@ -78,7 +78,7 @@ def _with_features(folder: Path, workers: int, batch_size: int) -> tuple[Config,
     config = _config(folder, workers, batch_size, f"run.feature_cache={section}")
     task = TASKS.get("image_text_pretrain")(config)
     dataset = task.build_datasets()
-    return config, task.build_model(torch.device("cpu")), dataset
+    return config, task.build_model(torch.device("cpu"), dataset), dataset
 
 
 def seconds_per_step(

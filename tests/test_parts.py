@@ -118,7 +118,7 @@ def prepare(home: Path, *options: str, job: str = "job") -> Any:
     task.check_paths()
     dataset = task.build_datasets()
     torch.manual_seed(config.run.seed)
-    model = task.build_model(torch.device("cpu"))
+    model = task.build_model(torch.device("cpu"), dataset)
     return RUNNERS.get(config.run.runner)(config, task, model, dataset, job)
 
 
@@ -248,7 +248,7 @@ def test_each_part_at_its_rate(
     before = {n: p.clone() for n, p in runner.model.named_parameters()}
     path = runner.train()
     names = {id(p): n for n, p in runner.model.named_parameters()}
-    for group in runner.optimizer.param_groups:
+    for group in runner.strategy.optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
             connector = name.startswith("connector.")
@@ -272,7 +272,7 @@ def test_one_rate(home: Path, tmp_path: Path) -> None:
     runner = prepare(home, "model.train={connector: 3e-3}", *options)
     assert set(runner.model.trainable_parameters()) == {"connector.weight", "connector.bias"}
     runner.train()
-    groups = [g for g in runner.optimizer.param_groups if g["params"]]
+    groups = [g for g in runner.strategy.optimizer.param_groups if g["params"]]
     assert [g["lr"] for g in groups] == pytest.approx([3e-3, 3e-3])
     assert [g["weight_decay"] for g in groups] == [0.05, 0]
 
