@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lavis.common.cli import output_folder, positive, print_once, run_cli, setup_logging
 from lavis.common.config import add_config_arguments, load_config
-from lavis.common.paths import require_checkpoint
+from lavis.common.errors import ConfigError
+from lavis.common.paths import require_checkpoint, require_writable
 
 
 def main() -> int:
@@ -44,33 +45,37 @@ def main() -> int:
     if args.cfg_path is None:
         parser.error("the following arguments are required: --cfg-path (or --score)")
     config = load_config(args.cfg_path, args.options)
-    splits = tuple(dict.fromkeys(args.splits or ["test"]))
+    names = tuple(dict.fromkeys(args.splits or ["test"]))
+    out = args.out or Path("output/evaluation")
+    require_writable(out, "--out", ConfigError)
     if args.checkpoint is not None:
         args.checkpoint = require_checkpoint(args.checkpoint, "--checkpoint")
 
+    import torch
+
+    from lavis.common import dist
     from lavis.common.registry import TASKS
     from lavis.models.weights.files import open_pth
     from lavis.runners.launch import distributed
     from lavis.runners.prepare import log_notes, without_effect
-    from lavis.tasks.evaluate import evaluate
+    from lavis.tasks.data import RunData
+    from lavis.tasks.evaluate import answer, evaluate
 
     task = TASKS.get(config.run.task)(config)
-    task.check_paths(splits)
+    task.check_paths(names)
     if args.checkpoint is not None:
         open_pth(args.checkpoint)
     with distributed(config.run) as device:
         log_notes(without_effect(config, answers=True))
-        print_once(
-            evaluate(
-                task,
-                checkpoint=args.checkpoint,
-                splits=splits,
-                limit=args.limit,
-                baselines=args.baselines,
-                out=args.out or Path("output/evaluation"),
-                device=device,
-            )
-        )
+        with dist.raise_together():
+            data = RunData([], task.build_questions(names, args.limit))
+        torch.manual_seed(config.run.seed)
+        model, splits, run = task.build_model(device, data).eval(), data.evaluated, config.run
+        untrained = {f"{split}, untrained": splits[split] for split in splits if args.baselines}
+        before = {n: answer(model, parts, run, out, n) for n, parts in untrained.items()}
+        if args.checkpoint is not None:
+            model.load_checkpoint(args.checkpoint)
+        print_once(evaluate(model, splits, run, out, blind=args.baselines, before=before))
     return 0
 
 

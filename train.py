@@ -6,6 +6,7 @@ With several processes: ``python -m torch.distributed.run --nproc_per_node=4 tra
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lavis.common.cli import print_once, run_cli, setup_logging
 from lavis.common.config import AddOptions, add_config_arguments, load_config
@@ -22,10 +23,11 @@ def main() -> int:
     args = parser.parse_args()
     setup_logging()
     config = load_config(args.cfg_path, args.options)
+    run = config.run
 
     from lavis.common.registry import RUNNERS, TASKS
 
-    task = TASKS.get(config.run.task)(config)
+    task = TASKS.get(run.task)(config)
     task.check_paths()
 
     import torch
@@ -33,22 +35,23 @@ def main() -> int:
     from lavis.common import dist
     from lavis.runners.launch import distributed, new_job_id
     from lavis.runners.prepare import RunPlan, log_notes, without_effect
+    from lavis.tasks.evaluate import evaluate
 
-    with distributed(config.run) as device:
+    with distributed(run) as device:
         with dist.main_first():
-            dataset = task.build_datasets()
-        plan = None if config.run.evaluate else RunPlan.of(config, dataset, device)
-        answers = config.run.evaluate or bool(config.run.test_splits)
-        log_notes(without_effect(config, answers=answers))
-        torch.manual_seed(config.run.seed)
-        model = task.build_model(device)
-        job_id = new_job_id(config.run)
-        if config.run.evaluate:
-            if config.run.resume_ckpt_path is not None:
-                model.load_checkpoint(config.run.resume_ckpt_path)
-            print_once(task.test(model, job_id))
+            data = task.build_datasets()
+        plan = None if run.evaluate else RunPlan.of(config, data, device)
+        log_notes(without_effect(config, answers=run.evaluate or bool(run.test_splits)))
+        torch.manual_seed(run.seed)
+        model = task.build_model(device, data)
+        job_id = new_job_id(run)
+        if run.evaluate:
+            if run.resume_ckpt_path is not None:
+                model.load_checkpoint(run.resume_ckpt_path)
+            out = Path(run.output_dir) / job_id / "evaluation"
+            print_once(evaluate(model.eval(), data.evaluated, run, out))
             return 0
-        runner = RUNNERS.get(config.run.runner)(config, task, model, dataset, job_id, plan)
+        runner = RUNNERS.get(run.runner)(config, task, model, data, job_id, plan)
         checkpoint = runner.train()
         print_once(checkpoint)
         return 130 if runner.interrupted else 0

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis.common.cli import REPOSITORY, output_file, positive, run_cli
+from lavis.common.cli import output_file, positive, run_cli
+from lavis.common.paths import REPOSITORY
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,7 +78,7 @@ def _with_features(folder: Path, workers: int, batch_size: int) -> tuple[Config,
     config = _config(folder, workers, batch_size, f"run.feature_cache={section}")
     task = TASKS.get("image_text_pretrain")(config)
     dataset = task.build_datasets()
-    return config, task.build_model(torch.device("cpu")), dataset
+    return config, task.build_model(torch.device("cpu"), dataset), dataset
 
 
 def seconds_per_step(

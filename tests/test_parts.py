@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,16 @@ import train
 from examples.toybox.world.__main__ import write_split
 from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.common.config import load_config
-from lavis.common.errors import LavisError, WeightsError
+from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
 from lavis.common.registry import RUNNERS, TASKS
 from lavis.models import load_model_and_preprocess
 from lavis.models.build import Assembly
+from lavis.models.generation import Generator
+from lavis.processors.contracts import Piece, Turn
+from lavis.processors.templates import TokenizerTemplate
+from lavis.tools.export import export
 from tests.conftest import REPO
+from tests.gguf_files import write_gguf
 from tests.processors.families import FAMILIES
 
 TOYBOX = REPO / "examples" / "toybox"
@@ -38,6 +43,7 @@ LANGUAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"hidden_size": 48, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", {"layer_types": ["sliding_attention", "full_attention"]}),
 }
+GGUF = "gguf/model.gguf"
 CHECKPOINT = "checkpoint_latest.pth"
 
 
@@ -51,6 +57,15 @@ def save_language(folder: Path, family: str, template: str, **options: Any) -> P
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     return FAMILIES[template].save(folder)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(home: Path) -> Path:
+    """A file as a user downloads it, and the folder it was made of, ``home/unpacked``."""
+    folder = save_language(home / "unpacked", "qwen2", "chatml")
+    (home / GGUF).parent.mkdir()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return write_gguf(home / GGUF, model, (FAMILIES["chatml"], folder, "gpt2", "qwen2"))
 
 
 def model_yaml(language: Path) -> dict[str, Any]:
@@ -103,7 +118,7 @@ def prepare(home: Path, *options: str, job: str = "job") -> Any:
     task.check_paths()
     dataset = task.build_datasets()
     torch.manual_seed(config.run.seed)
-    model = task.build_model(torch.device("cpu"))
+    model = task.build_model(torch.device("cpu"), dataset)
     return RUNNERS.get(config.run.runner)(config, task, model, dataset, job)
 
 
@@ -175,6 +190,41 @@ def test_features_serve_every_language_model(
         runner.train()
 
 
+def test_a_gguf_file_is_the_folder_it_was_made_of(
+    home: Path, gguf_file: Path, tmp_path: Path
+) -> None:
+    """Trained, saved, loaded and asked: the same numbers, and nothing is read for the sizes."""
+    options = [f"run.output_dir={tmp_path}", "run.max_epoch=1"]
+    packed = prepare(home, *options, language(home, GGUF), job="packed")
+    folder = prepare(home, *options, language(home, "unpacked"), job="unpacked")
+    assert loss(packed) == pytest.approx(loss(folder), rel=1e-6)
+    texts = [Turn("user", "<ImageHere>What is it? <|im_end|>"), Turn("assistant", "A cat.")]
+    assert packed.model.encoder.encode(texts) == folder.model.encoder.encode(texts)
+    before, path = loss(packed), packed.train()
+    assert loss(packed) < before
+    trained, wanted = state(path), state(folder.train())
+    assert trained.keys() == wanted.keys() == {"llm_proj.weight", "llm_proj.bias"}
+    for key, tensor in trained.items():
+        torch.testing.assert_close(tensor, wanted[key], rtol=1e-4, atol=1e-6)
+
+    resumed = prepare(home, *options, language(home, GGUF), job="resumed")
+    resumed.model.load_checkpoint(path)
+    assert loss(resumed) == loss(packed)
+    assert packed.model.chat("cat", max_new_tokens=5) == resumed.model.chat("cat", max_new_tokens=5)
+
+    adapted = prepare(home, *options, language(home, GGUF), ADAPTED, job="adapted")
+    assert sum("lora_" in name for name in state(adapted.train())) == 2 * 2 * 7
+
+
+def test_a_gguf_file_that_is_none(home: Path, gguf_file: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf_file.read_bytes()[:-4000])
+    with pytest.raises(WeightsError, match=r"broken\.gguf cannot be read"):
+        prepare(home, f"model.language.path={broken}")
+    with pytest.raises(WeightsError, match=r"model\.language\.path: no file .*absent\.gguf"):
+        prepare(home, f"model.language.path={tmp_path / 'absent.gguf'}")
+
+
 # --- what learns ----------------------------------------------------------------------------
 
 ADAPTED = (
@@ -198,7 +248,7 @@ def test_each_part_at_its_rate(
     before = {n: p.clone() for n, p in runner.model.named_parameters()}
     path = runner.train()
     names = {id(p): n for n, p in runner.model.named_parameters()}
-    for group in runner.optimizer.param_groups:
+    for group in runner.strategy.optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
             connector = name.startswith("connector.")
@@ -222,9 +272,26 @@ def test_one_rate(home: Path, tmp_path: Path) -> None:
     runner = prepare(home, "model.train={connector: 3e-3}", *options)
     assert set(runner.model.trainable_parameters()) == {"connector.weight", "connector.bias"}
     runner.train()
-    groups = [g for g in runner.optimizer.param_groups if g["params"]]
+    groups = [g for g in runner.strategy.optimizer.param_groups if g["params"]]
     assert [g["lr"] for g in groups] == pytest.approx([3e-3, 3e-3])
     assert [g["weight_decay"] for g in groups] == [0.05, 0]
+
+
+def test_a_trained_qformer_is_loaded_but_neither_cached_nor_exported(
+    home: Path, tmp_path: Path
+) -> None:
+    train = "model.train={connector: {}, vision: {parts: [qformer], lr: 1e-3}}"
+    options = (f"run.output_dir={tmp_path}", "run.max_epoch=1")
+    runner = prepare(home, train, *options)
+    path = runner.train()
+    assert any("bert" in name for name in state(path))
+    later = ("model.load_finetuned=true", f"model.finetuned={path}")
+    assert loss(prepare(home, *later, job="later")) == loss(runner)
+    with pytest.raises(LavisError, match=r"run\.feature_cache: model\.finetuned .* holds"):
+        prepare(home, *later, "run.feature_cache.enabled=true")
+    with pytest.raises(ConfigError, match=r"only parts of arch minigpt4qwen .*not of vlm"):
+        export(path, tmp_path / "out", torch.float32)
+    assert not (tmp_path / "out").exists()
 
 
 # --- late faults ----------------------------------------------------------------------------
@@ -265,8 +332,9 @@ def test_told_before_a_weight_is_read(
         raise AssertionError("weights were read")
 
     faulty(home)
-    for name in ("language.hf.open_shards", "vision.load_vit", "vision.load_weights"):
-        monkeypatch.setattr(f"lavis.models.{name}", read)
+    for name in ("load_vit", "load_weights"):
+        monkeypatch.setattr(f"lavis.models.vision.eva_qformer.{name}", read)
+    monkeypatch.setattr("lavis.models.language.hf.open_shards", read)
     options = option.replace("HOME", str(home)).split(" run.")
     options[1:] = [f"run.{o}" for o in options[1:]]
     with pytest.raises(LavisError, match=told.replace("HOME", str(home))):
@@ -364,6 +432,105 @@ def test_answers_are_those_of_a_cold_start(home: Path, name: str) -> None:
     )
     assert said == first
     assert len(history) == 1
+
+
+def load(home: Path, *options: str) -> tuple[Any, Any]:
+    model, processors, _ = load_model_and_preprocess(
+        "vlm", is_eval=True, cfg_path=home / "run.yaml", options=options
+    )
+    return model, processors["eval"]
+
+
+@pytest.fixture()
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The prompts that a model was given."""
+    seen: list[list[int]] = []
+
+    def spy(self: Any, prompts: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
+        seen.extend(prompts)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(Generator, "generate_ids", spy)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama2-first", "llama3", "gemma2", "qwen3", "phi3"])
+def test_a_question_with_markers_is_no_markup(
+    home: Path, tmp_path: Path, name: str, asked: list[list[int]]
+) -> None:
+    """Only what begins as the template's own prompts do is markup; a user can type a marker."""
+    family = FAMILIES[name]
+    model, _ = load(home, f"model.language.path={save_language(tmp_path, 'llama', name)}")
+    encoder = model.encoder
+    marker = family.ask.strip()
+    for text in (f"What does {marker} mean?", f"Say {marker}", marker, f"a {family.begin}b"):
+        asked.clear()
+        model.generate({"text": text})
+        model.generate({"prompt": text})
+        assert asked == [encoder.prompt([Turn("user", text)])] * 2, text
+
+    prompt = f"{family.begin}<ImageHere>cat{family.ask}"
+    asked.clear()
+    model.generate({"text": prompt})
+    model.generate({"text": f"{prompt}A"})  # an answer that is begun
+    assert asked[0] == encoder.prompt([Turn("user", "<ImageHere>cat")])
+    assert model.tokenizer.decode(asked[1]).endswith("A")
+    for wrong in (f"{family.begin}cat", f"{prompt}A{family.end}"):
+        with pytest.raises(DataError, match="a prompt in markup ends with"):
+            model.generate({"text": wrong})
+
+
+# --- the system prompt ----------------------------------------------------------------------
+
+
+def test_a_system_prompt_is_trained_and_asked(
+    home: Path, tmp_path: Path, asked: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "model.language.system=Be brief."
+    plain, runner = prepare(home), prepare(home, said, f"run.output_dir={tmp_path}", job="system")
+    encoder = runner.model.encoder
+    assert (plain.model.encoder.system, encoder.system) == (None, "Be brief.")
+    turns = [Turn("user", "cat"), Turn("assistant", "dog")]
+    pieces = encoder.template.pieces(turns, system="Be brief.", ask=False)
+    assert encoder.encode(turns).input_ids == encoder.tokenizer.encode_pieces(pieces).ids
+    assert encoder.encode(turns) != plain.model.encoder.encode(turns)
+    prefix = encoder.tokenizer.decode(encoder.constant_prefix()[0])
+    assert "Be brief." in prefix
+    batch = next(iter(runner._loader([[(0, 0)]])))
+    assert "Be brief." in encoder.tokenizer.decode(batch.input_ids[0].tolist())
+
+    model, processor = load(home, said)
+    wanted = model.encoder.prompt([Turn("user", "cat")])
+    assert wanted == encoder.prompt([Turn("user", "cat")])
+    model.chat("cat")
+    model.generate({"text": "cat"})
+    assert asked == [wanted, wanted]
+    model.chat("cat", system="Be long.")
+    assert "Be long." in model.tokenizer.decode(asked[2])
+    engine = ChatEngine(model, processor)
+    assert Conversation(engine, ChatSettings(max_new_tokens=2)).ask("cat").prompt == wanted
+
+    path = runner.train()
+    plain.model.load_checkpoint(path)
+    assert any("model.language.system was Be brief., now None" in m for m in caplog.messages)
+
+
+def test_a_system_prompt_that_a_template_cannot_say(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.language\.system: .*takes no system prompt"):
+        prepare(home, language(home, "gemma2"), "model.language.system=Be brief.")
+    own = f"model.language.template={__name__}:Mute"
+    with pytest.raises(ConfigError, match=r"^model\.language\.system: .*leaves it out"):
+        prepare(home, own, "model.language.system=Be brief.")
+    assert prepare(home, own).model.encoder.system is None
+
+
+class Mute(TokenizerTemplate):
+    """A template of one's own that forgets the system prompt."""
+
+    def pieces(
+        self, turns: Sequence[Turn], *, system: str | None = None, ask: bool = False
+    ) -> list[Piece]:
+        return super().pieces(turns, ask=ask)
 
 
 Run = Callable[..., str]

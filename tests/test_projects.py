@@ -84,7 +84,7 @@ def test_a_recipe_trains(name: str, pictures: Path, tmp_path: Path) -> None:
     task.check_paths()
     dataset = task.build_datasets()
     torch.manual_seed(config.run.seed)
-    model = task.build_model(torch.device("cpu"))
+    model = task.build_model(torch.device("cpu"), dataset)
     runner = RUNNERS.get(config.run.runner)(config, task, model, dataset, "job")
     check(runner.train(), config.run.batch_size_train * config.run.accum_grad_iters)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lavis.common.cli import TOYBOX, add_model_arguments, resolve_model_arguments
-from lavis.common.config import default_model_config
-from lavis.common.errors import DataError
-from lavis.common.paths import require_checkpoint
+from lavis.common.cli import whole_number
+from lavis.common.config import add_config_arguments, default_model_config
+from lavis.common.errors import ConfigError, DataError
+from lavis.common.paths import REPOSITORY, TOYBOX, require_checkpoint
 
 if TYPE_CHECKING:
     from lavis.chat.engine import ChatEngine
@@ -23,8 +23,16 @@ TOYBOX_IMAGE = TOYBOX / "image" / "scene.png"
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say which model answers, where it computes, and how it chooses."""
-    add_model_arguments(parser)
+    """Add the arguments that say which model answers, where it computes, and how it chooses.
+
+    Without a model, the toybox answers.
+    """
+    add_config_arguments(parser, required=False)
+    parser.add_argument("--model-type", help="qwen7b_chat (default), qwen14b_chat or toybox")
+    parser.add_argument(
+        "--checkpoint", "--checkpoint-path", "-c", metavar="PTH",
+        help="trained projection; without it and --cfg-path, the toybox of this repository answers",
+    )  # fmt: skip
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--device", default="auto", help="cuda, cuda:N, cpu or auto (default)")
     device.add_argument(
@@ -38,32 +46,42 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto spreads the language model over all visible GPUs",
     )  # fmt: skip
     parser.add_argument(
-        "--max-new-tokens", type=_whole_number(1), default=512, help="default: %(default)s"
+        "--max-new-tokens", type=whole_number(1), default=512, help="default: %(default)s"
     )
     parser.add_argument(
-        "--seed", "-s", type=_whole_number(0), default=1234,
+        "--seed", "-s", type=whole_number(0), default=1234,
         help="of answers that are drawn (%(default)s)"
     )  # fmt: skip
 
 
-def _whole_number(least: int) -> Callable[[str], int]:
-    """The type of an argument; refuses what is wrong before PyTorch is imported."""
-
-    def parse(text: str) -> int:
-        message = f"must be an integer from {least} to 2^63 - 1, not {text!r}"
-        try:
-            value = int(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(message) from error
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(message)
-        return value
-
-    return parse
-
-
 def _gpu(text: str) -> str:
-    return f"cuda:{_whole_number(0)(text)}"
+    return f"cuda:{whole_number(0)(text)}"
+
+
+def choose_model(args: argparse.Namespace) -> bool:
+    """Fill in what :func:`add_chat_arguments` left open.
+
+    Returns:
+        Whether the toybox was chosen because nothing else was named.
+
+    Raises:
+        ConfigError: a configuration or a model type without a checkpoint.
+    """
+    if args.checkpoint is None and (args.cfg_path or args.model_type):
+        named = "--cfg-path" if args.cfg_path else "--model-type"
+        raise ConfigError(f"{named} needs --checkpoint: the projection that was trained for it")
+    toybox = args.checkpoint is None
+    if toybox:
+        args.model_type = "toybox"
+        args.checkpoint = str(TOYBOX / "checkpoint.pth")
+        print(
+            f"Answering with the toybox ({TOYBOX.relative_to(REPOSITORY)}), a tiny model of "
+            "coloured shapes; --checkpoint PTH [--cfg-path YAML] loads real weights.",
+            file=sys.stderr,
+        )
+    if args.cfg_path is None:
+        args.model_type = args.model_type or "qwen7b_chat"
+    return toybox
 
 
 def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]:
@@ -77,7 +95,7 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
         ConfigError, WeightsError: with what to mend; found before anything large is loaded.
         DataError: the configuration has no image processor for chat.
     """
-    toybox = resolve_model_arguments(args)
+    toybox = choose_model(args)
     args.checkpoint = str(require_checkpoint(args.checkpoint))
     arch = "" if args.cfg_path else "minigpt4qwen"  # a YAML says which
     config = default_model_config(arch, args.model_type, args.options, args.cfg_path)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -17,7 +17,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -146,6 +145,10 @@ class ChatEngine:
         if not self.model.language.caches:
             raise ConfigError("num_beams above 1 needs a language model whose state can be kept")
         self.extend(cache, content[:-1], images)
+
+        def ended(ids: Tensor, scores: object, **_: object) -> Tensor:
+            return torch.full((len(ids),), stopped(), device=ids.device)
+
         with self._lock, torch.no_grad():
             last = self._embed(content[-1:], images)
             # Transformers wants the whole prompt and computes what is not in the cache of it.
@@ -154,7 +157,7 @@ class ChatEngine:
                 inputs_embeds=embeds,
                 attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64, device=last.device),
                 cache=cache.repeated(settings.num_beams),
-                stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),
+                stopping_criteria=StoppingCriteriaList([ended]),
                 generation_config=GenerationConfig(
                     num_beams=settings.num_beams,
                     max_new_tokens=settings.max_new_tokens,
@@ -207,11 +210,3 @@ class TokenChooser:
             return int(scores.argmax())
         # Drawn on the CPU: a seed gives the same numbers on every device.
         return int(scores.softmax(-1).cpu().multinomial(1, generator=self._generator))
-
-
-class _Stopped(StoppingCriteria):
-    def __init__(self, stopped: Callable[[], bool]) -> None:
-        self._stopped = stopped
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self._stopped(), device=input_ids.device)

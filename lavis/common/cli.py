@@ -7,15 +7,15 @@ import codecs
 import io
 import logging
 import os
+import re
 import sys
-import unicodedata
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from lavis.common.config import add_config_arguments
 from lavis.common.errors import ConfigError, LavisError
 from lavis.common.packages import check_packages
-from lavis.common.paths import REPOSITORY, TOYBOX, require_writable, user_path
+from lavis.common.paths import require_writable, user_path
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -33,8 +33,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             ascii_only = codecs.lookup(stream.encoding).name == "ascii"
-            own = stream.isatty() and not ascii_only
-            stream.reconfigure(encoding=None if own else "utf-8", errors="replace")
+            keep = stream.isatty() and not ascii_only
+            stream.reconfigure(encoding=None if keep else "utf-8", errors="replace")
     try:
         check_packages()
         status = main()
@@ -55,19 +55,26 @@ def run_cli(main: Callable[[], int | None]) -> None:
 def printable(text: str) -> str:
     """Text without control characters, which must not steer the terminal, and lone surrogates,
     which no stream can write: it may be an answer or a file name."""
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}"
-        if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"
-        else c
-        for c in text
-    )
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
-def positive(text: str) -> int:
-    """The type of an argument that counts something: an integer from 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an argument; refuses what is wrong before PyTorch is imported."""
+
+    def parse(text: str) -> int:
+        message = f"must be an integer from {least} to 2^63 - 1, not {text!r}"
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(message) from error
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return parse
+
+
+positive = whole_number(1)
 
 
 def is_main_process() -> bool:
@@ -95,53 +102,14 @@ def setup_logging(level: int = logging.INFO) -> None:
     logging.captureWarnings(True)
 
 
-def _output(*, directory: bool) -> Callable[[str], Path]:
-    def check(text: str) -> Path:
-        path = user_path(text)
-        try:
-            require_writable(path, "", ConfigError, directory=directory)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-        return path
-
-    return check
+def _output(text: str, *, directory: bool) -> Path:
+    path = user_path(text)
+    try:
+        require_writable(path, "", ConfigError, directory=directory)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
-output_folder, output_file = _output(directory=True), _output(directory=False)
+output_folder, output_file = partial(_output, directory=True), partial(_output, directory=False)
 """Types of arguments that name what is written: a wrong one is refused before anything is done."""
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say which model a command talks to; without any, the toybox."""
-    add_config_arguments(parser, required=False)
-    parser.add_argument("--model-type", help="qwen7b_chat (default), qwen14b_chat or toybox")
-    parser.add_argument(
-        "--checkpoint", "--checkpoint-path", "-c", metavar="PTH",
-        help="trained projection; without it and --cfg-path, the toybox of this repository answers",
-    )  # fmt: skip
-
-
-def resolve_model_arguments(args: argparse.Namespace) -> bool:
-    """Fill in what :func:`add_model_arguments` left open.
-
-    Returns:
-        Whether the toybox was chosen because nothing else was named.
-
-    Raises:
-        ConfigError: a configuration or a model type without a checkpoint.
-    """
-    if args.checkpoint is None and (args.cfg_path or args.model_type):
-        named = "--cfg-path" if args.cfg_path else "--model-type"
-        raise ConfigError(f"{named} needs --checkpoint: the projection that was trained for it")
-    toybox = args.checkpoint is None
-    if toybox:
-        args.model_type = "toybox"
-        args.checkpoint = str(TOYBOX / "checkpoint.pth")
-        print(
-            f"Answering with the toybox ({TOYBOX.relative_to(REPOSITORY)}), a tiny model of "
-            "coloured shapes; --checkpoint PTH [--cfg-path YAML] loads real weights.",
-            file=sys.stderr,
-        )
-    if args.cfg_path is None:
-        args.model_type = args.model_type or "qwen7b_chat"
-    return toybox

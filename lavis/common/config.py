@@ -7,7 +7,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,9 +15,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavis.common.errors import ConfigError
+from lavis.common.errors import ConfigError, at
 from lavis.common.paths import LIBRARY_ROOT, REPOSITORY, is_file, user_path
-from lavis.common.registry import BUILDERS, MODELS, did_you_mean, import_plugins
+from lavis.common.registry import BUILDERS, did_you_mean, import_plugins
 from lavis.common.schema import Config, ModelConfig, RunConfig
 from lavis.common.typed import Where, convert, parse, quoted
 
@@ -195,11 +195,6 @@ def _read_yaml(path: Path) -> DictConfig:
 
 def _add_model_defaults(layers: _Layers, given: dict[str, Any]) -> None:
     model = convert(dict[str, Any], given.get("model") or {}, "model", layers.where)
-    if model.get("arch") is None:
-        raise ConfigError(
-            f"{layers.where('model')}: model.arch is missing (known: {', '.join(MODELS.names())})"
-        )
-    convert(str, model["arch"], "model.arch", layers.where)
     model_class = ModelConfig.__select__(model, "model", layers.where)
     defaults: Mapping[str, str] = getattr(model_class, "DEFAULTS", {})
     if not defaults:
@@ -222,19 +217,18 @@ def _add_dataset_defaults(layers: _Layers, given: dict[str, Any]) -> None:
     for name, block in reversed(blocks.items()):  # each goes in front: the file's order stays
         path = f"datasets.{name}"
         builder = convert(str, block.get("builder") or str(name), f"{path}.builder", layers.where)
-        if builder not in BUILDERS:
+        try:
+            BUILDERS.check(builder)
+        except ConfigError as error:
             raise ConfigError(
-                f"{layers.where(path)}: {path}: unknown dataset builder {builder!r}"
-                f"{did_you_mean(builder, BUILDERS.names())} (known: {', '.join(BUILDERS.names())})"
-                ". For your own data add `builder: instruction` to the block"
-            )
-        defaults = LIBRARY_ROOT / "configs" / "datasets" / f"{builder}.yaml"
-        layer = _read_yaml(defaults) if defaults.is_file() else OmegaConf.create({"datasets": {}})
-        block_defaults = OmegaConf.merge(
-            OmegaConf.select(layer, f"datasets.{builder}") or {}, {"builder": builder}
-        )
-        source = str(defaults) if defaults.is_file() else f"defaults of {builder}"
-        layers.add(source, OmegaConf.create({"datasets": {name: block_defaults}}), first=True)
+                f"{layers.where(path)}: {path}: {error}. For your own data add "
+                "`builder: instruction` to the block"
+            ) from error
+        defaults, source = {}, f"defaults of {builder}"
+        if (file := LIBRARY_ROOT / "configs" / "datasets" / f"{builder}.yaml").is_file():
+            defaults, source = _read_yaml(file).datasets[builder], str(file)
+        block = OmegaConf.merge(defaults, {"builder": builder})
+        layers.add(source, OmegaConf.create({"datasets": {name: block}}), first=True)
 
 
 def _move_old_names(tree: dict[str, Any]) -> None:
@@ -248,6 +242,16 @@ def _move_old_names(tree: dict[str, Any]) -> None:
         run.setdefault("max_new_tokens", run["max_len"])
 
 
+_DEEPSPEED = "run.deepspeed_config"
+_SAID = {  # by key of ``run``
+    "accum_grad_iters": "gradient_accumulation_steps",
+    "batch_size_train": "train_micro_batch_size_per_gpu",
+    "grad_norm_clip": "gradient_clipping",
+    "eps": "optimizer.params.eps",
+    "weight_decay": "optimizer.params.weight_decay",
+}
+
+
 def _apply_deepspeed_config(run: Any, where: Where) -> None:
     """Take over what a DeepSpeed section says about the step, as the original's recipes do.
 
@@ -257,60 +261,45 @@ def _apply_deepspeed_config(run: Any, where: Where) -> None:
     section = run.get("deepspeed_config") if isinstance(run, dict) else None
     if not isinstance(section, dict):
         return
+
+    def find(key: str, hint: Any = Any) -> Any:
+        value, path = section, _DEEPSPEED
+        for name in key.split("."):
+            value = convert(dict[str, Any], value, path, where)
+            if name not in value:
+                return "auto"
+            value, path = value[name], f"{path}.{name}"
+        return convert(hint, value, path, where)
+
     if "scheduler" in section:
+        path = f"{_DEEPSPEED}.scheduler"
         raise ConfigError(
-            f"{where('run.deepspeed_config.scheduler')}: run.deepspeed_config.scheduler: the "
-            "learning rate follows run.lr_sched; remove the section"
+            f"{where(path)}: {path}: the learning rate follows run.lr_sched; remove the section"
         )
+    find("zero_optimization", dict[str, Any])  # what it holds, DeepSpeed will check
+    find("fp16.enabled", bool)
+    find("bf16.enabled", bool)
+    find("optimizer.type", Literal["AdamW", "Adam"])
+    said = {key: (f"{_DEEPSPEED}.{theirs}", find(theirs)) for key, theirs in _SAID.items()}
+    if (betas := find("optimizer.params.betas")) != "auto":
+        path = f"{_DEEPSPEED}.optimizer.params.betas"
+        betas = convert(tuple[float, ...], betas, path, where)
+        if len(betas) != 2:
+            raise ConfigError(f"{where(path)}: {path} must have 2 values, not {len(betas)}")
+        said |= {f"beta{n + 1}": (f"{path}[{n}]", beta) for n, beta in enumerate(betas)}
     hints = typing.get_type_hints(RunConfig)
-    for key, path, value in _said_by_deepspeed(section, "run.deepspeed_config", where):
+    for key, (path, value) in said.items():
         if value in (None, "auto"):
             continue
         value = convert(hints[key], value, path, where)
-        try:
+        with at(f"{where(path)}: {path}"):
             RunConfig(**{key: value})
-        except ConfigError as error:
-            raise ConfigError(f"{where(path)}: {path}: {error}") from error
         if run.get(key, value) != value:
             raise ConfigError(
-                f"{where('run.deepspeed_config')}: run.deepspeed_config says {value} where "
+                f"{where(_DEEPSPEED)}: {_DEEPSPEED} says {value} where "
                 f"run.{key} says {run[key]}; leave one of them out"
             )
         run[key] = value
-
-
-def _said_by_deepspeed(
-    section: dict[str, Any], path: str, where: Where
-) -> Iterator[tuple[str, str, Any]]:
-    """Key of ``run``, path and value of what a DeepSpeed section says about the step."""
-
-    def part(of: dict[str, Any], path: str) -> dict[str, Any]:
-        return convert(dict[str, Any], of.get(path.rpartition(".")[2], {}), path, where)
-
-    part(section, f"{path}.zero_optimization")  # what it holds, DeepSpeed will check
-    for half in ("fp16", "bf16"):
-        enabled = part(section, f"{path}.{half}").get("enabled", False)
-        convert(bool, enabled, f"{path}.{half}.enabled", where)
-    for theirs, ours in (
-        ("gradient_accumulation_steps", "accum_grad_iters"),
-        ("train_micro_batch_size_per_gpu", "batch_size_train"),
-        ("gradient_clipping", "grad_norm_clip"),
-    ):
-        yield ours, f"{path}.{theirs}", section.get(theirs)
-    path += ".optimizer"
-    optimizer = part(section, path)
-    convert(Literal["AdamW", "Adam"], optimizer.get("type", "AdamW"), f"{path}.type", where)
-    path += ".params"
-    params = part(optimizer, path)
-    for same in ("eps", "weight_decay"):
-        yield same, f"{path}.{same}", params.get(same)
-    if (betas := params.get("betas", "auto")) == "auto":
-        return
-    betas = convert(tuple[float, ...], betas, f"{path}.betas", where)
-    if len(betas) != 2:
-        raise ConfigError(f"{where(path)}: {path}.betas must have 2 values, not {len(betas)}")
-    for number, beta in enumerate(betas):
-        yield f"beta{number + 1}", f"{path}.betas[{number}]", beta
 
 
 def _has(tree: Any, keys: Sequence[str]) -> bool:

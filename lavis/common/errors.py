@@ -1,5 +1,10 @@
 """Errors that are addressed to the user: the message says what is wrong, where, and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 
 class LavisError(Exception):
     """Base of every error a user can cause. Entry points print its message without a traceback.
@@ -23,3 +28,23 @@ class WeightsError(LavisError):
 
 class DataError(LavisError):
     """An annotation file or a sample is wrong."""
+
+
+def listed(items: Sequence[str], separator: str = ", ", most: int = 8) -> str:
+    """The first items of a list for a message, and how many more there are."""
+    more = [f"and {len(items) - most} more"] * (len(items) > most)
+    return separator.join([*items[:most], *more])
+
+
+def in_lines(items: Sequence[str], most: int = 10) -> str:
+    """As :func:`listed`, each on a line of its own after what the message says; maybe none."""
+    return listed(["", *items], "\n  ", most + 1)
+
+
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """Put a place in front of the message of a :class:`ConfigError` from inside."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error

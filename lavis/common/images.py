@@ -74,12 +74,8 @@ def open_image(
             it may be a bomb.
     """
     refuse_address(os.fspath(path))
-    try:
-        with Path(path).open("rb") as file:
-            return _decode(file, str(path), formats, max_pixels)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read: {reason}") from error
+    with _explained(str(path)), Path(path).open("rb") as file:
+        return _decode(file, str(path), formats, max_pixels)
 
 
 def as_image(
@@ -102,12 +98,15 @@ def as_image(
     if isinstance(value, np.ndarray):
         return to_rgb(_from_array(value))
     name = "the image"
-    if callable(getattr(value, "read", None)):
+    if callable(read := getattr(value, "read", None)):
         name = str(getattr(value, "name", name))
         with _explained(name):
-            value = _bytes_of(value)
+            with contextlib.suppress(AttributeError, OSError):  # a pipe cannot be rewound
+                value.seek(0)  # type: ignore[attr-defined]
+            value = read()
     if isinstance(value, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(value), name, formats, max_pixels)
+        with _explained(name):
+            return _decode(io.BytesIO(value), name, formats, max_pixels)
     raise DataError(
         "an image must be a file's path, a Pillow image, an array of (H, W), (H, W, 3) or "
         "(H, W, 4), an image file's bytes or a file open for reading bytes, not "
@@ -161,23 +160,22 @@ def refuse_address(path: str) -> None:
 def _decode(
     file: BinaryIO, name: str, formats: tuple[str, ...] | None, max_pixels: int | None
 ) -> Image.Image:
-    with _explained(name):
-        try:
-            image = Image.open(file, formats=formats)
-        except UnidentifiedImageError as error:
-            file.seek(0)
-            head = file.read(1000).removeprefix(b"\xef\xbb\xbf")
-            kinds = f" as {', '.join(formats)}" if formats else ""
-            about = next((f": {a}" for p, a in _CONTENTS if re.match(p, head, re.S | re.I)), "")
-            raise DataError(f"{name} is not an image that can be read{kinds}{about}") from error
-        if image.format == "EPS":  # Pillow would have Ghostscript run what the file says
-            raise DataError(f"{name} is PostScript: draw it to a PNG")
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise TooLargeError(
-                f"{name} is too large: {image.width} x {image.height} pixels are more than the "
-                f"{max_pixels / 1e6:.0f} million that are allowed"
-            )
-        return to_rgb(image, name)
+    try:
+        image = Image.open(file, formats=formats)
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        head = file.read(1000).removeprefix(b"\xef\xbb\xbf")
+        kinds = f" as {', '.join(formats)}" if formats else ""
+        about = next((f": {a}" for p, a in _CONTENTS if re.match(p, head, re.S | re.I)), "")
+        raise DataError(f"{name} is not an image that can be read{kinds}{about}") from error
+    if image.format == "EPS":  # Pillow would have Ghostscript run what the file says
+        raise DataError(f"{name} is PostScript: draw it to a PNG")
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise TooLargeError(
+            f"{name} is too large: {image.width} x {image.height} pixels are more than the "
+            f"{max_pixels / 1e6:.0f} million that are allowed"
+        )
+    return to_rgb(image, name)
 
 
 @contextlib.contextmanager
@@ -189,13 +187,8 @@ def _explained(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"{name} is too large: {error}") from error
     except Exception as error:  # Pillow's decoders raise what their format's library does
-        raise DataError(f"{name} cannot be read: {str(error) or type(error).__name__}") from error
-
-
-def _bytes_of(file: Any) -> object:
-    with contextlib.suppress(AttributeError, OSError):  # a pipe cannot be rewound
-        file.seek(0)
-    return file.read()
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"{name} cannot be read: {reason}") from error
 
 
 def _orientation(image: Image.Image) -> object:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 STEPWISE = "linear_warmup_cosine_lr_step-wise"
 
 
-def _warmup(run: RunConfig, steps_per_epoch: int) -> int:
-    if run.warmup_ratio is None:
-        return run.warmup_steps
-    return int(run.warmup_ratio * run.max_epoch * steps_per_epoch)
-
-
 @dataclass(frozen=True)
 class Schedule:
     """Linear warm-up from ``warmup_lr`` to ``init_lr``, then what a subclass says.
@@ -35,54 +29,41 @@ class Schedule:
     Subclasses that decay by epoch warm up inside epoch 0 only, as the original does.
 
     Attributes:
-        init_lr: rate after the warm-up.
-        min_lr: lowest rate.
-        warmup_lr: rate of step 0 (``init_lr`` if negative).
-        warmup_steps: optimizer steps of warm-up.
-        decay_rate: factor per epoch (``linear_warmup_step_lr``).
-        max_epoch: epochs of the run.
+        run: settings of the run.
         steps_per_epoch: optimizer steps of one epoch.
+
+    Raises:
+        ConfigError: if the warm-up does not fit into the run.
     """
 
-    init_lr: float
-    min_lr: float
-    warmup_lr: float
-    warmup_steps: int
-    decay_rate: float
-    max_epoch: int
+    run: RunConfig
     steps_per_epoch: int
 
     warms_up_across_epochs: ClassVar[bool] = False
     decays_by_epoch: ClassVar[bool] = False
     uses: ClassVar[tuple[str, ...]] = ("min_lr", "lr_decay_rate")
 
-    @classmethod
-    def from_run(cls, run: RunConfig, steps_per_epoch: int) -> Schedule:
-        """Build the schedule of a run.
-
-        Raises:
-            ConfigError: if the warm-up does not fit into the run.
-        """
-        max_steps, warmup_steps = run.max_epoch * steps_per_epoch, _warmup(run, steps_per_epoch)
-        if cls.warms_up_across_epochs and warmup_steps >= max_steps:
+    def __post_init__(self) -> None:
+        if self.warms_up_across_epochs and self.warmup_steps >= self.max_steps:
             raise ConfigError(
-                f"run.warmup_steps: {warmup_steps} steps of warm-up do not fit into a run of "
-                f"{max_steps} steps"
+                f"run.warmup_steps: {self.warmup_steps} steps of warm-up do not fit into a run of "
+                f"{self.max_steps} steps"
             )
-        return cls(
-            init_lr=run.init_lr,
-            min_lr=run.min_lr,
-            warmup_lr=run.warmup_lr if run.warmup_lr >= 0 else run.init_lr,
-            warmup_steps=warmup_steps,
-            decay_rate=run.lr_decay_rate,
-            max_epoch=run.max_epoch,
-            steps_per_epoch=steps_per_epoch,
-        )
 
-    @classmethod
-    def notes(cls, run: RunConfig, steps_per_epoch: int) -> Iterator[str]:
-        """What the settings of a run do that one might not expect of them."""
-        warmup = _warmup(run, steps_per_epoch)
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.run.max_epoch * self.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of warm-up."""
+        ratio = self.run.warmup_ratio
+        return self.run.warmup_steps if ratio is None else int(ratio * self.max_steps)
+
+    def notes(self) -> Iterator[str]:
+        """What the settings do that one might not expect of them."""
+        run, warmup = self.run, self.warmup_steps
         if run.warmup_ratio is not None and run.warmup_steps:
             yield f"run.warmup_steps: run.warmup_ratio decides ({warmup} steps)"
         if warmup and not 0 <= run.warmup_lr < run.init_lr:
@@ -90,23 +71,23 @@ class Schedule:
                 f"run.warmup_steps: {warmup} steps warm nothing up, since run.warmup_lr "
                 f"({run.warmup_lr:g}) starts at init_lr; set run.warmup_lr: 0"
             )
-        elif warmup > steps_per_epoch and not cls.warms_up_across_epochs:
+        elif warmup > self.steps_per_epoch and not self.warms_up_across_epochs:
             then = "the rate jumps at its end" if run.max_epoch > 1 else "init_lr is not reached"
-            other = f", or run.lr_sched: {STEPWISE}" * (warmup < run.max_epoch * steps_per_epoch)
+            other = f", or run.lr_sched: {STEPWISE}" * (warmup < self.max_steps)
             yield (
-                f"run.warmup_steps: {warmup}, but an epoch has {steps_per_epoch} steps and "
+                f"run.warmup_steps: {warmup}, but an epoch has {self.steps_per_epoch} steps and "
                 f"{run.lr_sched} warms up in the first one only: {then}. Set run.warmup_steps to "
-                f"at most {steps_per_epoch}{other}"
+                f"at most {self.steps_per_epoch}{other}"
             )
         for key, neutral in (("min_lr", 0), ("lr_decay_rate", 1)):
-            if key not in cls.uses and getattr(run, key) != neutral:
+            if key not in self.uses and getattr(run, key) != neutral:
                 yield f"run.{key} has no effect with run.lr_sched: {run.lr_sched}"
-        if cls.decays_by_epoch and run.max_epoch == 1:
+        if self.decays_by_epoch and run.max_epoch == 1:
             yield (
                 f"run.lr_sched: {run.lr_sched} decays from epoch to epoch, so a run of one epoch "
                 f"keeps init_lr; {STEPWISE} decays by step"
             )
-        elif cls.decays_by_epoch and "lr_decay_rate" in cls.uses and run.lr_decay_rate == 1:
+        elif self.decays_by_epoch and "lr_decay_rate" in self.uses and run.lr_decay_rate == 1:
             yield f"run.lr_sched: {run.lr_sched} stays at init_lr with run.lr_decay_rate: 1"
 
     def lr(self, step: int) -> float:
@@ -114,8 +95,9 @@ class Schedule:
         epoch = step // self.steps_per_epoch
         warming = 0 < self.warmup_steps >= step  # not in step 0 of a run without warm-up
         if warming and (epoch == 0 or self.warms_up_across_epochs):
-            share = step / self.warmup_steps
-            return min(self.init_lr, self.warmup_lr + (self.init_lr - self.warmup_lr) * share)
+            top = self.run.init_lr
+            start = self.run.warmup_lr if self.run.warmup_lr >= 0 else top
+            return min(top, start + (top - start) * (step / self.warmup_steps))
         return self.after_warmup(epoch, step)
 
     def after_warmup(self, epoch: int, step: int) -> float:
@@ -123,9 +105,8 @@ class Schedule:
         raise NotImplementedError
 
     def _cosine(self, progress: float) -> float:
-        return self.min_lr + (self.init_lr - self.min_lr) * 0.5 * (
-            1.0 + math.cos(math.pi * progress)
-        )
+        least, span = self.run.min_lr, self.run.init_lr - self.run.min_lr
+        return least + span * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 @LR_SCHEDULERS.register("constant_lr")
@@ -135,7 +116,7 @@ class ConstantLR(Schedule):
     uses: ClassVar[tuple[str, ...]] = ()
 
     def after_warmup(self, epoch: int, step: int) -> float:
-        return self.init_lr
+        return self.run.init_lr
 
 
 @LR_SCHEDULERS.register("linear_warmup_step_lr")
@@ -145,7 +126,7 @@ class LinearWarmupStepLR(Schedule):
     decays_by_epoch: ClassVar[bool] = True
 
     def after_warmup(self, epoch: int, step: int) -> float:
-        return max(self.min_lr, self.init_lr * self.decay_rate**epoch)
+        return max(self.run.min_lr, self.run.init_lr * self.run.lr_decay_rate**epoch)
 
 
 @LR_SCHEDULERS.register("linear_warmup_cosine_lr")
@@ -156,7 +137,7 @@ class LinearWarmupCosineLR(Schedule):
     uses: ClassVar[tuple[str, ...]] = ("min_lr",)
 
     def after_warmup(self, epoch: int, step: int) -> float:
-        return self._cosine(epoch / self.max_epoch)
+        return self._cosine(epoch / self.run.max_epoch)
 
 
 @LR_SCHEDULERS.register(STEPWISE)
@@ -167,33 +148,32 @@ class StepwiseLinearWarmupCosineLR(Schedule):
     warms_up_across_epochs: ClassVar[bool] = True
 
     def after_warmup(self, epoch: int, step: int) -> float:
-        max_steps = self.max_epoch * self.steps_per_epoch
-        return self._cosine((step - self.warmup_steps) / (max_steps - self.warmup_steps))
+        warmup = self.warmup_steps
+        return self._cosine((step - warmup) / (self.max_steps - warmup))
 
 
 def build_schedule(run: RunConfig, steps_per_epoch: int) -> Schedule:
     """The schedule that ``run.lr_sched`` names."""
-    return LR_SCHEDULERS.get(run.lr_sched).from_run(run, steps_per_epoch)
+    return LR_SCHEDULERS.get(run.lr_sched)(run, steps_per_epoch)
 
 
 _NORM = re.compile(r"(^|[._])(ln|bn|norm|layernorm)\w*", re.IGNORECASE)
-_VIT = re.compile(r"(^|\.)visual_encoder\.(blocks\.(\d+)\.)?")
 
 
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     weight_decay: float,
     layer_decay: float = 1.0,
-    vit_depth: int = 0,
+    layers_above: Callable[[str], int] = lambda _: 0,
     rates: Mapping[str, tuple[float, float]] | None = None,
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters for AdamW.
 
-    Biases, norms and 1-d tensors get no weight decay. With ``layer_decay`` < 1 the vision
-    encoder's block ``i`` learns at ``layer_decay ** (vit_depth - i)`` of the rate, its embeddings
-    at ``layer_decay ** (vit_depth + 1)`` (Bao et al. 2021, BEiT).
+    Biases, norms and 1-d tensors get no weight decay. A layer learns at ``layer_decay`` to the
+    power of ``layers_above`` of the rate (Bao et al. 2021, BEiT).
 
     Args:
+        layers_above: of a parameter's name; 0 of what has no layers.
         rates: of parts that have their own, by the first word of a name: what the learning rate is
             multiplied by, and the weight decay.
 
@@ -208,8 +188,7 @@ def parameter_groups(
             continue
         plain = parameter.ndim < 2 or name.endswith("bias") or _NORM.search(name) is not None
         scale, decay = (rates or {}).get(name.partition(".")[0], (1.0, weight_decay))
-        if layer_decay != 1.0 and (found := _VIT.search(name)):
-            scale *= layer_decay ** (vit_depth - int(found[3]) if found[3] else vit_depth + 1)
+        scale *= layer_decay ** layers_above(name)
         groups.setdefault((scale, decay, not plain), []).append(parameter)
     return [
         {"params": params, "weight_decay": decay if decayed else 0.0, "lr_scale": scale}

@@ -1,12 +1,15 @@
-"""Where the user's weights and data are."""
+"""Where the user's weights and data are.
+
+``os.path`` answers where a :class:`Path` raises: a name may be too long for the file system.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lavis.common.errors import ConfigError, LavisError, WeightsError
@@ -32,7 +35,7 @@ def user_path(text: str | Path) -> Path:
     """
     if re.match(r"\$\w", str(text)):
         raise ConfigError(f"{text}: for an environment variable write ${{oc.env:NAME}}")
-    expanded = os.path.expanduser(text)  # noqa: PTH111 - a Path would forget the ./ of ./~
+    expanded = os.path.expanduser(text)  # a Path would forget the ./ of ./~
     if str(expanded).startswith("~"):
         raise ConfigError(f"{text}: no such user has a home folder (a file: ./{text})")
     return Path(expanded)
@@ -45,7 +48,7 @@ def user_cache() -> Path:
 
 def is_file(path: Path) -> bool:
     """Whether a file is there. A name that is too long for the file system names none."""
-    return _answers(path.is_file)
+    return os.path.isfile(path)
 
 
 def require(path: Path, key: str, error: type[LavisError], *, directory: bool = False) -> Path:
@@ -59,12 +62,12 @@ def require(path: Path, key: str, error: type[LavisError], *, directory: bool = 
         LavisError: the path is missing or of the wrong kind; the message names the last part of
             the path that does exist.
     """
-    if _answers(path.is_dir if directory else path.is_file):
+    if (os.path.isdir if directory else os.path.isfile)(path):
         return path
     kind = "folder" if directory else "file"
-    if _answers(path.exists):
+    if os.path.exists(path):
         raise error(f"{key}: {path} is not a {kind}{_checkpoint_in(path)}")
-    nearest = next(p for p in (*path.parents, Path("/")) if _answers(p.exists))
+    nearest = next(p for p in (*path.parents, Path("/")) if os.path.exists(p))
     raise error(
         f"{key}: no {kind} {path} (the nearest existing folder is {nearest}). Put it there, set "
         f"{key}, or point env.cache_root at the folder that holds your weights and data"
@@ -83,7 +86,7 @@ def require_checkpoint(path: str | Path, key: str = "") -> Path:
     if is_file(path := user_path(path)):
         return path
     at = f"{key}: " if key else ""
-    if _answers(path.is_dir):
+    if os.path.isdir(path):
         inside = _checkpoint_in(path) or ", and holds no checkpoint_*.pth"
         raise WeightsError(f"{at}{path} is a folder, not a checkpoint{inside}")
     near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.pth")))
@@ -106,7 +109,7 @@ def require_writable(
         LavisError: the message names what is in the way.
     """
     at = f"{key}: " if key else ""
-    if not directory and _answers(target.is_dir):
+    if not directory and os.path.isdir(target):
         raise error(f"{at}{target} is a folder; name a file")
     folder = nearest = (target if directory else target.parent).absolute()
     try:
@@ -124,8 +127,31 @@ def require_writable(
         raise error(f"{at}{target} cannot be written: {reason}") from reason
 
 
-def _answers(probe: Callable[[], bool]) -> bool:
+@contextmanager
+def replaces(target: Path) -> Iterator[Path]:
+    """Make a file whole or not at all: give a path to write to, which takes the place of
+    ``target`` when the block ends, once it is on disk. Nothing is left of a block that fails.
+
+    Raises:
+        OSError: such as a full disk; an old ``target`` is untouched.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        return probe()
-    except OSError:
-        return False
+        yield temporary
+        _sync(temporary)
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    with suppress(OSError):  # not every file system can sync a folder
+        _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

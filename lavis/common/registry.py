@@ -11,9 +11,12 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lavis.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lavis.common.optim import Schedule
 
 T = TypeVar("T")
 
@@ -63,12 +66,13 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
-        self._import_home()
+        if self._home is not None:
+            home, self._home = self._home, None
+            importlib.import_module(home)
         return sorted(self._targets)
 
     def __contains__(self, name: object) -> bool:
-        self._import_home()
-        return name in self._targets
+        return name in self.names()
 
     def get(self, name: str) -> T:
         """Return the entry, importing its module if needed.
@@ -99,14 +103,9 @@ class Registry(Generic[T]):
         """Raise :class:`ConfigError` unless ``name`` is registered."""
         if name not in self:
             raise ConfigError(
-                f"unknown {self.kind} {name!r}{did_you_mean(name, self._targets)} "
+                f"unknown {self.kind} {name!r}{did_you_mean(name, self.names())} "
                 f"(known: {', '.join(self.names())})"
             )
-
-    def _import_home(self) -> None:
-        if self._home is not None:
-            home, self._home = self._home, None
-            importlib.import_module(home)
 
 
 MODELS: Registry[Any] = Registry("model arch", home="lavis.models")
@@ -117,7 +116,9 @@ CONNECTORS: Registry[Any] = Registry("connector", home="lavis.models")
 LANGUAGE_MODELS: Registry[Any] = Registry("language model", home="lavis.models")
 TASKS: Registry[Any] = Registry("task", home="lavis.tasks")
 RUNNERS: Registry[Any] = Registry("runner", home="lavis.runners")
-LR_SCHEDULERS: Registry[Any] = Registry("learning-rate schedule", home="lavis.common.optim")
+LR_SCHEDULERS: Registry[type[Schedule]] = Registry(
+    "learning-rate schedule", home="lavis.common.optim"
+)
 
 
 def import_plugins(modules: Iterable[str]) -> None:

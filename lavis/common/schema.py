@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lavis.common.errors import ConfigError
+from lavis.common.errors import ConfigError, at
 from lavis.common.paths import cache_path, user_cache, user_path
 from lavis.common.registry import (
     BUILDERS,
@@ -21,8 +21,9 @@ from lavis.common.registry import (
     RUNNERS,
     TASKS,
     VISION_ENCODERS,
+    Registry,
 )
-from lavis.common.typed import Where, only, require_range
+from lavis.common.typed import Where, convert, only, require_range
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,7 @@ class ProcessorConfig:
 
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
-        if not isinstance(data.get("name"), str):
-            raise ConfigError(
-                f"{where(path)}: {path}.name is missing (known: {', '.join(PROCESSORS.names())})"
-            )
-        return _selected(PROCESSORS, data["name"], f"{path}.name", where)
+        return _selected(PROCESSORS, "name", data, path, where)
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class DatasetConfig:
 
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> Any:
-        return _selected(BUILDERS, str(data.get("builder", "")), f"{path}.builder", where)
+        return _selected(BUILDERS, "builder", data, path, where)
 
 
 @dataclass(frozen=True)
@@ -117,13 +114,7 @@ class PartConfig:
 
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
-        kind = path.rpartition(".")[2]
-        registry = _PARTS[kind]
-        if not isinstance(data.get("name"), str):
-            raise ConfigError(
-                f"{where(path)}: {path}.name is missing (known: {', '.join(registry.names())})"
-            )
-        return _selected(registry, data["name"], f"{path}.name", where)
+        return _selected(_PARTS[path.rpartition(".")[2]], "name", data, path, where)
 
 
 _PARTS = {"vision": VISION_ENCODERS, "connector": CONNECTORS, "language": LANGUAGE_MODELS}
@@ -137,7 +128,7 @@ class ModelConfig:
 
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
-        return _selected(MODELS, str(data.get("arch", "")), f"{path}.arch", where)
+        return _selected(MODELS, "arch", data, path, where)
 
     def check_files(self, cache_root: str) -> None:
         """Check that every file the model is built from exists, before any weight is read.
@@ -248,10 +239,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name, registry in (("task", TASKS), ("runner", RUNNERS), ("lr_sched", LR_SCHEDULERS)):
-            try:
+            with at(name):
                 registry.check(getattr(self, name))
-            except ConfigError as error:
-                raise ConfigError(f"{name}: {error}") from error
         if not self.train_splits:
             raise ConfigError("train_splits is empty: name at least one split, such as train")
         require_range(
@@ -261,10 +250,10 @@ class RunConfig:
         )  # fmt: skip
         require_range(
             self, 0, "init_lr", "min_lr", "warmup_steps", "weight_decay", "grad_norm_clip",
-            "num_workers", "min_new_tokens", "min_len",
+            "num_workers", "min_new_tokens", "min_len", "lr_decay_rate", "lr_layer_decay",
+            "memory_budget_gb",
         )  # fmt: skip
         require_range(self, -math.inf, "warmup_lr")
-        require_range(self, 0, "lr_decay_rate", "lr_layer_decay")
         for name, most, named in (
             ("min_lr", self.init_lr, " (init_lr)"), ("warmup_lr", self.init_lr, " (init_lr)"),
             ("lr_decay_rate", 1, ""), ("lr_layer_decay", 1, ""),
@@ -282,13 +271,10 @@ class RunConfig:
             raise ConfigError(
                 f"recompute must be auto, none, all, or n for every n-th layer, not {every!r}"
             )
-        require_range(self, 0, "memory_budget_gb")
         for name in ("output_dir", "resume_ckpt_path"):
             if (path := getattr(self, name)) is not None:
-                try:
+                with at(name):
                     user_path(path)
-                except ConfigError as error:
-                    raise ConfigError(f"{name}: {error}") from error
                 object.__setattr__(self, name, os.path.expanduser(path))  # noqa: PTH111
         if self.evaluate and not (self.test_splits or self.valid_splits):
             raise ConfigError("evaluate: true needs test_splits (or valid_splits) to score")
@@ -346,8 +332,14 @@ class Config:
             raise ConfigError("run.train_dataset_ratios must not be negative, and not all zero")
 
 
-def _selected(registry: Any, name: str, path: str, where: Where) -> type:
-    try:
+def _selected(
+    registry: Registry[Any], key: str, data: Mapping[str, Any], path: str, where: Where
+) -> type:
+    """The class that types a block, named by one of the block's keys."""
+    if data.get(key) is None:
+        known = ", ".join(registry.names())
+        raise ConfigError(f"{where(path)}: {path}.{key} is missing (known: {known})")
+    path = f"{path}.{key}"
+    name = convert(str, data[key], path, where)
+    with at(f"{where(path)}: {path}"):
         return registry.config(name)
-    except ConfigError as error:
-        raise ConfigError(f"{where(path)}: {path}: {error}") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ IMAGE_PLACEHOLDER = "<ImageHere>"
 """Where an image stands in text; becomes ``num_query_token`` copies of a reserved token."""
 
 
-AUTOCAST = {
+DTYPES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
-    "fp16": torch.float16, "float16": torch.float16,
+    "fp16": torch.float16, "float16": torch.float16, "fp32": torch.float32,
 }  # fmt: skip
-"""What ``run.autocast_dtype`` may say."""
+"""What YAML calls the types of floating-point numbers."""
 
 NO_WORDS = torch.empty(0, 0, 0, dtype=torch.int64)
 NO_FEATURES = torch.empty(0, 0, 0)
@@ -32,14 +32,12 @@ class Encoded:
     Attributes:
         input_ids: T ids.
         labels: T ids or :data:`IGNORE_INDEX`; ``labels[t]`` is predicted from positions before t.
-        num_images: image spans in ``input_ids``.
         cut_tokens: how many more there were, past ``model.max_txt_len``.
         cut_answers: how many answers lie wholly among these.
     """
 
     input_ids: list[int]
     labels: list[int]
-    num_images: int
     cut_tokens: int = 0
     cut_answers: int = 0
 
@@ -119,21 +117,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy the tensors to a device."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by the data loader when it copies through pinned memory."""
-        pinned: dict[str, Any] = {
-            name: value.pin_memory()
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **pinned)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lavis.common.errors import DataError
+from lavis.common.errors import DataError, listed
 from lavis.common.images import refuse_address
 from lavis.common.paths import is_file
 from lavis.common.types import IMAGE_PLACEHOLDER, BadSample
@@ -202,7 +202,7 @@ def _check_keys(raw: dict[str, Any], record_format: str) -> list[str]:
 
 
 def _names(keys: Iterable[str]) -> str:
-    return ", ".join(f"`{key!s:.30}`" for key in list(keys)[:12])
+    return listed([f"`{key!s:.30}`" for key in keys], most=12)
 
 
 def _from_minigpt4qwen(sample_id: str, raw: dict[str, Any], root: Path | None) -> Record:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lavis.common.errors import ConfigError, DataError
+from lavis.common.errors import ConfigError, DataError, in_lines
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import PROCESSORS, did_you_mean
 from lavis.common.schema import DatasetConfig, PreprocessConfig, ProcessorConfig
 from lavis.common.types import BadSample, Encoded
 from lavis.datasets.annotations import Record, read_annotations
-from lavis.datasets.collate import list_bad, report_bad
+from lavis.datasets.collate import report_bad
 from lavis.datasets.features import CachedFeatures
 from lavis.datasets.instruction import InstructionDataset
 from lavis.datasets.lengths import Length, count_tokens
@@ -102,9 +102,8 @@ class InstructionBuilder:
             f"datasets.{self.name}, {split}: skipped {len(bad)}",
         )
         if not good:
-            raise DataError(
-                f"datasets.{self.name}, split {split!r}: no usable record{list_bad(bad)}"
-            )
+            which = in_lines([f"{b.sample_id}: {b.reason}" for b in bad])
+            raise DataError(f"datasets.{self.name}, split {split!r}: no usable record{which}")
         if cut := [n for _, n in good if n.cut]:
             logger.warning(
                 "datasets.%s, %s: %d of %d records are longer than model.max_txt_len %d: %d tokens "

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavis.common import dist
-from lavis.common.errors import DataError
+from lavis.common.errors import DataError, in_lines
 from lavis.common.types import IGNORE_INDEX, NO_FEATURES, NO_WORDS, BadSample, Batch, Sample
 
 logger = logging.getLogger(__name__)
-_SHOWN = 10  # bad samples named in one message
 _FILLER = Sample(
     sample_id="",
     input_ids=torch.zeros(2, dtype=torch.int64),
@@ -82,16 +81,11 @@ def report_bad(bad: Sequence[BadSample], on_bad: str, refused: str, skipped: str
     Raises:
         DataError: there are any, with ``on_bad="error"``.
     """
+    which = in_lines([f"{b.sample_id}: {b.reason}" for b in bad])
     if bad and on_bad == "error":
-        raise DataError(f"{refused} (run.on_bad_sample: skip leaves them out):{list_bad(bad)}")
+        raise DataError(f"{refused} (run.on_bad_sample: skip leaves them out):{which}")
     if bad and dist.is_main():
-        logger.warning("%s:%s", skipped, list_bad(bad))
-
-
-def list_bad(bad: Sequence[BadSample]) -> str:
-    """The first bad samples, a line each, for a message."""
-    more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    return "".join(f"\n  {b.sample_id}: {b.reason}" for b in bad[:_SHOWN]) + more
+        logger.warning("%s:%s", skipped, which)
 
 
 def stack_words(words: Sequence[Tensor]) -> Tensor:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from lavis.common import dist
 from lavis.common.errors import LavisError
+from lavis.common.types import DTYPES
 
 logger = logging.getLogger(__name__)
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _BYTES = 2**25  # of a shard, about: 680 features of 32 x 768 numbers in fp16
 _SECONDS = 30  # between shards at most, so that a kill costs no more
 

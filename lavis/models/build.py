@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from lavis.common.errors import ConfigError
-from lavis.common.registry import CONNECTORS, VISION_ENCODERS, did_you_mean
+from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, VISION_ENCODERS, did_you_mean
 from lavis.models.compute.frozen_linear import widen_frozen_linears
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import LoraConfig, PartsConfig, VlmConfig
 from lavis.models.language.causal import CausalLM
-from lavis.models.language.parts import LanguagePart, describe_language
+from lavis.models.language.parts import LanguagePart
 from lavis.models.legacy import MiniGPT4QwenConfig
 from lavis.models.vision.eva_qformer import EvaQFormer, resolve_qformer
 from lavis.models.vlm import VLM
@@ -90,7 +90,7 @@ class Assembly:
             WeightsError, ConfigError: as :meth:`from_config`; no weight has been read.
         """
         eyes, connector, llm = config.parts
-        described = describe_language(llm, cache_root, config.keys[1])
+        described: LanguagePart = LANGUAGE_MODELS.get(llm.name)(llm, cache_root, config.keys[1])
         if config.max_txt_len > described.context:
             raise ConfigError(
                 f"model.max_txt_len {config.max_txt_len} is past this language model's context of "

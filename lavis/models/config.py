@@ -203,9 +203,10 @@ class HfConfig(LanguageConfig):
     """``language: {name: hf}``: any causal language model of Transformers.
 
     ``path`` is a folder or a ``.gguf`` file. ``template`` names a class of one's own in place of
-    the tokenizer's chat template.
+    the tokenizer's chat template, ``system`` a system prompt in place of the template's.
     """
 
+    system: str | None = None
     template: str | None = None  # pkg.module:Class
     thinking: bool = False  # templates that think before they answer: leave that in
 

@@ -57,10 +57,11 @@ class Generator:
         Args:
             samples: ``text``, a prompt or a list of them, with ``<ImageHere>`` where an image
                 stands; ``image``, those of all prompts in order, as :meth:`pixels` takes them. A
-                text with ``<|im_start|>`` is ChatML markup, special tokens included: build it
-                from trusted text. Any other is a question, as in :meth:`chat`. In LAVIS's
-                spelling, ``prompt`` or ``text_input``, each text has one image, which it need not
-                name, and a single text is asked of every image.
+                text that begins as the template's own prompts do (``<|im_start|>``, ``<s>``) is
+                markup, special tokens included: build it from trusted text. Any other is a
+                question, as in :meth:`chat`. In LAVIS's spelling, ``prompt`` or ``text_input``,
+                each text has one image, which it need not name, and a single text is asked of
+                every image.
             chat: return token ids, cut before the stop token, instead of text.
             generation_config: over ``GENERATION_DEFAULTS``.
             overrides: single settings, e.g. ``max_new_tokens=64``. The original's
@@ -117,7 +118,7 @@ class Generator:
         if not isinstance(query, str) or not query.strip():
             raise DataError(f"the question is no text: {query!r}")
         pairs, system = _read_history(history, system)
-        encoder = replace(self.encoder, system=system)
+        encoder = self.encoder if system is None else replace(self.encoder, system=system)
         prompt, _ = fit_window(encoder, pairs, query, options, self.model.context)
         images = self.pixels(image_tensor)
         response = self._text(self.model.generate_ids([prompt], images, options)[0])
@@ -182,8 +183,7 @@ class Generator:
         if not all(text.strip() for text in texts):
             raise DataError("a prompt is empty")
         images = self.pixels(samples.get("image"))
-        marks = (IMAGE_PLACEHOLDER, self._markup[0])
-        placed = any(mark in text for text in texts for mark in marks)
+        placed = any(IMAGE_PLACEHOLDER in text or self._is_markup(text) for text in texts)
         if key != "text" and images is not None and not placed:
             texts = [given] * len(images) if isinstance(given, str) else texts
             if len(texts) != len(images):
@@ -192,23 +192,37 @@ class Generator:
         return list(texts), images
 
     def _prompt(self, text: str) -> list[int]:
-        opening, role, marks = self._markup
-        if opening not in text:
+        begin, opening, marks = self._markup
+        if not self._is_markup(text):
             return self.encoder.prompt([Turn("user", text)])
-        last = text.rpartition(opening)[2]
-        if not last.startswith(role) or any(mark in last for mark in marks):
-            raise DataError(f"a prompt in markup ends with {opening}{role}, not {last[-60:]!r}")
+        _, found, rest = text.rpartition(opening)
+        if not found or any(mark in rest for mark in marks):
+            raise DataError(
+                f"a prompt in markup ends with {opening}, not {text[-60:]!r} (it is markup, "
+                f"since it begins with {begin})"
+            )
         return self.encoder.prompt_from_markup(text)
+
+    def _is_markup(self, text: str) -> bool:
+        begin = self._markup[0]
+        return bool(begin) and text.lstrip().startswith(begin)
 
     @cached_property
     def _markup(self) -> tuple[str, str, set[str]]:
-        """The special token with which an answer opens, the role's name after it, and all special
-        tokens: a text that has the first one is markup."""
-        turns = [Turn("user", "a")]
-        pieces = self.encoder.template.pieces(turns, system=self.encoder.system, ask=True)
-        marks = {p.text for p in pieces if p.kind is Kind.DELIMITER and p.text.strip()}
-        number = max((i for i, piece in enumerate(pieces) if piece.text in marks), default=0)
-        return pieces[number].text, "".join(p.text for p in pieces[number + 1 :]).strip(), marks
+        """What prompts in markup begin with, what opens the answer at their end, and the special
+        tokens that cannot follow it."""
+        template, system = self.encoder.template, self.encoder.system
+        pieces = template.pieces([Turn("user", "a")], system=system, ask=True)
+        special = [n for n, piece in enumerate(pieces) if piece.kind is Kind.DELIMITER]
+        asked = max(n for n, piece in enumerate(pieces, start=1) if piece.kind is Kind.TEXT)
+        if len(closing := [n for n in special if n >= asked]) > 1:
+            asked = closing[0] + 1  # that one ends the question
+        opening = "".join(piece.text for piece in pieces[asked:]).strip()
+        # Without a special token in front, as `User:`, no text is taken for markup.
+        begin = pieces[0].text.strip() if opening and 0 in special else ""
+        stops = (self.tokenizer.decode([i]) for i in template.stops)
+        marks = {mark.strip() for mark in (*(pieces[n].text for n in special), *stops)}
+        return begin, opening, marks - {""}
 
     def _text(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from lavis.common.types import IMAGE_PLACEHOLDER
@@ -13,43 +14,30 @@ SYSTEM_PROMPT = "You are a helpful assistant."
 
 def text_pieces(text: str, kind: Kind, *, images: bool) -> list[Piece]:
     """A text's pieces, with those of its images if it may hold some."""
-    pieces: list[Piece] = []
-    for i, part in enumerate(text.split(IMAGE_PLACEHOLDER) if images else [text]):
-        if i > 0:
-            pieces.append(Piece(IMAGE_PLACEHOLDER, Kind.IMAGE))
-        if part:
-            pieces.append(Piece(part, kind))
-    return pieces
+    parts = re.split(f"({IMAGE_PLACEHOLDER})", text) if images else [text]
+    return [Piece(part, Kind.IMAGE if i % 2 else kind) for i, part in enumerate(parts) if part]
 
 
 class ChatML:
-    """The template of first-generation Qwen::
+    """The template of first-generation Qwen, which always has a system prompt::
 
-        <|im_start|>system\\n{system}<|im_end|>\\n
-        <|im_start|>user\\n{question}<|im_end|>\\n
-        <|im_start|>assistant\\n{answer}<|im_end|>\\n
-
-    Attributes:
-        stops: ids at which generation stops.
+    <|im_start|>system\\n{system}<|im_end|>\\n
+    <|im_start|>user\\n{question}<|im_end|>\\n
+    <|im_start|>assistant\\n{answer}<|im_end|>\\n
     """
 
     def __init__(self, tokenizer: QwenTokenizer) -> None:
         self.stops = (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id)
 
     def pieces(self, turns: Sequence[Turn], *, system: str | None, ask: bool) -> list[Piece]:
-        """The pieces of a conversation. It always has a system prompt."""
+        def opening(role: str) -> list[Piece]:
+            start = Piece("<|im_start|>", Kind.DELIMITER)
+            return [start, Piece(role, Kind.MARKUP), Piece("\n", Kind.MARKUP)]
+
         pieces: list[Piece] = []
         for role, text in [("system", SYSTEM_PROMPT if system is None else system), *turns]:
             answer = role == "assistant"
-            end = Kind.END if answer else Kind.DELIMITER
-            pieces += [
-                *self._opening(role),
-                *text_pieces(text, Kind.ANSWER if answer else Kind.TEXT, images=role == "user"),
-                Piece("<|im_end|>", end),
-                Piece("\n", end),
-            ]
-        return [*pieces, *self._opening("assistant")] if ask else pieces
-
-    def _opening(self, role: str) -> list[Piece]:
-        start = Piece("<|im_start|>", Kind.DELIMITER)
-        return [start, Piece(role, Kind.MARKUP), Piece("\n", Kind.MARKUP)]
+            said, end = (Kind.ANSWER, Kind.END) if answer else (Kind.TEXT, Kind.DELIMITER)
+            pieces += [*opening(role), *text_pieces(text, said, images=role == "user")]
+            pieces += [Piece("<|im_end|>", end), Piece("\n", end)]
+        return [*pieces, *opening("assistant")] if ask else pieces

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lavis.common.errors import ConfigError
 from lavis.common.schema import ProcessorConfig
-from lavis.common.typed import only
+from lavis.common.typed import only, require_range
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -21,8 +21,7 @@ class ImageEvalConfig(ProcessorConfig):
     std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ConfigError(f"image_size must be positive, not {self.image_size}")
+        require_range(self, 1, "image_size")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and len(value) != 3:

@@ -80,13 +80,10 @@ class Tokenizer(Protocol):
     """Pieces -> ids.
 
     Attributes:
-        vocab_size: ids in use: rows that the embedding must have.
         image_id: stands where an image's features go. No text gives it.
         pad_id: fills up; always masked.
     """
 
-    @property
-    def vocab_size(self) -> int: ...
     @property
     def image_id(self) -> int: ...
     @property
@@ -94,10 +91,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; what looks like a special token is ordinary characters."""
-        ...
-
-    def encode_markup(self, text: str) -> list[int]:
-        """Ids of markup, special tokens included. Never call it on what a user typed."""
         ...
 
     def encode_pieces(self, pieces: Sequence[Piece]) -> Ids:

@@ -71,33 +71,29 @@ class ConversationEncoder:
         Raises:
             DataError: if the cut would lose an image or leave no answer token to learn from.
         """
-        ids, kinds = self._expand(self._encode(turns))
-        width = self.num_query_token
-        ends = [n for n, kind in enumerate(kinds, start=1) if kind is Kind.IMAGE][
-            width - 1 :: width
-        ]
-        if ends and ends[-1] > self.max_txt_len:
-            number = sum(end <= self.max_txt_len for end in ends) + 1
+        ids, kinds = encoded = self._encode(turns)
+        limit, width = self.max_txt_len, self.num_query_token
+        images = [n for n, kind in enumerate(kinds, start=1) if kind is Kind.IMAGE]
+        ends = images[width - 1 :: width]
+        if late := [(n, end) for n, end in enumerate(ends, start=1) if end > limit]:
             raise DataError(
-                f"image {number} of {len(ends)} ends at token {ends[number - 1]}, past max_txt_len "
-                f"{self.max_txt_len}; raise model.max_txt_len or shorten the text before it"
+                f"image {late[0][0]} of {len(ends)} ends at token {late[0][1]}, past max_txt_len "
+                f"{limit}; raise model.max_txt_len or shorten the text before it"
             )
         said = [kind is Kind.ANSWER for kind in kinds]
         starts = [n for n, one in enumerate(said) if one and not (n and said[n - 1])]
-        if not starts or starts[0] >= self.max_txt_len:
+        if not starts:
+            raise DataError("no answer to learn from: every answer is empty")
+        if starts[0] >= limit:
             raise DataError(
                 f"no answer to learn from: the first answer starts at token {starts[0]}, past "
-                f"max_txt_len {self.max_txt_len}; raise model.max_txt_len or shorten the question"
-                if starts
-                else "no answer to learn from: every answer is empty"
+                f"max_txt_len {limit}; raise model.max_txt_len or shorten the question"
             )
-        labels = self._labels(Ids(ids, kinds))
         return Encoded(
-            ids[: self.max_txt_len],
-            labels[: self.max_txt_len],
-            len(ends),
-            cut_tokens=max(len(ids) - self.max_txt_len, 0),
-            cut_answers=sum(start >= self.max_txt_len for start in starts),
+            ids[:limit],
+            self._labels(encoded)[:limit],
+            cut_tokens=max(len(ids) - limit, 0),
+            cut_answers=sum(start >= limit for start in starts),
         )
 
     def constant_prefix(self) -> tuple[list[int], list[int]]:
@@ -113,7 +109,7 @@ class ConversationEncoder:
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids of a conversation that ends with a question, up to where the answer begins."""
-        return self._expand(self._encode(turns, ask=True)).ids
+        return self._encode(turns, ask=True).ids
 
     def latest(
         self, history: Sequence[tuple[str, str]], query: str, room: int, start: int = 0
@@ -147,18 +143,15 @@ class ConversationEncoder:
 
         Special tokens in ``text`` are markup: never call it on what a user typed.
         """
-        pieces = text_pieces(text, Kind.MARKUP, images=True)
-        return self._expand(self.tokenizer.encode_pieces(pieces)).ids
+        return self._expand(text_pieces(text, Kind.MARKUP, images=True)).ids
 
     def _encode(self, turns: Sequence[Turn], *, ask: bool = False) -> Ids:
-        return self.tokenizer.encode_pieces(
-            self.template.pieces(turns, system=self.system, ask=ask)
-        )
+        return self._expand(self.template.pieces(turns, system=self.system, ask=ask))
 
-    def _expand(self, encoded: Ids) -> Ids:
-        """Give each image its ids."""
+    def _expand(self, pieces: Sequence[Piece]) -> Ids:
+        """Ids and kinds of pieces; an image has ``num_query_token``."""
         result = Ids([], [])
-        for i, kind in zip(*encoded, strict=True):
+        for i, kind in zip(*self.tokenizer.encode_pieces(pieces), strict=True):
             number = self.num_query_token if kind is Kind.IMAGE else 1
             result.ids.extend([i] * number)
             result.kinds.extend([kind] * number)

@@ -14,30 +14,22 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.types import IMAGE_PLACEHOLDER
 from lavis.processors.contracts import Ids, Kind, Piece
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 _Json = dict[str, Any]
 """A part of ``tokenizer.json``."""
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 _BY_PRECEDENCE = (Kind.ANSWER, Kind.END, Kind.TEXT, Kind.DELIMITER, Kind.MARKUP)
 """The kind of a token that covers characters of several."""
-
-
-class Part(NamedTuple):
-    """A part of a template's markup: one added token, or what stands between two."""
-
-    text: str
-    is_token: bool
-    is_special: bool
 
 
 class FastTokenizer:
@@ -51,7 +43,8 @@ class FastTokenizer:
         image_id: of ``<ImageHere>``: past the tokenizer's and the model's rows, so that no text
             gives it and no output can pick it.
         pad_id: the tokenizer's padding token if the model has a row for it, or the end token.
-        markup_ids: ids that only markup gives.
+        markup: the tokens that only markup gives, and whether each is special.
+        markup_ids: their ids.
         eos: ids that end a text, of the tokenizer and of ``generation_config.json``.
     """
 
@@ -73,7 +66,7 @@ class FastTokenizer:
         self.vocab_size = 1 + max(i for i in {*words, *added} if i < rows)
         self.image_id = max(rows, 1 + max({*words, *added}))
         hf.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)])
-        self._image = hf.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+        self._theirs = {self.image_id: hf.convert_tokens_to_ids(IMAGE_PLACEHOLDER)}
         self._added = hf.backend_tokenizer.get_added_tokens_decoder()
         self._guard(json.loads(hf.backend_tokenizer.to_str()))
         self.eos = tuple(dict.fromkeys(i for i in _eos(hf, path) if 0 <= i < rows))
@@ -90,8 +83,6 @@ class FastTokenizer:
         Raises:
             WeightsError: there is none, it is damaged, or it needs code of its own.
         """
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
         if not path.exists():
             raise WeightsError(f"no tokenizer: {path} does not exist")
         kinds = [AutoTokenizer]
@@ -119,17 +110,11 @@ class FastTokenizer:
             "tokenizer.json: load it where you trust its code and save_pretrained() it here"
         ) from failure
 
-    def parts(self, markup: str) -> list[Part]:
-        """Take markup apart at its added tokens."""
-        parts: list[Part] = []
-        for i, text in enumerate(self._tokens.split(markup)):
-            if text:
-                is_token = i % 2 == 1
-                parts.append(Part(text, is_token, is_token and self._special[text]))
-        return parts
+    def split(self, text: str) -> list[str]:
+        """Take a text apart at what looks like one of :attr:`markup`."""
+        return [part for part in self._tokens.split(text) if part]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; what looks like a special token is ordinary characters."""
         ids = self._guarded.encode(_well_formed(text), add_special_tokens=False).ids
         return [self._ids.get(i, i) for i in ids]
 
@@ -149,15 +134,12 @@ class FastTokenizer:
         kinds: list[Kind] = []  # one a character
         marks: list[Kind] = []  # one an added token
         for text, kind in pieces:
-            if kind in (Kind.TEXT, Kind.ANSWER):
-                parts = [Part(_well_formed(text), False, False)]
-            else:
-                parts = self.parts(text)
-            for part in parts:
-                new = self._names[part.text] if part.is_token else part.text
+            names = {} if kind in (Kind.TEXT, Kind.ANSWER) else self._names
+            for part in self.split(text) if names else [_well_formed(text)]:
+                new = names.get(part, part)
                 characters.append(new)
                 kinds += [kind] * len(new)
-                marks += [kind] * (part.is_token and part.text != self._unknown)
+                marks += [kind] * (part in names and part != self._unknown)
         encoding = self._guarded.encode("".join(characters), add_special_tokens=False)
         if sum(token in self._marks for token in encoding.ids) != len(marks):
             raise ConfigError(f"{self.path}: the tokenizer does not find its own special tokens")
@@ -180,24 +162,19 @@ class FastTokenizer:
 
     def with_image_id(self, ids: Iterable[int]) -> list[int]:
         """Ids of Transformers' own tokenizer, with ours for an image."""
-        return [self.image_id if i == self._image else i for i in ids]
+        ours = {theirs: image for image, theirs in self._theirs.items()}
+        return [ours.get(i, i) for i in ids]
 
     def names(self, ids: Iterable[int]) -> list[str]:
         """How the vocabulary spells ids, for a message."""
-        own = (self._image if i == self.image_id else i for i in ids)
-        return [str(self.hf.backend_tokenizer.id_to_token(i)) for i in own]
+        return [str(self.hf.backend_tokenizer.id_to_token(self._theirs.get(i, i))) for i in ids]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
-        known = [
-            self._image if i == self.image_id else i
-            for i in ids
-            if i < self.vocab_size or i == self.image_id
-        ]
+        known = [self._theirs.get(i, i) for i in ids if i < self.vocab_size or i in self._theirs]
         return str(self.hf.backend_tokenizer.decode(known, skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token, maybe a part of a character; none for a special token."""
         if token >= self.vocab_size or (token in self._added and self._added[token].special):
             return b""
         name = self.hf.backend_tokenizer.id_to_token(token)
@@ -208,7 +185,7 @@ class FastTokenizer:
         key = secrets.token_hex(8)
         markup = [t for t in state["added_tokens"] if _is_markup(t)]
         self._names = {t["content"]: f"\ue000{key}-{n}\ue001" for n, t in enumerate(markup)}
-        self._special = {t["content"]: t["special"] for t in markup}
+        self.markup = {t["content"]: bool(t["special"]) for t in markup}
         longest_first = sorted(self._names, key=len, reverse=True)
         self._tokens = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         for token in markup:
@@ -218,12 +195,10 @@ class FastTokenizer:
         state |= {"truncation": None, "padding": None, "post_processor": None}
         self._guarded = Backend.from_str(json.dumps(state))
         self._bytes_of = _byte_rule(state["decoder"], self.path)
-        self._ids: dict[int, int] = {}
-        """Ids of added tokens in the copy -> the model's."""
         vocab = self._guarded.get_vocab()
-        for i, token in self._added.items():
-            new = vocab[self._names.get(token.content, token.content)]
-            self._ids[new] = self.image_id if i == self._image else i
+        added = zip(self._added.values(), self.with_image_id(self._added), strict=True)
+        self._ids = {vocab[self._names.get(t.content, t.content)]: i for t, i in added}
+        """Ids of added tokens in the copy -> the model's."""
         self._marks = frozenset(vocab[n] for t, n in self._names.items() if t != self._unknown)
         self.markup_ids = frozenset(self._ids[i] for i in self._marks)
 
@@ -266,16 +241,6 @@ def _byte_rule(decoder: _Json | None, path: Path) -> Callable[[str], bytes]:
     raise WeightsError(f"{path}: neither a byte-level nor a SentencePiece tokenizer")
 
 
-def _alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level BPE (GPT-2's ``encoder.py``)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(rest)}
-
-
-_BYTES = _alphabet()
-
-
 def _byte_level(name: str) -> bytes:
     return bytes(_BYTES[c] for c in name) if _BYTES.keys() >= set(name) else name.encode()
 
@@ -297,12 +262,11 @@ def _eos(hf: PreTrainedTokenizerFast, path: Path) -> list[int]:
     Raises:
         WeightsError: ``generation_config.json`` is damaged.
     """
-    ids = [hf.eos_token_id]
     file = path / "generation_config.json"
-    if file.is_file():
-        try:
-            more = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise WeightsError(f"{file}: not a JSON object") from error
-        ids += more if isinstance(more, list) else [more]
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        more = settings.get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"{file}: not a JSON object") from error
+    ids = [hf.eos_token_id, *(more if isinstance(more, list) else [more])]
     return [i for i in ids if isinstance(i, int)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lavis.common.errors import ConfigError
 from lavis.common.types import IMAGE_PLACEHOLDER
-from lavis.processors.contracts import ChatTemplate, Kind, Turn
+from lavis.processors.contracts import ChatTemplate, Ids, Kind, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
 from lavis.processors.templates import WAY_OUT, TokenizerTemplate
 
@@ -27,11 +27,12 @@ TEXTS = (
 _SHOWN = 8
 """Tokens that a message shows on either side of the first difference."""
 
-Probe = tuple[str | None, list[Turn]]
 
-
-def prove(template: TokenizerTemplate) -> list[str]:
+def prove(template: TokenizerTemplate, system: str | None = None) -> list[str]:
     """Compare probe conversations with ``apply_chat_template(tokenize=True)``.
+
+    Args:
+        system: the system prompt that the model will have, besides those of the probes.
 
     Returns:
         What is as the template has it and yet worth knowing, a line each.
@@ -40,21 +41,21 @@ def prove(template: TokenizerTemplate) -> list[str]:
         ConfigError: the ids differ, with what stands around the first difference.
     """
     tokenizer = template.tokenizer
-    for system, turns in _probes(template):
+    for said, turns in _probes(template, system):
         for number in range(1, len(turns) + 1):
             some, ask = turns[:number], number % 2 == 1
-            ids = tokenizer.encode_pieces(template.pieces(some, system=system, ask=ask)).ids
-            expected = template.reference(some, system=system, ask=ask)
+            ids = tokenizer.encode_pieces(template.pieces(some, system=said, ask=ask)).ids
+            expected = template.reference(some, system=said, ask=ask)
             if ids != expected:
                 raise ConfigError(
                     f"{tokenizer.path}: the chat template cannot be taken apart into markup and "
-                    f"texts:\n{_difference(tokenizer, expected, ids)}\nfor {(system, some)}; "
+                    f"texts:\n{_difference(tokenizer, expected, ids)}\nfor {(said, some)}; "
                     f"{WAY_OUT}"
                 )
-    return check(template, tokenizer)
+    return check(template, tokenizer, system)
 
 
-def check(template: ChatTemplate, tokenizer: FastTokenizer) -> list[str]:
+def check(template: ChatTemplate, tokenizer: FastTokenizer, system: str | None = None) -> list[str]:
     """Check what holds of every template, one's own included.
 
     Returns:
@@ -64,10 +65,12 @@ def check(template: ChatTemplate, tokenizer: FastTokenizer) -> list[str]:
         ConfigError: an answer ends in a token that does not stop generation; markup needs a row
             that the model has not got; or a text gives a special token.
     """
-    question, answer = Turn("user", TEXTS[0]), Turn("assistant", "Yes, two.")
-    ids, kinds = tokenizer.encode_pieces(
-        template.pieces([question, answer], system=None, ask=False)
-    )
+
+    def encode(turns: list[Turn], *, said: str | None = system, ask: bool = False) -> Ids:
+        return tokenizer.encode_pieces(template.pieces(turns, system=said, ask=ask))
+
+    turns = [Turn("user", TEXTS[0]), Turn("assistant", "Yes, two.")]
+    ids, kinds = trained = encode(turns)
     ends = [i for i, kind in zip(ids, kinds, strict=True) if kind is Kind.END]
     if not ends or ends[-1] not in template.stops:
         raise ConfigError(
@@ -79,68 +82,64 @@ def check(template: ChatTemplate, tokenizer: FastTokenizer) -> list[str]:
             f"{tokenizer.path}: the chat template writes {tokenizer.names(absent[:1])[0]}, token "
             f"{absent[0]}, but the language model has {tokenizer.rows} rows"
         )
-    _check_texts(template, tokenizer)
-    return _notes(template, tokenizer, [question, answer])
 
-
-def _check_texts(template: ChatTemplate, tokenizer: FastTokenizer) -> None:
-    """A text with every special token in it changes no special token of the conversation."""
-    hostile = "".join(tokenizer.names(tokenizer.markup_ids)).replace(IMAGE_PLACEHOLDER, "")
-
-    def marks(question: str, answer: str) -> list[tuple[int, Kind]]:
-        turns = [Turn("user", question), Turn("assistant", answer)]
-        encoded = tokenizer.encode_pieces(template.pieces(turns, system=None, ask=False))
+    def marks(question: str, answer: str, said: str) -> list[tuple[int, Kind]]:
+        texts = [Turn("user", question), Turn("assistant", answer)]
+        encoded = encode(texts, said=None if system is None else said)
         return [x for x in zip(*encoded, strict=True) if x[0] in tokenizer.markup_ids]
 
-    if marks("a", "b") != marks(hostile, f"{hostile}{IMAGE_PLACEHOLDER}"):
+    hostile = "".join(tokenizer.markup).replace(IMAGE_PLACEHOLDER, "")
+    if marks("a", "b", "c") != marks(hostile, f"{hostile}{IMAGE_PLACEHOLDER}", hostile):
         raise ConfigError(f"{tokenizer.path}: what looks like markup in a text becomes markup")
+    asked = [encode(some, ask=True).ids for some in (turns[:1], [*turns, turns[0]])]
+    return _notes(tokenizer, trained, encode([*turns, *turns]).ids, asked)
 
 
-def _probes(template: TokenizerTemplate) -> Iterator[Probe]:
+def _probes(
+    template: TokenizerTemplate, system: str | None
+) -> Iterator[tuple[str | None, list[Turn]]]:
     """Conversations of two exchanges, over every text as a question and as an answer."""
-    systems = [None] if template.no_system else [None, "Be brief.", " \n Blanks. 图\n"]
     # A text with a special token, as the tags in Gemma's vocabulary, is meant to differ.
-    texts = [
-        t for t in TEXTS if not any(p.is_token and p.text != IMAGE_PLACEHOLDER
-                                    for p in template.tokenizer.parts(t))
-    ]  # fmt: skip
+    markup, split = template.tokenizer.markup.keys(), template.tokenizer.split
+    texts = [t for t in TEXTS if (markup - {IMAGE_PLACEHOLDER}).isdisjoint(split(t))]
+    systems = [None, *(["Be brief.", " \n Blanks. 图\n"] if template.no_system is None else [])]
+    if system is not None and markup.isdisjoint(split(system)):
+        systems.append(system)
     answers = [t for t in texts if t.strip() and IMAGE_PLACEHOLDER not in t]
-    for system in systems:
+    for said in systems:
         for n, text in enumerate(texts):
             one, two = answers[n % len(answers)], answers[(n + 1) % len(answers)]
             again = texts[(n + 3) % len(texts)]
-            yield system, [
+            yield said, [
                 Turn("user", text), Turn("assistant", one),
                 Turn("user", again), Turn("assistant", two),
             ]  # fmt: skip
 
 
-def _notes(template: ChatTemplate, tokenizer: FastTokenizer, turns: list[Turn]) -> list[str]:
-    """Where training and asking differ by the template's own design."""
+def _notes(
+    tokenizer: FastTokenizer, trained: Ids, whole: list[int], asked: Sequence[list[int]]
+) -> list[str]:
+    """Where training and asking differ by the template's own design.
 
-    def ids(some: list[Turn], *, ask: bool) -> list[int]:
-        return tokenizer.encode_pieces(template.pieces(some, system=None, ask=ask)).ids
-
-    notes: list[str] = []
-    prompt = ids(turns[:1], ask=True)
-    trained, kinds = tokenizer.encode_pieces(template.pieces(turns, system=None, ask=False))
-    begin = next(n for n, kind in enumerate(kinds) if kind in (Kind.ANSWER, Kind.END))
-    if trained[:begin] != prompt:
-        asked, before = (
-            " ".join(map(repr, tokenizer.names(i[-5:]))) for i in (prompt, trained[:begin])
-        )
-        notes.append(
-            f"the chat template asks and trains differently: a prompt ends in {asked}, but in "
+    Args:
+        trained: one exchange.
+        whole: the same exchange twice.
+        asked: the prompts of its two questions.
+    """
+    prompt, ids = asked[0], trained.ids
+    begin = next(n for n, kind in enumerate(trained.kinds) if kind in (Kind.ANSWER, Kind.END))
+    if ids[:begin] != prompt:
+        ends, before = (" ".join(map(repr, tokenizer.names(i[-5:]))) for i in (prompt, ids[:begin]))
+        return [
+            f"the chat template asks and trains differently: a prompt ends in {ends}, but in "
             f"training an answer stands after {before}"
-        )
-    whole = ids([*turns, *turns], ask=False)
-    prompts = (ids(some, ask=True) for some in (turns[:1], [*turns, turns[0]]))
-    if not notes and any(whole[: len(prompt)] != prompt for prompt in prompts):
-        notes.append(
+        ]
+    if any(whole[: len(ids)] != ids for ids in asked):
+        return [
             "the chat template writes earlier turns in another way than the latest: in a "
             "conversation of several questions, answers are trained in the form of earlier turns"
-        )
-    return notes
+        ]
+    return []
 
 
 def _difference(tokenizer: FastTokenizer, expected: Sequence[int], ids: Sequence[int]) -> str:

@@ -1,29 +1,11 @@
-"""Chat templates: the tokenizer's own, taken apart into markup and texts.
-
-A template of one's own is a class like this, named in YAML
-(``language.template: my_pkg.my_module:MyTemplate``) and built with the tokenizer::
-
-    class MyTemplate:
-        def __init__(self, tokenizer: FastTokenizer) -> None:
-            self.stops = tokenizer.eos
-
-        def pieces(self, turns, *, system, ask):
-            pieces = [Piece(f"{system}\\n", Kind.TEXT)] if system else []
-            for role, text in turns:
-                if role == "user":
-                    pieces.append(Piece("<|user|>\\n", Kind.MARKUP))
-                    pieces += text_pieces(text, Kind.TEXT, images=True)
-                    pieces.append(Piece("\\n", Kind.MARKUP))
-                else:
-                    pieces.append(Piece("<|assistant|>\\n", Kind.MARKUP))
-                    pieces += [Piece(text, Kind.ANSWER), Piece("<|endoftext|>", Kind.END)]
-            return [*pieces, Piece("<|assistant|>\\n", Kind.MARKUP)] if ask else pieces
-"""
+"""Chat templates: the tokenizer's own, taken apart into markup and texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import date
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -35,25 +17,19 @@ from lavis.processors.hf_tokenizer import FastTokenizer
 
 WAY_OUT = (
     "write the template as a class of about 15 lines and name it, language.template: "
-    "my_pkg.my_module:MyTemplate (lavis/processors/templates.py begins with an example)"
+    "my_pkg.my_module:MyTemplate (docs/extend.md shows one, lavis/processors/chatml.py is one)"
 )
 # A template that writes today's date would train on one and ask on another: for every template
 # it is the day that Llama 3's writes where it cannot know.
-_DATE = {
-    "%d": "26",
-    "%B": "July",
-    "%b": "Jul",
-    "%m": "07",
-    "%Y": "2024",
-    "%y": "24",
-    "%A": "Friday",
-}
 _FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
+    + "".join(f" | replace('%{c}', '{date(2024, 7, 26):%{c}}')" for c in "dBbmYyA")
     + " }}{%- endmacro -%}"
 )
-_BLANKS = (" ", "\n", "\t", "\u3000")
+_BLANKS = " \n\t\u3000"
+# What a template might escape, fold or collapse.
+_INSIDE = " \"'<&>\\\n  éÉ中Aa_"
+_SENTINELS = re.compile(rf"⟪(\d+)⟫{re.escape(_INSIDE)}⟪\1⟫")
 
 Message = tuple[str, str]
 """A role, of ``system``, ``user`` and ``assistant``, and a text."""
@@ -115,12 +91,6 @@ class TokenizerTemplate:
     def pieces(
         self, turns: Sequence[Turn], *, system: str | None = None, ask: bool = False
     ) -> list[Piece]:
-        """The pieces of a conversation.
-
-        Raises:
-            ConfigError: the template takes no system prompt, or does more than it may.
-            DataError: the template refuses the conversation, as for two questions in a row.
-        """
         messages = _messages(turns, system)
         pieces: list[Piece] = []
         for part in self._shape(messages, ask):
@@ -144,10 +114,10 @@ class TokenizerTemplate:
     def _apply(self, messages: Sequence[Message], ask: bool, *, tokenize: bool) -> str | list[int]:
         result: str | list[int] = self.tokenizer.hf.apply_chat_template(
             [{"role": role, "content": text} for role, text in messages],
-            chat_template=self._source,
             add_generation_prompt=ask,
             tokenize=tokenize,
             return_dict=False,
+            chat_template=self._source,
             enable_thinking=self.thinking,  # Qwen, SmolLM
             thinking=self.thinking,  # Granite, DeepSeek
         )
@@ -163,67 +133,68 @@ class TokenizerTemplate:
 
     def _take_apart(self, roles: _Roles, ask: bool) -> list[Piece | _Slot]:
         """Markup and slots of a conversation."""
-        order, markup = self._gaps(roles, ask)
-        trims = self._trims(roles, ask, markup)
+        order, gaps = self._gaps(roles, ask)
+        trimmed = self._trimmed(roles, ask, gaps)
         shape: list[Piece | _Slot] = []
         before = ""
-        for k, gap in enumerate(markup):
+        for k, gap in enumerate(gaps):
             after = roles[order[k]][0] if k < len(order) else ""
             rest = self._unasked(roles[: order[k]], gap) if after == "assistant" else ""
             shape += self._markup(gap.removesuffix(rest), after_answer=before == "assistant")
             if rest:
                 shape.append(Piece(rest, Kind.END))
             if after:
-                shape.append(_Slot(order[k], *trims[k]))
+                shape.append(_Slot(order[k], *trimmed[k]))
             before = after
         return shape
 
     def _gaps(
-        self, roles: _Roles, ask: bool, place: Callable[[str], str] = str
+        self, roles: _Roles, ask: bool, left: str = "", right: str = ""
     ) -> tuple[list[int], list[str]]:
         """The messages with a sentinel in the order in which these stand, and what is around them.
 
         Args:
-            place: changes a sentinel.
+            left: what each sentinel has in front.
+            right: what it has behind.
         """
         messages = [
-            (role, place(_sentinel(i)) if text is None else text)
+            (role, f"{left}{_sentinel(i)}{right}" if text is None else text)
             for i, (role, text) in enumerate(roles)
         ]
         rendered = self._render(messages, ask)
-        slots = [i for i, (_, text) in enumerate(roles) if text is None]
-        for i in slots:
-            self._check_sentinel(rendered, i, roles[i][0])
-        order = sorted(slots, key=lambda i: rendered.index(_sentinel(i)))
-        markup: list[str] = []
-        for i in order:
-            gap, _, rendered = rendered.partition(_sentinel(i))
-            markup.append(gap)
-        return order, [*markup, rendered]
+        parts = _SENTINELS.split(rendered)
+        order = [int(number) for number in parts[1::2]]
+        for i, (role, text) in enumerate(roles):
+            if text is not None or order.count(i) == 1:
+                continue
+            kept = f"⟪{i}⟫" in rendered
+            if role == "system" and not kept:
+                raise ConfigError(
+                    f"{self.tokenizer.path}: the chat template leaves the system prompt out; give "
+                    f"none, or {WAY_OUT}"
+                )
+            what = "repeats" if i in order else "rewrites" if kept else "leaves out"
+            raise self._refusal(f"the chat template {what} the text of a message ({role})")
+        return order, parts[::2]
 
-    def _trims(
-        self, roles: _Roles, ask: bool, markup: Sequence[str]
+    def _trimmed(
+        self, roles: _Roles, ask: bool, gaps: Sequence[str]
     ) -> list[tuple[str | None, str | None]]:
         """The blanks trimmed from either end of each text: arguments for ``str.strip``."""
-
-        def blanks(kept: Callable[[str], bool]) -> str | None:
-            trimmed = "".join(blank for blank in _BLANKS if not kept(blank))
-            return None if len(trimmed) == len(_BLANKS) else trimmed
-
-        def keeps(gap: str, padded: str, kept: str) -> bool:
-            if padded not in (gap, kept):
-                raise self._refusal("the chat template changes with the blanks around a text")
-            return padded == kept
-
-        left = {c: self._gaps(roles, ask, lambda s, c=c: c + s)[1] for c in _BLANKS}  # type: ignore[misc]
-        right = {c: self._gaps(roles, ask, lambda s, c=c: s + c)[1] for c in _BLANKS}  # type: ignore[misc]
-        return [
-            (
-                blanks(lambda c: keeps(a, left[c][k], a + c)),  # noqa: B023
-                blanks(lambda c: keeps(b, right[c][k + 1], c + b)),  # noqa: B023
-            )
-            for k, (a, b) in enumerate(pairwise(markup))
-        ]
+        trimmed = [["", ""] for _ in gaps[1:]]
+        for blank in _BLANKS:
+            left = self._gaps(roles, ask, left=blank)[1]
+            right = self._gaps(roles, ask, right=blank)[1]
+            for k, ends in enumerate(trimmed):
+                before, after = gaps[k : k + 2]
+                padded = ((left[k], before, before + blank), (right[k + 1], after, blank + after))
+                for end, (found, lost, kept) in enumerate(padded):
+                    if found not in (lost, kept):
+                        raise self._refusal(
+                            "the chat template changes with the blanks around a text"
+                        )
+                    ends[end] += blank * (found == lost)
+        return [(None if a == _BLANKS else a, None if b == _BLANKS else b) for a, b in trimmed]
 
     def _unasked(self, roles: _Roles, gap: str) -> str:
         """The end of the markup before an answer that no prompt has: the model writes it."""
@@ -237,12 +208,9 @@ class TokenizerTemplate:
             return str(self._apply(messages, ask, tokenize=False))
         except (TemplateError, TypeError, ValueError) as error:
             reason = str(error).strip() or type(error).__name__
-        if messages[0][0] == "system":
-            try:
-                self._apply(messages[1:], ask, tokenize=False)
-            except (TemplateError, TypeError, ValueError):
-                pass
-            else:
+        if messages and messages[0][0] == "system":
+            with suppress(DataError):
+                self._render(messages[1:], ask)
                 raise ConfigError(
                     f"{self.tokenizer.path}: the chat template takes no system prompt ({reason}); "
                     "give none"
@@ -252,30 +220,17 @@ class TokenizerTemplate:
             f"{', '.join(role for role, _ in messages) or 'no message'}: {reason}"
         )
 
-    def _check_sentinel(self, rendered: str, number: int, role: str) -> None:
-        count = rendered.count(_sentinel(number))
-        if count == 1:
-            return
-        begin = _sentinel(number).split()[0]
-        what = "repeats" if count else "rewrites" if begin in rendered else "leaves out"
-        if what == "leaves out" and role == "system":
-            raise ConfigError(
-                f"{self.tokenizer.path}: the chat template leaves the system prompt out; give "
-                f"none, or {WAY_OUT}"
-            )
-        raise self._refusal(f"the chat template {what} the text of a message ({role})")
-
     def _markup(self, text: str, *, after_answer: bool) -> list[Piece]:
-        parts = self.tokenizer.parts(text)
+        is_special, parts = self.tokenizer.markup, self.tokenizer.split(text)
         pieces: list[Piece] = []
         if after_answer:
-            stop = next((n for n, part in enumerate(parts, start=1) if part.is_token), None)
+            stop = next((n for n, part in enumerate(parts, start=1) if part in is_special), None)
             if stop is None:
                 raise self._refusal("the chat template ends an answer with no special token")
-            pieces.append(Piece("".join(part.text for part in parts[:stop]), Kind.END))
+            pieces.append(Piece("".join(parts[:stop]), Kind.END))
             parts = parts[stop:]
-        kinds = (Kind.DELIMITER if part.is_special else Kind.MARKUP for part in parts)
-        return [*pieces, *(Piece(p.text, kind) for p, kind in zip(parts, kinds, strict=True))]
+        kinds = (Kind.DELIMITER if is_special.get(part) else Kind.MARKUP for part in parts)
+        return [*pieces, *map(Piece, parts, kinds)]
 
     def _refusal(self, what: str) -> ConfigError:
         return ConfigError(f"{self.tokenizer.path}: {what}; {WAY_OUT}")
@@ -286,5 +241,5 @@ def _messages(turns: Sequence[Turn], system: str | None) -> list[Message]:
 
 
 def _sentinel(number: int) -> str:
-    """A text that no template contains, with what a template might escape, fold or collapse."""
-    return f"⟪{number}⟫ \"'<&>\\\n  éÉ中Aa_⟪{number}⟫"
+    """A text that no template contains."""
+    return f"⟪{number}⟫{_INSIDE}⟪{number}⟫"

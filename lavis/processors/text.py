@@ -54,5 +54,4 @@ def process_around_images(processor: Callable[[str], str], text: str) -> str:
 
 
 def _first_words(text: str, count: int) -> str:
-    words = text.split(" ")
-    return " ".join(words[:count]) if len(words) > count else text
+    return " ".join(text.split(" ")[:count])

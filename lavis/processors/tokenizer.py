@@ -18,12 +18,8 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *(f"<|extra_{i}|>" for i in range(205)),
-)
+_EXTRA = (f"<|extra_{i}|>" for i in range(205))
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *_EXTRA)
 
 
 class QwenTokenizer:
@@ -37,7 +33,6 @@ class QwenTokenizer:
         im_start_id: ``<|im_start|>``, opens a ChatML turn.
         im_end_id: ``<|im_end|>``, closes it.
         image_id: ``<|extra_0|>``, holds the place of image features; never comes out of text.
-        newline_ids: ids of a line feed.
     """
 
     def __init__(self, vocab_file: Path) -> None:
@@ -60,10 +55,8 @@ class QwenTokenizer:
         self.im_start_id = self.special_tokens["<|im_start|>"]
         self.im_end_id = self.special_tokens["<|im_end|>"]
         self.image_id = self.special_tokens["<|extra_0|>"]
-        self.newline_ids = self.encode("\n")
 
     def encode(self, text: str) -> list[int]:
-        """Encode text. What looks like a special token is ordinary characters."""
         return self._encoding.encode_ordinary(normalize(text))
 
     def encode_markup(self, text: str) -> list[int]:
@@ -71,7 +64,6 @@ class QwenTokenizer:
         return self._encoding.encode(normalize(text), allowed_special="all")
 
     def encode_pieces(self, pieces: Sequence[Piece]) -> Ids:
-        """Ids and kinds of pieces, each encoded on its own."""
         result = Ids([], [])
         for text, kind in pieces:
             if kind is Kind.IMAGE:
@@ -85,15 +77,13 @@ class QwenTokenizer:
         return result
 
     def settled(self, pieces: Sequence[Piece]) -> Ids:
-        """All of them."""
+        """All of them: each piece is encoded on its own."""
         return self.encode_pieces(pieces)
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token, maybe a part of a character; none for a special token."""
         return self._encoding.decode_single_token_bytes(token) if token < self.eod_id else b""
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """Decode ids; bytes that are not UTF-8 become U+FFFD."""
         if skip_special_tokens:
             ids = (i for i in ids if i < self.eod_id)
         return self._encoding.decode(list(ids), errors="replace")

@@ -17,7 +17,7 @@ from lavis.common.optim import Schedule, build_schedule
 from lavis.common.schema import Config, RunConfig
 from lavis.datasets.annotations import Record
 from lavis.models.weights.agreement import check_settings, saved_settings
-from lavis.runners.checkpoint import Progress
+from lavis.runners.checkpoint import Checkpoint, Progress
 
 logger = logging.getLogger(__name__)
 _ORDER = ("seed", "train_dataset_ratios")  # of an epoch's samples, besides data and step size
@@ -50,45 +50,40 @@ def data_fingerprints(config: Config, dataset: Any) -> dict[str, str]:
     return {name: fingerprint([part]) for name, part in zip(config.datasets, parts, strict=False)}
 
 
-def check_agreement(
-    label: object, content: dict[str, Any], config: Config, data: dict[str, str]
-) -> None:
+def check_agreement(checkpoint: Checkpoint, config: Config, data: dict[str, str]) -> None:
     """Compare a checkpoint with the configuration and data that go on from it; needs no model.
 
     Args:
-        label: names the checkpoint in messages.
-        content: what :func:`lavis.runners.keeper.open_checkpoint` gave.
         data: what :func:`data_fingerprints` gave.
 
     Raises:
         WeightsError: it stopped inside an epoch whose rest would show other samples, or its
             weights would mean something else.
     """
-    check_settings(label, content, config.model, training=True)
-    changed = _changes(saved_settings(content, "run"), config.run, _ORDER)
-    saved = content.get("data")
-    if not isinstance(saved, dict) and dist.is_main():
-        logger.warning("%s does not say what it was trained on: data are not compared", label)
-    elif isinstance(saved, dict) and list(saved.values()) != list(data.values()):
-        changed.append(f"datasets was {saved}, now {data}")
+    path, progress = checkpoint.path, checkpoint.progress
+    check_settings(path, vars(checkpoint), config.model, training=True)
+    changed = _changes(saved_settings(vars(checkpoint), "run"), config.run, _ORDER)
+    if checkpoint.data is None:
+        _warn(f"{path} does not say what it was trained on: data are not compared")
+    elif list(checkpoint.data.values()) != list(data.values()):
+        changed.append(f"datasets was {checkpoint.data}, now {data}")
     if not changed:
         return
-    told, progress = "; ".join(changed), Progress.saved(content, label)
-    if progress is not None and progress.step % progress.steps_per_epoch:
+    if progress is not None and progress.inside_epoch:
         raise WeightsError(
-            f"{label} stopped inside an epoch, the rest of which would show other samples: {told}. "
-            "Set that back, or resume from the checkpoint of a complete epoch"
+            f"{path} stopped inside an epoch, the rest of which would show other samples: "
+            f"{'; '.join(changed)}. Set that back, or resume from the checkpoint of a complete "
+            "epoch"
         )
-    if dist.is_main():
-        logger.warning("%s goes on with other samples: %s", label, told)
+    _warn(f"{path} goes on with other samples: {'; '.join(changed)}")
 
 
 def warn_of_another_rate(
-    label: object, content: dict[str, Any], run: RunConfig, schedule: Schedule, step: int
+    checkpoint: Checkpoint, run: RunConfig, schedule: Schedule, step: int
 ) -> None:
     """Warn if the learning rate goes on otherwise than in the run that wrote a checkpoint."""
-    saved, steps = saved_settings(content, "run"), schedule.steps_per_epoch
-    then = Progress.saved(content, label) or Progress(step, steps)
+    saved, steps = saved_settings(vars(checkpoint), "run"), schedule.steps_per_epoch
+    then = checkpoint.progress or Progress(step, steps)
     if not saved:
         return
     known = {key: saved.get(key, getattr(RunConfig, key)) for key in _RATE}
@@ -99,11 +94,16 @@ def warn_of_another_rate(
     now, changed = schedule.lr(step), _changes(saved, run, _RATE)
     if then.steps_per_epoch != steps:
         changed.append(f"an epoch had {then.steps_per_epoch} steps, now {steps}")
-    if dist.is_main() and not math.isclose(before, now, rel_tol=1e-6, abs_tol=1e-15):
-        logger.warning(
-            "the learning rate of step %d is %.3g, not %.3g as in the run that wrote %s: %s",
-            step, now, before, label, "; ".join(changed),
-        )  # fmt: skip
+    if not math.isclose(before, now, rel_tol=1e-6, abs_tol=1e-15):
+        _warn(
+            f"the learning rate of step {step} is {now:.3g}, not {before:.3g} as in the run that "
+            f"wrote {checkpoint.path}: {'; '.join(changed)}"
+        )
+
+
+def _warn(message: str) -> None:
+    if dist.is_main():
+        logger.warning("%s", message)
 
 
 def _changes(saved: dict[str, Any], run: RunConfig, keys: Sequence[str]) -> list[str]:

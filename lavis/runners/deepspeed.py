@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,8 +26,6 @@ class DeepSpeedStrategy(Strategy):
 
     Frozen parameters are sharded by stage 3 alone.
     """
-
-    name = "deepspeed"
 
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         super().__init__(run, device)
@@ -51,7 +50,7 @@ class DeepSpeedStrategy(Strategy):
             reason = " ".join(str(error).split("\n    For further")[0].split())
             raise ConfigError(f"run.deepspeed_config: DeepSpeed refuses it: {reason}") from error
         self.stage = int((given.get("zero_optimization") or {}).get("stage", 0))
-        fp16 = bool((given.get("fp16") or {}).get("enabled"))
+        fp16 = _enabled(given, "fp16")
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.rescales = fp16  # by DeepSpeed
         if run.on_nonfinite == "skip" and self.stage > 0:
@@ -59,7 +58,8 @@ class DeepSpeedStrategy(Strategy):
                 "run.on_nonfinite: skip does not work with ZeRO stages above 0, which have merged "
                 "a gradient before it can be taken back; use on_nonfinite: error or strategy: fsdp2"
             )
-        if self.stage == 0 and (fp16 or (given.get("bf16") or {}).get("enabled")):
+        self._half = _enabled(given, "bf16", "fp16")
+        if self.stage == 0 and self._half:
             # Of a half-precision stage 0 DeepSpeed does not hand out whole moments.
             logger.info("ZeRO stage 0 in half precision runs as stage 1: the same numbers")
             self.stage = 1
@@ -73,16 +73,13 @@ class DeepSpeedStrategy(Strategy):
         self._group_sizes = [len(g["params"]) for g in groups]
         exact = {p: p.detach().float().cpu().clone() for p in self.trained}
         # DeepSpeed takes a trial step to lay out its buffers; at rate 0 it moves nothing.
-        inner = torch.optim.AdamW(
-            groups, lr=0.0, betas=(self.run.beta1, self.run.beta2), eps=self.run.eps
-        )
+        self._inner = self.adamw(groups, 0.0)
         self.module, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=inner,
+            optimizer=self._inner,
             config=self.deepspeed_config,
             dist_init_required=False,
         )
-        self._inner = inner
         self._lay_out_state()
         if self._half:  # the model is in half precision now; the optimizer keeps full copies
             _cast_buffers(model)
@@ -126,7 +123,7 @@ class DeepSpeedStrategy(Strategy):
         return super().full(tensor)
 
     def optimizer_state(self) -> dict[str, Any]:
-        if self.stage == 0 and not self._half:
+        if self.stage == 0:
             return super().optimizer_state()
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -137,17 +134,15 @@ class DeepSpeedStrategy(Strategy):
                 moments = {k: safe_get_full_optimizer_state(p, k) for k in _MOMENTS}
                 state[i] = {k: v.detach().cpu() for k, v in moments.items()}
                 state[i]["step"] = torch.tensor(float(step))
-        groups: list[dict[str, Any]] = []
-        start = 0
-        for group in self._inner.param_groups:
-            options = {k: v for k, v in group.items() if k != "params"}
-            count = self._group_sizes[len(groups)]
-            groups.append(options | {"params": list(range(start, start + count))})
-            start += count
+        numbers = iter(range(len(self.trained)))
+        groups = [
+            group | {"params": list(islice(numbers, size))}
+            for group, size in zip(self._inner.param_groups, self._group_sizes, strict=True)
+        ]
         return {"state": state, "param_groups": groups}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        if self.stage == 0 and not self._half:
+        if self.stage == 0:
             return super().load_optimizer_state(state)
         from deepspeed.utils import safe_set_full_optimizer_state
 
@@ -159,11 +154,6 @@ class DeepSpeedStrategy(Strategy):
         if state["state"]:
             self._set_step(float(state["state"][0]["step"]))
         return None
-
-    @property
-    def _half(self) -> bool:
-        config = self.deepspeed_config
-        return any((config.get(k) or {}).get("enabled") for k in ("bf16", "fp16"))
 
     def _lay_out_state(self) -> None:
         """Make the moments now, so that they can be set and read before a step.
@@ -187,6 +177,10 @@ class DeepSpeedStrategy(Strategy):
         for entries in self._inner.state.values():
             if "step" in entries:
                 entries["step"] = torch.full_like(torch.as_tensor(entries["step"]), step)
+
+
+def _enabled(config: dict[str, Any], *sections: str) -> bool:
+    return any((config.get(s) or {}).get("enabled") for s in sections)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

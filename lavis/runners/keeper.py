@@ -1,73 +1,60 @@
-"""Which checkpoints a run's folder keeps, and which one is whole when another is not."""
+"""The checkpoints in a run's folder: which stay, and which is whole where another is not."""
 
 from __future__ import annotations
 
 import logging
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lavis.common.errors import LavisError, WeightsError
 from lavis.common.types import Metric
-from lavis.runners.checkpoint import (
-    Best,
-    Progress,
-    copy_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from lavis.runners.checkpoint import Best, Checkpoint, copy_checkpoint
 
 logger = logging.getLogger(__name__)
 _ROLLING = re.compile(r"checkpoint_step_(\d+)\.pth")
 
 
-class Keeper:
+@dataclass
+class CheckpointFolder:
     """Writes a run's checkpoints.
 
     ``checkpoint_<epoch>.pth`` stay. Of ``checkpoint_step_<n>.pth``, written inside epochs, the
     newest ``keep_last`` stay. ``checkpoint_latest.pth`` is the newest of all,
     ``checkpoint_best.pth`` the best by the task's metric; both are links where the file system
-    has them.
+    has them. ``best`` is known from the run before, and then from this one.
     """
 
-    def __init__(
-        self, folder: Path, keep_last: int, metric: Metric, best: Best | None = None
-    ) -> None:
-        self.folder, self.keep_last, self.metric = folder, keep_last, metric
-        self.best = best
+    folder: Path
+    keep_last: int
+    metric: Metric
+    best: Best | None = None
 
-    def save(
-        self,
-        name: str,
-        content: dict[str, Any],
-        progress: Progress,
-        metrics: dict[str, float],
-        measured_on: str = "",
-    ) -> None:
+    def save(self, name: str, checkpoint: Checkpoint, measured_on: str = "") -> None:
         """Write ``checkpoint_<name>.pth`` and what follows from it.
 
         Args:
-            measured_on: fingerprint of the data that gave ``metrics``.
+            measured_on: fingerprint of the data that gave the checkpoint's metrics.
 
         Raises:
             OSError: e.g. a full disk; all files are as before.
         """
-        path = self._path(name)
-        value, best = metrics.get(self.metric.name), self.best
-        if value is not None and best is not None and best.data not in ("", measured_on):
-            logger.warning("%s is no rival: it was measured on other data", best.checkpoint)
-            best = None
-        better = value is not None and self.metric.is_better(value, best.value if best else None)
-        if value is not None and better:
-            file = str(self._path("best").absolute())
-            best = Best(value, file, self.metric.name, measured_on)
-        save_checkpoint(path, progress=progress, metrics=metrics, best=best, **content)
+        path, metric = self.path(name), self.metric
+        value, best, better = checkpoint.metrics.get(metric.name), self.best, False
+        if value is not None:
+            if best is not None and best.data not in ("", measured_on):
+                logger.warning("%s is no rival: it was measured on other data", best.checkpoint)
+                best = None
+            better = metric.is_better(value, best.value if best else None)
+            if better:
+                best = Best(value, str(self.path("best").absolute()), metric.name, measured_on)
+        replace(checkpoint, best=best).write(path)
         self.best = best
         if name != "latest":
-            copy_checkpoint(path, self._path("latest"))
+            copy_checkpoint(path, self.path("latest"))
         if better:
-            copy_checkpoint(path, self._path("best"))
-            logger.info("%s is the best so far: %s %.4f", path.name, self.metric.name, value)
+            copy_checkpoint(path, self.path("best"))
+            logger.info("%s is the best so far: %s %.4f", path.name, metric.name, value)
         elif value is not None and best is not None:
             logger.info("the best is still %s: %.4f, not %.4f", best.checkpoint, best.value, value)
         for old in self._rolling()[: -self.keep_last]:
@@ -78,7 +65,8 @@ class Keeper:
         good = newest_whole(self.folder)
         return f"The last whole checkpoint is {good}." if good else "No checkpoint was written yet."
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """Where a checkpoint is."""
         return self.folder / f"checkpoint_{name}.pth"
 
     def _rolling(self) -> list[Path]:
@@ -93,22 +81,22 @@ def newest_whole(folder: Path, besides: Path | None = None) -> Path | None:
         if path == besides:
             continue
         try:
-            progress = read_checkpoint(path).get("progress") or {}
+            progress = Checkpoint.read(path).progress
         except (LavisError, OSError):
             continue
         # Of several names of one state, best is the one that says least about it.
-        candidates.append((int(progress.get("step", 0)), "best" not in path.name, path))
+        candidates.append((progress.step if progress else 0, "best" not in path.name, path))
     return max(candidates)[-1] if candidates else None
 
 
-def open_checkpoint(path: Path) -> dict[str, Any]:
+def open_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint to resume from.
 
     Raises:
         WeightsError: it is missing or damaged; the message offers the newest whole one beside it.
     """
     try:
-        return read_checkpoint(path)
+        return Checkpoint.read(path)
     except WeightsError as error:
         good = newest_whole(path.parent, besides=path) if path.parent.is_dir() else None
         if good is None:

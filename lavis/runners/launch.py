@@ -1,4 +1,4 @@
-"""Processes, their devices, and a name for their run."""
+"""Processes, their devices, how they share the model, and a folder for their run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from lavis.common import dist
 from lavis.common.device import pick_device
 from lavis.common.errors import ConfigError
+from lavis.common.packages import check_packages
 from lavis.common.schema import Config, RunConfig
-from lavis.runners.strategy import strategy_name
+from lavis.runners.strategy import DDPStrategy, FSDP2Strategy, Strategy
 
 
 @contextmanager
@@ -37,27 +38,71 @@ def distributed(run: RunConfig) -> Iterator[torch.device]:
         yield device
 
 
+def strategy_name(run: RunConfig, world: int) -> str:
+    """The strategy that ``run`` asks for, on so many processes.
+
+    ``strategy`` names it; ``fsdp`` and ``runner: deepspeed_runner`` are the original's names for
+    two of them, and ``--use-deepspeed`` sets ``strategy``.
+
+    Raises:
+        ConfigError: the settings contradict each other, or DeepSpeed is not installed.
+    """
+    asked: dict[str, str] = {}
+    if run.strategy != "auto":
+        asked[run.strategy] = f"run.strategy is {run.strategy}"
+    if run.fsdp:
+        asked.setdefault("fsdp2", "run.fsdp is true")
+    if run.runner == "deepspeed_runner":
+        asked.setdefault("deepspeed", "run.runner is deepspeed_runner")
+    if run.deepspeed_config is not None and "deepspeed" not in asked:
+        raise ConfigError(
+            "run.deepspeed_config is given, but DeepSpeed is not chosen: set run.strategy: "
+            "deepspeed (or start with --use-deepspeed), or remove the section"
+        )
+    if len(asked) > 1:
+        raise ConfigError(f"{', but '.join(asked.values())}; leave one of them out")
+    name = next(iter(asked), "ddp" if world > 1 else "single")
+    if name == "single" and world > 1:
+        raise ConfigError(
+            f"run.strategy is single, but {world} processes were started; use auto, ddp or fsdp2, "
+            "or start train.py alone"
+        )
+    if name == "deepspeed":
+        check_packages("deepspeed", "run.strategy: deepspeed")
+    return name
+
+
+def build_strategy(run: RunConfig, device: torch.device) -> Strategy:
+    """The strategy that ``run`` asks for; raises as :func:`strategy_name`."""
+    name = strategy_name(run, dist.world_size())
+    if name == "deepspeed":
+        from lavis.runners.deepspeed import DeepSpeedStrategy
+
+        return DeepSpeedStrategy(run, device)
+    return {"single": Strategy, "ddp": DDPStrategy, "fsdp2": FSDP2Strategy}[name](run, device)
+
+
 def new_job_id(run: RunConfig) -> str:
     """A name for the run's folder; the same in all processes. Making the folder reserves it.
 
     Raises:
         ConfigError: on every process, if the main one cannot make the folder.
     """
-    name = error = None
-    if dist.is_main():
+    name, parent = "", Path(run.output_dir)
+    with dist.raise_together():
         try:
-            name = _make_new(Path(run.output_dir), time.strftime("%Y%m%d%H%M%S"))
-        except OSError as caught:
-            error = f"run.output_dir: no folder can be made in {run.output_dir}: {caught}"
-    name, error = dist.from_main((name, error))
-    if error:
-        raise ConfigError(error)
-    return str(name)
+            if dist.is_main():
+                parent.mkdir(parents=True, exist_ok=True)
+                name = _make_new(parent, time.strftime("%Y%m%d%H%M%S"))
+        except OSError as error:
+            raise ConfigError(
+                f"run.output_dir: no folder can be made in {parent}: {error}"
+            ) from error
+    return str(dist.from_main(name))
 
 
 def _make_new(parent: Path, name: str) -> str:
-    parent.mkdir(parents=True, exist_ok=True)
-    number, chosen = 1, name
+    chosen, number = name, 1
     while True:
         try:
             (parent / chosen).mkdir()
@@ -68,19 +113,16 @@ def _make_new(parent: Path, name: str) -> str:
             return chosen
 
 
-def make_folder(folder: Path, config: Config) -> Path:
+def make_folder(folder: Path, config: Config) -> None:
     """Make a run's folder and write its ``config.yaml``.
 
     Raises:
         ConfigError: on every process, if the main one cannot.
     """
-    error = None
-    if dist.is_main():
+    with dist.raise_together():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(config.tree), folder / "config.yaml")
-        except OSError as caught:
-            error = f"run.output_dir: {folder} cannot be made: {caught}"
-    if error := dist.from_main(error):
-        raise ConfigError(error)
-    return folder
+            if dist.is_main():
+                folder.mkdir(parents=True, exist_ok=True)
+                OmegaConf.save(OmegaConf.create(config.tree), folder / "config.yaml")
+        except OSError as error:
+            raise ConfigError(f"run.output_dir: {folder} cannot be made: {error}") from error

@@ -12,13 +12,13 @@ import torch
 
 from lavis.common import dist
 from lavis.common.optim import Schedule, build_schedule
-from lavis.common.registry import LR_SCHEDULERS
-from lavis.common.schema import Config
+from lavis.common.schema import Config, RunConfig
 from lavis.datasets.plan import BatchPlan
 from lavis.runners.agreement import check_agreement, data_fingerprints, warn_of_another_rate
-from lavis.runners.checkpoint import Progress
+from lavis.runners.checkpoint import Checkpoint
 from lavis.runners.keeper import open_checkpoint
-from lavis.runners.strategy import Strategy, build_strategy
+from lavis.runners.launch import build_strategy
+from lavis.runners.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class RunPlan:
         strategy: not set up yet.
         batches: the samples of every step.
         schedule: the learning rate of every step.
-        content: of the checkpoint to resume from.
+        before: the checkpoint to resume from.
         step: optimizer steps that it has done.
         data: fingerprints of the training data.
     """
@@ -39,7 +39,7 @@ class RunPlan:
     strategy: Strategy
     batches: BatchPlan
     schedule: Schedule
-    content: dict[str, Any] | None
+    before: Checkpoint | None
     step: int
     data: dict[str, str]
 
@@ -48,23 +48,51 @@ class RunPlan:
         """Plan a run. Every process calls this.
 
         Raises:
-            ConfigError: the strategy, the token budget or the schedule does not fit.
+            ConfigError: the strategy, the ratios, the token budget or the schedule does not fit.
             WeightsError: the checkpoint to resume from is damaged or belongs to another run.
         """
         run, source = config.run, config.run.resume_ckpt_path
         strategy = build_strategy(run, device)
-        content = None if source is None else open_checkpoint(Path(source))
+        before = None if source is None else open_checkpoint(Path(source))
         data = data_fingerprints(config, dataset)
-        if content is not None:
-            check_agreement(source, content, config, data)
-        batches = build_plan(config, dataset, content)
+        if before is not None:
+            check_agreement(before, config, data)
+        packed = run.max_tokens_per_batch is not None
+        batches = BatchPlan(
+            sizes=getattr(dataset, "sizes", (len(dataset),)),
+            samples_per_step=samples_per_step(run, before),
+            batch_size=run.batch_size_train,
+            seed=run.seed,
+            world_size=dist.world_size(),
+            ratios=config.dataset_ratios,
+            lengths=dataset.lengths if packed else None,
+            max_tokens=run.max_tokens_per_batch,
+        )
         schedule = build_schedule(run, batches.steps_per_epoch)
         step = 0
-        if content is not None:
-            step = Progress.of(content, source, batches).step
-            warn_of_another_rate(source, content, run, schedule, step)
-        log_notes(LR_SCHEDULERS.get(run.lr_sched).notes(run, batches.steps_per_epoch))
-        return cls(strategy, batches, schedule, content, step, data)
+        if before is not None:
+            step = before.steps_in(batches)
+            warn_of_another_rate(before, run, schedule, step)
+        log_notes(schedule.notes())
+        return cls(strategy, batches, schedule, before, step, data)
+
+
+def samples_per_step(run: RunConfig, before: Checkpoint | None) -> int:
+    """Samples of an optimizer step over all processes.
+
+    A run that goes on with another number of processes keeps the step of its checkpoint, so that
+    it sees the same samples in the same steps.
+    """
+    share, world = run.batch_size_train * run.accum_grad_iters, dist.world_size()
+    then = before.progress if before else None
+    if then is None or then.world_size == world or then.samples_per_step != share * then.world_size:
+        return share * world
+    logger.warning(
+        "the run began with %d processes, now there are %d: a step keeps its %d samples "
+        "(batch_size_train * accum_grad_iters * processes would be %d)",
+        then.world_size, world, then.samples_per_step, share * world,
+    )  # fmt: skip
+    return then.samples_per_step
 
 
 def log_notes(notes: Iterable[str]) -> None:
@@ -94,44 +122,3 @@ def _trains_vit(model: Any) -> bool:
     return vision is not None and (
         not vision.parts or not {"vit", "pos_embed"}.isdisjoint(vision.parts)
     )
-
-
-def build_plan(config: Config, dataset: Any, content: dict[str, Any] | None) -> BatchPlan:
-    """The batch plan of a run, or of the rest of one on another number of processes.
-
-    Raises:
-        ConfigError: ``run.train_dataset_ratios`` does not name the data sets, or a sample does not
-            fit into ``run.max_tokens_per_batch``.
-    """
-    run = config.run
-    packed = run.max_tokens_per_batch is not None
-    return BatchPlan(
-        sizes=getattr(dataset, "sizes", (len(dataset),)),
-        samples_per_step=samples_per_step(run, content),
-        batch_size=run.batch_size_train,
-        seed=run.seed,
-        world_size=dist.world_size(),
-        ratios=config.dataset_ratios,
-        lengths=dataset.lengths if packed else None,
-        max_tokens=run.max_tokens_per_batch,
-    )
-
-
-def samples_per_step(run: Any, content: dict[str, Any] | None) -> int:
-    """Samples of an optimizer step over all processes.
-
-    A run that goes on with another number of processes keeps the step of its checkpoint, so that
-    it sees the same samples in the same steps.
-    """
-    each = run.batch_size_train * run.accum_grad_iters
-    own = each * dist.world_size()
-    progress = (content or {}).get("progress") or {}
-    before, world = progress.get("samples_per_step"), progress.get("world_size")
-    if not before or world == dist.world_size() or before != each * world:
-        return own
-    logger.warning(
-        "the run began with %d processes, now there are %d: a step keeps its %d samples "
-        "(batch_size_train * accum_grad_iters * processes would be %d)",
-        world, dist.world_size(), before, own,
-    )  # fmt: skip
-    return int(before)

@@ -8,6 +8,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,23 @@ from lavis.common.optim import parameter_groups
 from lavis.common.schema import Config, RunConfig
 from lavis.common.seeds import derived_seed
 from lavis.common.types import Batch
-from lavis.common.workers import leave_signals_to_parent
-from lavis.datasets.collate import collate, settle_bad
+from lavis.datasets.collate import settle_bad
 from lavis.datasets.plan import Key
 from lavis.models.config import PartsConfig
+from lavis.models.vision.eva_qformer import layers_above
+from lavis.models.vlm import VLM
 from lavis.models.weights.files import state_dict_in
 from lavis.models.weights.trained import assign_model_state, trainable_state
 from lavis.runners.agreement import fingerprint
-from lavis.runners.checkpoint import Best, Progress
-from lavis.runners.keeper import Keeper
+from lavis.runners.checkpoint import Checkpoint, Progress
+from lavis.runners.keeper import CheckpointFolder
 from lavis.runners.launch import make_folder
 from lavis.runners.prepare import RunPlan
 from lavis.runners.signals import StopRequest
-from lavis.runners.watch import StepReport, build_watch
+from lavis.runners.watch import RunLog, StepReport
+from lavis.tasks.data import RunData, Splits, load_batches
+from lavis.tasks.evaluate import evaluate
+from lavis.tasks.image_text_pretrain import ImageTextPretrainTask
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +53,8 @@ class RunnerBase:
     def __init__(
         self,
         config: Config,
-        task: Any,
-        model: nn.Module,
+        task: ImageTextPretrainTask,
+        model: VLM,
         dataset: Dataset[Any],
         job_id: str,
         plan: RunPlan | None = None,
@@ -60,7 +65,8 @@ class RunnerBase:
             config: the whole configuration.
             task: defines a step and what makes a model better.
             model: on its device, weights loaded.
-            dataset: training samples by ``(epoch, index)``.
+            dataset: training samples by ``(epoch, index)``; a :class:`RunData` where the run
+                evaluates splits.
             job_id: name of the run's folder under ``run.output_dir``, the same in all processes.
             plan: what was found to fit before the model was built; by default it is made here.
 
@@ -75,38 +81,25 @@ class RunnerBase:
         self.strategy, self.plan, self.schedule = plan.strategy, plan.batches, plan.schedule
         self.data, self.step = plan.data, plan.step  # optimizer steps done
         depth, rates = _rates(config)
-        groups = parameter_groups(
-            model.named_parameters(),
-            self.run.weight_decay,
-            self.run.lr_layer_decay,
-            depth,
-            rates,
-        )
+        decay, by_layer = self.run.weight_decay, self.run.lr_layer_decay
+        above = partial(layers_above, depth=depth)
+        groups = parameter_groups(model.named_parameters(), decay, by_layer, above, rates)
         if not any(group["params"] for group in groups):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
         for line in _what_learns(model, self.run, rates):
             logger.info("%s", line)
-        source, content, best = self.run.resume_ckpt_path, plan.content, None
-        if content is not None:
-            assign_model_state(model, state_dict_in(source, content))
-            best = Best.of(content, source, task.metric)
+        before = plan.before
+        if before is not None:
+            assign_model_state(model, state_dict_in(before.path, before.model))
         self.strategy.setup(model, groups)
-        if content is not None:
-            self._load_optimizer(content, source)
-        self.folder = make_folder(Path(self.run.output_dir) / job_id, config)
-        self.keeper = Keeper(self.folder, self.run.keep_last, task.metric, best)
+        if before is not None:
+            self._load_optimizer(before)
+        self.folder = Path(self.run.output_dir) / job_id
+        make_folder(self.folder, config)
+        best = before.best_by(task.metric) if before else None
+        self.checkpoints = CheckpointFolder(self.folder, self.run.keep_last, task.metric, best)
         self.stop = StopRequest()
-        self._stopping = False  # whether every process is about to stop
-
-    @property
-    def optimizer(self) -> Any:
-        """The strategy's optimizer."""
-        return self.strategy.optimizer
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a signal has stopped the run. The same in all processes."""
-        return self._stopping
+        self.interrupted = False  # whether a signal has stopped the run; the same everywhere
 
     def train(self) -> Path:
         """Train all epochs.
@@ -120,7 +113,7 @@ class RunnerBase:
                 it is saved where that is possible.
         """
         total = self.run.max_epoch * self.plan.steps_per_epoch
-        watch = build_watch(self.folder, total, self.step, self.config, self.model, self.device)
+        log = RunLog(self.folder, total, self.step, self.config, self.model, self.device)
         first = self.step
         if first >= total:
             logger.warning(
@@ -129,9 +122,9 @@ class RunnerBase:
         try:
             with self.stop.caught():
                 for epoch in range(self.step // self.plan.steps_per_epoch, self.run.max_epoch):
-                    self._train_epoch(epoch, watch)
+                    self._train_epoch(epoch, log)
                     if self.step == (epoch + 1) * self.plan.steps_per_epoch:
-                        self._end_epoch(epoch, watch)
+                        self._end_epoch(epoch, log)
                     self._agree_to_stop(dist.add_up([self.stop.requested])[0])
                     if self.interrupted:
                         return self._save("latest")
@@ -140,28 +133,30 @@ class RunnerBase:
             if self.step > first and agreed:
                 self._save("latest")
                 with contextlib.suppress(OSError):
-                    watch.flush()
+                    log.flush()
                 if dist.is_main():
                     logger.error("stopped by %s; %s", type(error).__name__, self._how_to_resume())
             if isinstance(error, OSError):
                 raise LavisError(
-                    f"{self.folder} cannot be written: {error}. {self.keeper.last_good()}"
+                    f"{self.folder} cannot be written: {error}. {self.checkpoints.last_good()}"
                 ) from error
             raise
         finally:
-            watch.close()
-        path = self.folder / "checkpoint_latest.pth" if self.step > first else self._save("latest")
+            log.close()
+        if self.step == first:
+            self._save("latest")
         if self.run.test_splits:
-            logger.info("%s", self.task.test(self.model, self.folder.name))
-        return path
+            splits, out = self._splits(self.run.test_splits), self.folder / "evaluation"
+            logger.info("%s", evaluate(self.model.eval(), splits, self.run, out))
+        return self.checkpoints.path("latest")
 
-    def _train_epoch(self, epoch: int, watch: Any) -> None:
+    def _train_epoch(self, epoch: int, log: RunLog) -> None:
         self.model.train()
         in_epoch = self.step - epoch * self.plan.steps_per_epoch
         plan = self.plan.micro_batches(epoch, dist.rank(), in_epoch)
         batches = iter(self._loader([micro for step in plan for micro in step]))
         for micro_batches in plan:
-            self._train_step(epoch, [next(batches) for _ in micro_batches], watch)
+            self._train_step(epoch, [next(batches) for _ in micro_batches], log)
             if self.interrupted:
                 if dist.is_main():
                     logger.warning(
@@ -173,16 +168,17 @@ class RunnerBase:
             if every and self.step % every == 0 and self.step % self.plan.steps_per_epoch:
                 self._save(f"step_{self.step}")
 
-    def _train_step(self, epoch: int, micro_batches: list[Batch], watch: Any) -> None:
+    def _train_step(self, epoch: int, micro_batches: list[Batch], log: RunLog) -> None:
         supervised = self._start_step(micro_batches)
         lr = self.schedule.lr(self.step)
-        for group in self.optimizer.param_groups:
+        for group in self.strategy.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         loss_sum, grad_norm = 0.0, 0.0
         nonfinite: list[str] = []
         for i, batch in enumerate(micro_batches):
             # Dropout, where there is any, depends on the step alone: resuming changes nothing.
-            torch.manual_seed(derived_seed(self.run.seed, self.step, self._number(i)))
+            number = i * dist.world_size() + dist.rank()  # no other process has it in this step
+            torch.manual_seed(derived_seed(self.run.seed, self.step, number))
             with self.strategy.micro_batch(last=i == len(micro_batches) - 1):
                 output = self.task.train_step(self.strategy.module, batch.to(self.device))
                 self.strategy.backward(output.loss_sum / max(supervised, 1))
@@ -215,16 +211,16 @@ class RunnerBase:
                 self._refuse_step("gradient", [s for b in micro_batches for s in b.sample_ids])
             else:
                 self.strategy.step()
-        watch.step(
+        log.step(
             StepReport(
                 step=self.step,
                 epoch=epoch,
                 loss_sum=0.0 if skipped else loss_sum,
                 supervised=0 if skipped else supervised,
-                tokens=int(tokens),
-                fillers=int(fillers),
-                images=int(images),
-                samples=int(samples),
+                tokens=tokens,
+                fillers=fillers,
+                images=images,
+                samples=samples,
                 lr=lr,
                 grad_norm=grad_norm,
             )
@@ -248,7 +244,7 @@ class RunnerBase:
         """Stop if any process was asked to: a signal reaches them at different moments."""
         if requests:
             self.stop.requested_elsewhere()
-            self._stopping = True
+            self.interrupted = True
 
     def _refuse_step(self, what: str, sample_ids: Iterable[str]) -> bool:
         """Leave the weights as they are; then stop the run or go on, as ``run.on_nonfinite`` says.
@@ -256,88 +252,80 @@ class RunnerBase:
         The same on every process: what is not finite has been summed over all.
         """
         self.strategy.zero_grad()
-        names = ", ".join(s for told in dist.gather(list(sample_ids)) for s in told)
+        names = ", ".join(s for share in dist.gather(list(sample_ids)) for s in share)
         message = f"the {what} of step {self.step} is not finite; samples: {names}"
         if self.run.on_nonfinite == "skip":
             if dist.is_main():
                 logger.warning("%s. The step is skipped (run.on_nonfinite)", message)
             return True
         raise LavisError(
-            f"{message}. {self.keeper.last_good()} Lower run.init_lr, or use bf16; "
+            f"{message}. {self.checkpoints.last_good()} Lower run.init_lr, or use bf16; "
             "run.on_nonfinite: skip leaves such steps out",
             agreed=True,
         )
 
-    def _number(self, micro_batch: int) -> int:
-        """A number of a micro-batch within its step that no other process gives away."""
-        return micro_batch * dist.world_size() + dist.rank()
-
-    def _end_epoch(self, epoch: int, watch: Any) -> None:
-        watch.flush()
+    def _end_epoch(self, epoch: int, log: RunLog) -> None:
+        log.flush()
         metrics: dict[str, float] = {}
         last = epoch + 1 == self.run.max_epoch
         if self.run.valid_splits and ((epoch + 1) % self.run.eval_freq == 0 or last):
-            metrics = self.task.validate(self.strategy.module, self.device)
+            splits = self._splits(self.run.valid_splits)
+            metrics = self.task.validate(self.strategy.module, splits, self.device)
         path = self._save(str(epoch), metrics)
-        watch.write({"epoch": epoch, "checkpoint": path.name, **metrics})
+        log.write({"epoch": epoch, "checkpoint": path.name, **metrics})
+
+    def _splits(self, names: Iterable[str]) -> Splits:
+        assert isinstance(self.dataset, RunData), "only RunData holds splits to evaluate"
+        return {name: self.dataset.evaluated[name] for name in names}
 
     def _save(self, name: str, metrics: dict[str, float] | None = None) -> Path:
         """Write ``checkpoint_<name>.pth``; every process takes part, the main one writes."""
-        content = {
-            "model": trainable_state(self.model, self.strategy.full),
-            "optimizer": self.strategy.optimizer_state(),
-            "scaler": self.strategy.scaler.state_dict() if self.strategy.rescales else None,
-            "config": self.config.tree,
-            "data": self.data,
-        }
-        plan = self.plan
-        each = self.run.batch_size_train * self.run.accum_grad_iters
-        progress = Progress(
-            self.step, plan.steps_per_epoch, plan.samples_per_step, plan.samples_per_step // each
+        run, plan = self.run, self.plan
+        began_with = plan.samples_per_step // (run.batch_size_train * run.accum_grad_iters)
+        checkpoint = Checkpoint(
+            model=trainable_state(self.model, self.strategy.full),
+            optimizer=self.strategy.optimizer_state(),
+            config=self.config.tree,
+            scaler=self.strategy.scaler.state_dict() if self.strategy.rescales else None,
+            progress=Progress(self.step, plan.steps_per_epoch, plan.samples_per_step, began_with),
+            metrics=metrics or {},
+            data=self.data,
         )
-        error = None
-        if dist.is_main():
-            splits = self.run.valid_splits if metrics else ()
-            valid = fingerprint([d for s in splits for d in self.task.evaluation_split(s)])
+        path = self.checkpoints.path(name)
+        with dist.raise_together():
             try:
-                self.keeper.save(name, content, progress, metrics or {}, valid)
-            except OSError as caught:
-                error = str(caught)
-        if error := dist.from_main(error):
-            raise LavisError(
-                f"{self.folder}/checkpoint_{name}.pth cannot be written: {error}. "
-                f"{self.keeper.last_good()}"
-            )
-        return self.folder / f"checkpoint_{name}.pth"
+                if dist.is_main():
+                    splits = self._splits(run.valid_splits) if metrics else {}
+                    valid = fingerprint([d for parts in splits.values() for d in parts])
+                    self.checkpoints.save(name, checkpoint, valid)
+            except OSError as error:
+                raise LavisError(
+                    f"{path} cannot be written: {error}. {self.checkpoints.last_good()}"
+                ) from error
+        return path
 
-    def _load_optimizer(self, content: dict[str, Any], source: str | None) -> None:
-        if content["optimizer"]:
+    def _load_optimizer(self, before: Checkpoint) -> None:
+        if before.optimizer:
             try:
-                self.strategy.load_optimizer_state(content["optimizer"])
+                self.strategy.load_optimizer_state(before.optimizer)
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise LavisError(
-                    f"{source}: its optimizer belongs to other trainable parameters ({error}); "
-                    "the freeze_* settings differ"
+                    f"{before.path}: its optimizer belongs to other trainable parameters "
+                    f"({error}); the freeze_* settings differ"
                 ) from error
         else:
-            logger.warning("%s holds no optimizer state: AdamW starts afresh", source)
-        if self.strategy.rescales and content.get("scaler"):
-            self.strategy.scaler.load_state_dict(content["scaler"])
-        logger.info("resumed from %s at step %d", source, self.step)
+            logger.warning("%s holds no optimizer state: AdamW starts afresh", before.path)
+        if self.strategy.rescales and before.scaler:
+            self.strategy.scaler.load_state_dict(before.scaler)
+        logger.info("resumed from %s at step %d", before.path, self.step)
 
-    def _loader(self, keys: list[list[Key]]) -> DataLoader[Any]:
-        return DataLoader(
-            self.dataset,
-            batch_sampler=keys,
-            collate_fn=collate,
-            num_workers=self.run.num_workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_signals_to_parent,
-        )
+    def _loader(self, keys: Iterable[Sequence[Key]]) -> DataLoader[Any]:
+        cuda = self.device.type == "cuda"
+        return load_batches(self.dataset, keys, self.run.num_workers, pin_memory=cuda)
 
     def _how_to_resume(self) -> str:
         # The folder's own configuration holds what --options said, too.
-        config, path = self.folder / "config.yaml", self.folder / "checkpoint_latest.pth"
+        config, path = self.folder / "config.yaml", self.checkpoints.path("latest")
         command = ["python", "train.py", "--cfg-path", str(config)]
         if dist.world_size() > 1:
             launcher = f"-m torch.distributed.run --nproc_per_node={dist.world_size()}".split()

@@ -6,13 +6,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 
+@dataclass
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether somebody asked the run to stop; ``name`` says who."""
 
-    def __init__(self) -> None:
-        self.name = ""
+    name: str = ""
 
     @property
     def requested(self) -> bool:

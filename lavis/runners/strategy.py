@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lavis.common import dist
 from lavis.common.errors import ConfigError
 from lavis.common.schema import RunConfig
-from lavis.common.types import AUTOCAST
+from lavis.common.types import DTYPES
 
 Groups = list[dict[str, Any]]
 
@@ -30,11 +30,9 @@ class Strategy:
         optimizer: AdamW over the trainable parameters.
     """
 
-    name: ClassVar[str] = "single"
-
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         self.run, self.device = run, device
-        self.dtype = AUTOCAST[run.autocast_dtype]
+        self.dtype = DTYPES[run.autocast_dtype]
         fp16 = run.amp and self.dtype == torch.float16 and run.loss_scale
         self.rescales = fp16  # whether an infinite gradient is part of finding the loss scale
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
@@ -46,9 +44,12 @@ class Strategy:
         wrapped = dict(model.named_parameters())  # sharding puts others in their place
         groups = [g | {"params": [wrapped[names[p]] for p in g["params"]]} for g in groups]
         self.trained = [p for g in groups for p in g["params"]]
-        self.optimizer: Any = torch.optim.AdamW(  # Loshchilov and Hutter 2019
-            groups, lr=self.run.init_lr, betas=(self.run.beta1, self.run.beta2), eps=self.run.eps
-        )
+        self.optimizer: Any = self.adamw(groups, self.run.init_lr)
+
+    def adamw(self, groups: Groups, lr: float) -> torch.optim.AdamW:
+        """Loshchilov and Hutter 2019, as the run sets it."""
+        betas = self.run.beta1, self.run.beta2
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=self.run.eps)
 
     def wrap(self, model: nn.Module) -> Any:
         """What is called in place of the model."""
@@ -108,8 +109,8 @@ class Strategy:
             for i, entries in state["state"].items()
         }
         self.optimizer.load_state_dict({**state, "state": sharded})
-        for group, own in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(own)  # the configuration decides, and the original has no lr_scale
+        for group, chosen in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(chosen)  # the configuration decides, and the original has no lr_scale
 
     def shard(self, value: Any, parameter: nn.Parameter) -> Any:
         """This process's part of a whole optimizer tensor."""
@@ -118,8 +119,6 @@ class Strategy:
 
 class DDPStrategy(Strategy):
     """A copy of the model in every process; gradients are averaged once a step."""
-
-    name = "ddp"
 
     def wrap(self, model: nn.Module) -> Any:
         model.uniform_graph = True  # type: ignore[assignment]
@@ -142,8 +141,6 @@ class FSDP2Strategy(Strategy):
     frozen blocks are sharded, too. ``run.fsdp_cpu_offload`` keeps the slices in main memory.
     """
 
-    name = "fsdp2"
-
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         super().__init__(run, device)
         if self.scaler.is_enabled():
@@ -160,15 +157,14 @@ class FSDP2Strategy(Strategy):
         )
 
         model.uniform_graph = True  # type: ignore[assignment]
-        offload = (
-            CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        kind = self.device.type
+        mesh = init_device_mesh(kind, (dist.world_size(),))
+        slices = (
+            CPUOffloadPolicy(pin_memory=kind == "cuda")
             if self.run.fsdp_cpu_offload
             else OffloadPolicy()
         )
-        options: dict[str, Any] = {
-            "mesh": init_device_mesh(self.device.type, (dist.world_size(),)),
-            "offload_policy": offload,
-        }
+        options: dict[str, Any] = {"mesh": mesh, "offload_policy": slices}
         half = MixedPrecisionPolicy(
             param_dtype=self.dtype if self.run.amp else None, reduce_dtype=torch.float32
         )
@@ -202,45 +198,3 @@ class FSDP2Strategy(Strategy):
         assert isinstance(parameter, DTensor)
         value = value.to(parameter.device, copy=True)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-
-
-def strategy_name(run: RunConfig, world: int) -> str:
-    """The strategy that ``run`` asks for, on so many processes.
-
-    Raises:
-        ConfigError: the settings contradict each other.
-    """
-    name = run.strategy
-    if run.deepspeed_config is not None and "deepspeed" not in (name, run.runner.split("_")[0]):
-        raise ConfigError(
-            "run.deepspeed_config is given, but DeepSpeed is not chosen: set run.strategy: "
-            "deepspeed (or start with --use-deepspeed), or remove the section"
-        )
-    wanted = {"fsdp2"} if run.fsdp else set()
-    wanted |= {"deepspeed"} if run.runner == "deepspeed_runner" else set()
-    if name == "auto":
-        if len(wanted) > 1:
-            raise ConfigError("run.fsdp: true and run.runner: deepspeed_runner exclude each other")
-        return next(iter(wanted), "ddp" if world > 1 else "single")
-    if wanted - {name}:
-        raise ConfigError(
-            f"run.strategy is {name}, but "
-            f"{'run.fsdp is true' if run.fsdp else 'run.runner is deepspeed_runner'}; "
-            "leave one of them out"
-        )
-    if name == "single" and world > 1:
-        raise ConfigError(
-            f"run.strategy is single, but {world} processes were started; use auto, ddp or fsdp2, "
-            "or start train.py alone"
-        )
-    return name
-
-
-def build_strategy(run: RunConfig, device: torch.device) -> Strategy:
-    """The strategy that ``run`` asks for."""
-    name = strategy_name(run, dist.world_size())
-    if name == "deepspeed":
-        from lavis.runners.deepspeed import DeepSpeedStrategy
-
-        return DeepSpeedStrategy(run, device)
-    return {"single": Strategy, "ddp": DDPStrategy, "fsdp2": FSDP2Strategy}[name](run, device)

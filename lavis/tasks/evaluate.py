@@ -7,41 +7,41 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from lavis.common import dist
-from lavis.common.errors import ConfigError, DataError, LavisError
-from lavis.common.paths import require_writable
+from lavis.common.errors import DataError, LavisError
 from lavis.common.schema import RunConfig
 from lavis.common.typed import parse
 from lavis.datasets.instruction import InstructionDataset
+from lavis.tasks.data import Splits
 from lavis.tasks.report import draw_answers
 from lavis.tasks.scoring import Prediction, predict, require_bleu, score, table
 
+if TYPE_CHECKING:
+    from lavis.models.vlm import VLM
+
 logger = logging.getLogger(__name__)
-Splits = Mapping[str, Sequence[InstructionDataset]]
 Answers = Mapping[str, list[Prediction]]
 
 
 def evaluate(
-    task: Any,
-    *,
-    checkpoint: str | None,
-    splits: Sequence[str],
-    limit: int | None,
-    baselines: bool,
+    model: VLM,
+    splits: Splits,
+    run: RunConfig,
     out: Path,
-    device: torch.device,
+    *,
+    blind: bool = False,
+    before: Answers | None = None,
 ) -> str:
     """Answer, score, and write ``<split>.jsonl``, ``<split>.png`` and ``scores.json`` to ``out``.
 
+    Every process must call it.
+
     Args:
-        task: builds the model and the data sets.
-        checkpoint: trained weights, or ``None`` for those the configuration builds.
-        limit: records of each split and data set.
-        baselines: also score shuffled images and the projection before training.
+        run: batch size, length of answers, seed, and what becomes of bad samples.
+        blind: also score shuffled images.
+        before: answers to be scored beside them.
 
     Returns:
         The table of scores, in percent of exact match, and the files' folder.
@@ -49,47 +49,12 @@ def evaluate(
     Raises:
         LavisError: with what to mend. What was answered until then is in ``<split>.part.jsonl``.
     """
-    run = task.config.run
-    with dist.raise_together():
-        if limit is not None and limit < 1:
-            raise ConfigError(f"--limit must be at least 1, not {limit}")
-        require_writable(out, "--out", ConfigError)
-        parts = {split: task.evaluation_split(split, limit) for split in splits}
-        records = [r for datasets in parts.values() for d in datasets for r in d.records]
-        require_bleu(r.tags.get("kind") for r in records)
-    torch.manual_seed(run.seed)
-    model = task.build_model(device).eval()
-    answers = {}
-    if baselines:
-        for split, datasets in parts.items():
-            name = f"{split}, untrained"
-            answers[name] = _answer(run, model, datasets, out, name)
-    if checkpoint is not None:
-        model.load_checkpoint(checkpoint)
-    return answer_splits(run, model, parts, out, blind=baselines, before=answers)
-
-
-def answer_splits(
-    run: RunConfig,
-    model: Any,
-    splits: Splits,
-    out: Path,
-    *,
-    blind: bool = False,
-    before: Answers | None = None,
-) -> str:
-    """What :func:`evaluate` does once the model is there. Every process must call it.
-
-    Args:
-        blind: also score shuffled images.
-        before: answers that are there already.
-    """
     answers = dict(before or {})
     for split, datasets in splits.items():
-        answers[split] = _answer(run, model, datasets, out, split)
+        answers[split] = answer(model, datasets, run, out, split)
         if blind:
             name = f"{split}, blind"
-            answers[name] = _answer(run, model, datasets, out, name, blind=True)
+            answers[name] = answer(model, datasets, run, out, name, blind=True)
     scored = _score(answers, out)
     for split in splits if dist.is_main() else ():
         try:
@@ -123,18 +88,20 @@ def _score(answers: Answers, out: Path | None) -> str:
     return table(scores)
 
 
-def _answer(
-    run: RunConfig,
-    model: Any,
+def answer(
+    model: VLM,
     datasets: Sequence[InstructionDataset],
+    run: RunConfig,
     out: Path,
     name: str,
     *,
     blind: bool = False,
 ) -> list[Prediction]:
-    """Answers, which are always on disk: while they come in ``<name>.part.jsonl``, at the end in
-    ``<name>.jsonl``, in the records' order."""
-    part, whole = out / f"{name}.part.jsonl", out / f"{name}.jsonl"
+    """Answers in the records' order, which are always on disk.
+
+    While they come they are in ``<name>.part.jsonl``, at the end in ``<name>.jsonl``.
+    """
+    part = out / f"{name}.part.jsonl"
     answers: list[Prediction] = []
     count = 0
 
@@ -155,13 +122,13 @@ def _answer(
                 on_bad=run.on_bad_sample,
                 keep=keep,
             )
-        _write_answers(whole, answers)
+        _write_answers(out / f"{name}.jsonl", answers)
     except BaseException:
         if count and dist.is_main():
             logger.error("%d of %d answers are in %s", count, sum(map(len, datasets)), part)
         raise
     if dist.is_main():
-        part.unlink()
+        part.unlink(missing_ok=True)
     return answers
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lavis.common import dist
@@ -19,16 +18,15 @@ from lavis.common.packages import check_packages
 from lavis.common.paths import cache_path, require_checkpoint, require_writable
 from lavis.common.registry import BUILDERS, MODELS
 from lavis.common.schema import Config
-from lavis.common.types import AUTOCAST, Batch, Metric
-from lavis.common.workers import leave_signals_to_parent
-from lavis.datasets.collate import collate, settle_bad
+from lavis.common.types import DTYPES, Batch, Metric
+from lavis.datasets.collate import settle_bad
 from lavis.datasets.feature_cache import Counts, fill_features
-from lavis.datasets.instruction import ConcatDataset
+from lavis.datasets.instruction import InstructionDataset
 from lavis.datasets.plan import shared_batches
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.vision.frozen import FrozenVision
 from lavis.models.weights.files import open_pth
-from lavis.tasks.evaluate import answer_splits
+from lavis.tasks.data import RunData, Splits, load_batches
 from lavis.tasks.scoring import require_bleu
 
 logger = logging.getLogger(__name__)
@@ -39,10 +37,6 @@ class ImageTextPretrainTask:
     """Minimizes the cross-entropy of answers, given images and questions."""
 
     config: Config
-    _splits: dict[tuple[str, int | None], list[Any]] = field(
-        default_factory=dict, init=False, repr=False
-    )
-    _features: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     metric: ClassVar[Metric] = Metric("valid_loss", higher_is_better=False)
 
     def check_paths(self, splits: Sequence[str] | None = None, trained: Sequence[str] = ()) -> None:
@@ -60,7 +54,7 @@ class ImageTextPretrainTask:
         if not config.datasets:
             raise ConfigError("datasets is empty: name at least one data set")
         config.model.check_files(config.env.cache_root)
-        answers = splits is not None or run.evaluate or bool(run.test_splits)
+        answers = splits is not None or bool(self._answered)
         if splits is None:
             splits, trained = self._evaluated, () if run.evaluate else run.train_splits
             self._check_run()
@@ -68,35 +62,46 @@ class ImageTextPretrainTask:
             builder.check_paths((*trained, *splits))
         for side in ("train",) * bool(trained) + ("eval",) * bool(splits):
             for name, block in config.datasets.items():
-                own = getattr(block.vis_processor, side)
-                path = f"{f'datasets.{name}' if own else 'preprocess'}.vis_processor.{side}"
-                default = getattr(config.preprocess.vis_processor, side)
-                config.check_image_size(path, own or default)
-        self._check_packages()
+                processor, home = getattr(block.vis_processor, side), f"datasets.{name}"
+                if processor is None:
+                    processor, home = getattr(config.preprocess.vis_processor, side), "preprocess"
+                config.check_image_size(f"{home}.vis_processor.{side}", processor)
+        if run.wandb_project is not None:
+            check_packages("wandb", "run.wandb_project")
         self._check_model(answers=answers)
         if run.feature_cache.enabled:
             FrozenVision(config).check()
 
-    def build_datasets(self) -> Dataset[Any]:
-        """Read and check all annotations; the training splits end to end.
+    def build_datasets(self) -> RunData:
+        """Read and check all annotations.
 
         Raises:
             DataError: a record cannot be used and ``run.on_bad_sample`` is ``error``.
             ConfigError: answers to a test split could not be scored.
         """
         run = self.config.run
-        trained = () if run.evaluate else run.train_splits
-        splits = [self.build_split(s, train=True) for s in trained]
-        read = {split: self.evaluation_split(split) for split in self._evaluated}
-        answered = run.test_splits or (run.valid_splits if run.evaluate else ())
-        asked = [r for split in answered for part in read[split] for r in part.records]
-        require_bleu(r.tags.get("kind") for r in asked)
-        # One part for each block of `datasets`, whose share train_dataset_ratios may give.
-        return ConcatDataset(
-            [p[0] if len(p) == 1 else ConcatDataset(p) for p in zip(*splits, strict=True)]
-        )
+        names = () if run.evaluate else run.train_splits
+        trained = [self.build_split(s, train=True) for s in names]
+        answered = self.build_questions(self._answered)
+        others = [s for s in self._evaluated if s not in answered]
+        validated = {s: self.build_split(s, train=False) for s in others}
+        return RunData(trained, {**validated, **answered})
 
-    def build_split(self, split: str, *, train: bool, limit: int | None = None) -> list[Any]:
+    def build_questions(self, splits: Sequence[str], limit: int | None = None) -> Splits:
+        """Read and check splits whose questions are going to be answered.
+
+        Raises:
+            DataError: as :meth:`build_datasets`.
+            ConfigError: the answers could not be scored.
+        """
+        read = {s: self.build_split(s, train=False, limit=limit) for s in splits}
+        records = (r for parts in read.values() for part in parts for r in part.records)
+        require_bleu(r.tags.get("kind") for r in records)
+        return read
+
+    def build_split(
+        self, split: str, *, train: bool, limit: int | None = None
+    ) -> list[InstructionDataset]:
         """Read and check one split of every data set.
 
         Args:
@@ -123,45 +128,39 @@ class ImageTextPretrainTask:
             )
             logger.info("datasets.%s, %s: %d samples", builder.name, split, len(part))
             parts.append(part)
-        if cached:
-            self._features.setdefault("waiting", []).extend(parts)
-            if "device" in self._features:
-                self.cache_features(self._features["device"])
         return parts
 
-    def evaluation_split(self, split: str, limit: int | None = None) -> list[Any]:
-        """One split of every data set for evaluation, read once."""
-        if (split, limit) not in self._splits:
-            self._splits[split, limit] = self.build_split(split, train=False, limit=limit)
-        return self._splits[split, limit]
+    def cache_features(self, data: RunData, device: torch.device) -> Counts:
+        """Give the data their images' features; encode what the feature cache lacks.
 
-    def cache_features(self, device: torch.device) -> Counts:
-        """Encode the images of all splits built so far, as far as the feature cache lacks them.
-
-        With ``run.feature_cache.enabled``, :meth:`build_model` calls it, and a split that is built
-        afterwards is encoded at once. Every process must call it.
+        Every process must call it.
 
         Raises:
             ConfigError, DataError: as :func:`fill_features`.
         """
-        self._features["device"] = device
-        waiting = self._features.pop("waiting", [])
-        return fill_features(self.config, waiting, FrozenVision(self.config), device)
+        trained = [part for parts in data.trained for part in parts]
+        evaluated = [part for parts in data.evaluated.values() for part in parts]
+        return fill_features(self.config, [*trained, *evaluated], FrozenVision(self.config), device)
 
-    def build_model(self, device: torch.device) -> nn.Module:
-        """Build the model and load its weights; without its vision side for cached features."""
+    def build_model(self, device: torch.device, data: RunData | None = None) -> nn.Module:
+        """Build the model and load its weights.
+
+        Args:
+            data: with ``run.feature_cache.enabled`` they get features, and the model has no vision
+                side. Every process must call it.
+        """
         config, run = self.config.model, self.config.run
         options: dict[str, Any] = {"cache_root": self.config.env.cache_root, "device": device}
-        if run.feature_cache.enabled:
-            self.cache_features(device)
+        if run.feature_cache.enabled and data is not None:
+            self.cache_features(data, device)
             options["vision"] = False
         model = MODELS.get(config.arch).from_config(config, **options)
         if hasattr(model, "schedule"):
             model.schedule = StepSchedule.from_run(run, model)
         return model
 
-    def validate(self, module: Any, device: torch.device) -> dict[str, float]:
-        """Loss of the validation splits, each sample counted once over all processes.
+    def validate(self, module: nn.Module, splits: Splits, device: torch.device) -> dict[str, float]:
+        """Loss of some splits, each sample counted once over all processes.
 
         Args:
             module: computes a batch; every process calls it equally often.
@@ -173,59 +172,43 @@ class ImageTextPretrainTask:
             DataError: a sample cannot be read and ``run.on_bad_sample`` is ``error``, or none can.
         """
         run = self.config.run
-        parts = [d for split in run.valid_splits for d in self.evaluation_split(split)]
         loss_sum, supervised, skipped = 0.0, 0, 0
         training = module.training
         module.eval()
-        with torch.no_grad():
-            for dataset in parts:
-                batches = shared_batches(len(dataset), run.batch_size_eval)
-                loader = DataLoader(
-                    dataset,
-                    batch_sampler=batches,
-                    collate_fn=collate,
-                    num_workers=run.num_workers,
-                    worker_init_fn=leave_signals_to_parent,
-                )
-                for batch in tqdm(loader, desc="validating", disable=not dist.is_main()):
-                    skipped += len(settle_bad(batch.bad, run.on_bad_sample))
-                    dtype = AUTOCAST[run.autocast_dtype]
-                    with torch.autocast(device.type, dtype, enabled=run.amp):
-                        output = self.train_step(module, batch.to(device))
-                    loss_sum += output.loss_sum.item()
-                    supervised += output.num_tokens
+        for dataset in (part for parts in splits.values() for part in parts):
+            keys = shared_batches(len(dataset), run.batch_size_eval)
+            loader = load_batches(dataset, keys, run.num_workers)
+            for batch in tqdm(loader, desc="validating", disable=not dist.is_main()):
+                skipped += len(settle_bad(batch.bad, run.on_bad_sample))
+                dtype = DTYPES[run.autocast_dtype]
+                with torch.no_grad(), torch.autocast(device.type, dtype, enabled=run.amp):
+                    output = self.train_step(module, batch.to(device))
+                loss_sum += output.loss_sum.item()
+                supervised += output.num_tokens
         module.train(training)
         loss_sum, total = dist.add_up([loss_sum, supervised])
         if not total:
             raise DataError(
-                f"run.valid_splits ({', '.join(run.valid_splits)}): there is no token to compute "
+                f"run.valid_splits ({', '.join(splits)}): there is no token to compute "
                 f"a loss of; {skipped} samples could not be read",
                 agreed=True,
             )
         metrics = {"valid_loss": loss_sum / total}
         return metrics | ({"valid_skipped": float(skipped)} if skipped else {})
 
-    def test(self, model: Any, job_id: str) -> str:
-        """Answer the questions of the test splits, of the validation splits without any.
-
-        Returns:
-            A table of scores; answers, pictures and ``scores.json`` are in the run's folder.
-        """
-        run = self.config.run
-        splits = {s: self.evaluation_split(s) for s in run.test_splits or run.valid_splits}
-        out = Path(run.output_dir) / job_id / "evaluation"
-        return answer_splits(run, model.eval(), splits, out)
-
     def train_step(self, model: nn.Module, batch: Batch) -> Any:
         """Summed loss of one micro-batch, a :class:`LossOutput`."""
         return model(batch)
 
     @property
+    def _answered(self) -> tuple[str, ...]:
+        run = self.config.run
+        return run.test_splits or (run.valid_splits if run.evaluate else ())
+
+    @property
     def _evaluated(self) -> tuple[str, ...]:
         run = self.config.run
-        if run.evaluate:
-            return run.test_splits or run.valid_splits
-        return (*run.valid_splits, *run.test_splits)
+        return self._answered if run.evaluate else (*run.valid_splits, *run.test_splits)
 
     def _check_run(self) -> None:
         run = self.config.run
@@ -236,13 +219,6 @@ class ImageTextPretrainTask:
             if run.evaluate:
                 open_pth(path)
         require_writable(Path(run.output_dir), "run.output_dir", ConfigError)
-
-    def _check_packages(self) -> None:
-        run = self.config.run
-        if run.strategy == "deepspeed" or run.runner == "deepspeed_runner":
-            check_packages("deepspeed", "run.strategy: deepspeed")
-        if run.wandb_project is not None:
-            check_packages("wandb", "run.wandb_project")
 
     def _check_model(self, *, answers: bool) -> None:
         model: Any = self.config.model

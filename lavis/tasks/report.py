@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from lavis.common.cli import printable
@@ -56,13 +58,10 @@ def _take_turns(predictions: Sequence[Prediction]) -> list[Prediction]:
     groups: dict[tuple[str, str], list[Prediction]] = {}
     for prediction in predictions:
         groups.setdefault((prediction.kind, prediction.language), []).append(prediction)
-    longest = max(map(len, groups.values()), default=0)
-    return [g[i] for i in range(longest) for g in groups.values() if i < len(g)]
+    return [p for turn in zip_longest(*groups.values()) for p in turn if p is not None]
 
 
 def _wrapped(text: str, width: int = 34) -> str:
-    import textwrap
-
     if not text.isascii():
         width //= 2
     return "\n".join(textwrap.wrap(printable(text).replace("$", r"\$"), width)) or "(nothing)"

@@ -8,7 +8,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from lavis.datasets.annotations import Record
 from lavis.datasets.collate import settle_bad, stack_words
 from lavis.datasets.instruction import InstructionDataset
 from lavis.processors.conversation import Turn
+
+if TYPE_CHECKING:
+    from lavis.models.vlm import VLM
 
 DESCRIPTION = "description"
 """The ``kind`` whose answers are scored by BLEU, not by exact match."""
@@ -100,7 +103,7 @@ def _spaced(character: str, meant: bool) -> str:
 
 
 def predict(
-    model: Any,
+    model: VLM,
     dataset: InstructionDataset,
     *,
     batch_size: int,
@@ -115,7 +118,6 @@ def predict(
     The processes share the records; each of them returns all answers, in order of the records.
 
     Args:
-        model: has ``encoder`` and ``generate_ids``.
         batch_size: questions at once.
         blind: shuffle the images among the records, for the score that text alone can reach.
         on_bad: what an image that cannot be read does: ``error`` or ``skip``.
@@ -134,13 +136,7 @@ def predict(
     with tqdm(total=len(order), desc=title, unit="q", disable=not dist.is_main()) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            given: dict[int, tuple[Tensor, Tensor]] = {}
-            bad: dict[int, str] = {}
-            for i in chosen:
-                try:
-                    given[i] = dataset.images(records[source[i]], epoch=0, index=source[i])
-                except DataError as error:
-                    bad[i] = str(error)
+            given, bad = _images(dataset, {i: source[i] for i in chosen})
             settle_bad((BadSample(records[i].sample_id, why) for i, why in bad.items()), on_bad)
             pixels = [p for p, _ in given.values() if len(p)]
             features = [f for _, f in given.values() if len(f)]
@@ -155,11 +151,25 @@ def predict(
             texts = [model.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
             answered = dict(zip(given, texts, strict=False))
             rows = {i: _prediction(records[i], answered.get(i), bad.get(i)) for i in chosen}
-            everyone = {i: p for each in dist.gather(rows) for i, p in each.items()}
+            everyone = {i: p for share in dist.gather(rows) for i, p in share.items()}
             keep([p for i, p in everyone.items() if i not in predictions])
             predictions |= everyone
             bar.update(len(chosen))
     return [predictions[i] for i in sorted(predictions)]
+
+
+def _images(
+    dataset: InstructionDataset, sources: dict[int, int]
+) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, str]]:
+    """Pixels and features for records, each of the record it is to be shown; or why not."""
+    given: dict[int, tuple[Tensor, Tensor]] = {}
+    bad: dict[int, str] = {}
+    for i, source in sources.items():
+        try:
+            given[i] = dataset.images(dataset.records[source], epoch=0, index=source)
+        except DataError as error:
+            bad[i] = str(error)
+    return given, bad
 
 
 def _prediction(record: Record, answer: str | None, skipped: str | None) -> Prediction:
@@ -273,7 +283,7 @@ def _share(order: list[int]) -> list[int]:
     return mine + order[: count - len(mine)]
 
 
-def _shuffled(records: Sequence[Any], seed: int) -> list[int]:
+def _shuffled(records: Sequence[Record], seed: int) -> list[int]:
     """A permutation that keeps the number of images of each record."""
     source = list(range(len(records)))
     by_count: dict[int, list[int]] = defaultdict(list)

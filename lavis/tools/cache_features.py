@@ -33,16 +33,17 @@ def main() -> int:
     from lavis.common import dist
     from lavis.common.registry import TASKS
     from lavis.runners.launch import distributed
+    from lavis.tasks.data import RunData
 
     task = TASKS.get(run.task)(config)
     task.check_paths(evaluated, trained)
     with distributed(run) as device:
         with dist.main_first():
-            for split in trained:
-                task.build_split(split, train=True)
-            for split in evaluated:
-                task.evaluation_split(split)
-        counts = task.cache_features(device)
+            data = RunData(
+                [task.build_split(split, train=True) for split in trained],
+                {split: task.build_split(split, train=False) for split in evaluated},
+            )
+        counts = task.cache_features(data, device)
         folder = run.feature_cache.folder(config.env.cache_root)
         print_once(
             f"{counts.found} found, {counts.encoded} encoded, {counts.failed} failed: {folder}"

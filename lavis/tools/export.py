@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from lavis.common.cli import output_folder, run_cli, setup_logging
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import require, require_checkpoint
+from lavis.common.types import DTYPES
 from lavis.models.language.qwen1 import read_spec
 from lavis.models.legacy import MiniGPT4QwenConfig
-from lavis.models.weights.files import load_pickle, outline
+from lavis.models.weights.files import load_pickle, state_dict_in
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _QFORMER = ("query_tokens", "ln_vision.", "Qformer.")
 
 
@@ -32,10 +33,12 @@ def main() -> int:
         "--out", required=True, type=output_folder,
         help="folder to write: eva_vit_g.pth, blip2.pth, llm/, each if it was trained",
     )  # fmt: skip
-    parser.add_argument("--dtype", default="fp16", choices=_DTYPES, help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", default="fp16", choices=("fp16", "bf16", "fp32"), help="default: %(default)s"
+    )
     args = parser.parse_args()
     setup_logging()
-    for path in export(args.checkpoint, args.out, _DTYPES[args.dtype]):
+    for path in export(args.checkpoint, args.out, DTYPES[args.dtype]):
         print(path)
     return 0
 
@@ -56,15 +59,13 @@ def export(checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
         raise ConfigError(
             f"{checkpoint}: only parts of arch minigpt4qwen are written, not of {config.model.arch}"
         )
-    content = load_pickle(checkpoint)
-    if not isinstance(content, dict) or "config" not in content or "model" not in content:
-        raise WeightsError(f"{checkpoint} is no checkpoint of a run but {outline(content)}")
-    llm = _under(content["model"], "llm_model.")
+    trained = state_dict_in(checkpoint, load_pickle(checkpoint))
+    llm = _under(trained, "llm_model.")
     source = config.model.path("llm_model", config.env.cache_root)
     if llm:  # before anything is written
         require(source / "qwen.tiktoken", "model.llm_model", WeightsError)
         original = read_spec(source, config.model.llm_config, need_file=False).original
-    state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in content["model"].items()}
+    state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in trained.items()}
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     if vit := _under(state, "visual_encoder."):
@@ -92,7 +93,7 @@ def _write_llm(
     return [out / "model.safetensors", out / "config.json", vocabulary]
 
 
-def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
 
 

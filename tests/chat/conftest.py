@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavis.chat import Answer, ChatEngine
-from lavis.common.cli import REPOSITORY, TOYBOX
+from lavis.common.paths import REPOSITORY, TOYBOX
 from tests.conftest import TOY
 
 PICTURES = TOYBOX / "image"

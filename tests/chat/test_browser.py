@@ -46,11 +46,17 @@ class Visitor:
         self.errors: list[str] = []
         self.page = self.tab()
 
+    def _fault(self, error: Any) -> None:
+        # A page that goes (a reload) ends Gradio's open streams, and Gradio leaves that uncaught;
+        # whether the dying page still reports it is a race.
+        if error.name != "AbortError":
+            self.errors.append(str(error))
+
     def tab(self) -> Any:
         page = self.context.new_page()
         page.set_default_timeout(30_000)
         page.on("request", lambda r: self.hosts.add(re.sub(r"^(\w+:(//[^:/]*)?).*", r"\1", r.url)))
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("pageerror", self._fault)
         page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         with page.expect_response(lambda r: "queue/data" in r.url):  # the page greets the server
             page.goto(self.web.address)

@@ -14,8 +14,8 @@ from torch import Tensor
 from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.chat.engine import TokenChooser
 from lavis.chat.text import TextStream
-from lavis.common.cli import TOYBOX
 from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
+from lavis.common.paths import TOYBOX
 
 SCENE = TOYBOX / "image" / "scene.png"
 FOUR = TOYBOX / "image" / "four.png"

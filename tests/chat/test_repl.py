@@ -15,7 +15,8 @@ import torch
 
 from lavis.chat import ChatEngine, ChatSettings
 from lavis.chat.terminal.repl import COMMANDS, Leave, Repl
-from lavis.common.cli import TOYBOX, printable
+from lavis.common.cli import printable
+from lavis.common.paths import TOYBOX
 
 SCENE = str(TOYBOX / "image" / "scene.png")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lavis.common.cli import TOYBOX
+from lavis.common.paths import TOYBOX
 from tests.conftest import REPO
 
 pexpect = pytest.importorskip("pexpect")

@@ -228,6 +228,8 @@ def test_large_requests_are_refused(tab: Tab) -> None:
     assert many.status_code == 400
     assert many.json()["detail"] == "At most 16 images go with one question."
     assert tab.post("ask", "a" * 300_000, *chosen()).status_code == 413
+    for path in ("upload", "queue/join"):  # of a length that is not said
+        assert tab.http.post(f"gradio_api/{path}", content=iter([b"{}"])).status_code == 413
     tab.show(*[PICTURES / "pair.png"] * 16)
     assert "At most 16 images" in warnings(tab.show(PICTURES / "pair.png"))
 
@@ -401,7 +403,7 @@ def test_every_text_that_is_told_exists_in_both_languages() -> None:
     from lavis.chat.web.texts import TEXTS
 
     source = "".join(p.read_text("utf-8") for p in (REPO / "lavis/chat/web").glob("*.[pj]*"))
-    told = re.findall(r'(?:ToldError|_RefusedError|_session)\((?:[\w, ]+, )?"(\w+)"', source)
+    told = re.findall(r'(?:VisitorError|_RefusedError|_session)\((?:[\w, ]+, )?"(\w+)"', source)
     told += re.findall(r'lavis\.press\("show", "(\w+)"', source)
     assert len(set(told)) > 15
     for key in {*told, *(f"bad_{name}" for name in web_page().SETTINGS)}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import nn
 
 from lavis.common.errors import ConfigError
 from lavis.common.optim import build_schedule, parameter_groups
-from lavis.common.registry import LR_SCHEDULERS
 from lavis.common.schema import RunConfig
+from lavis.models.vision.eva_qformer import layers_above
 
 RUN: dict[str, Any] = {
     "init_lr": 1.0,
@@ -88,7 +89,7 @@ def test_no_warm_up_starts_at_init_lr(name: str, none: dict[str, Any]) -> None:
 
 def notes(name: str, **changes: Any) -> list[str]:
     run = RunConfig(lr_sched=name, **(RUN | changes))
-    return list(LR_SCHEDULERS.get(name).notes(run, 10))
+    return list(build_schedule(run, 10).notes())
 
 
 STEPWISE = "linear_warmup_cosine_lr_step-wise"
@@ -249,7 +250,7 @@ def test_layer_decay() -> None:
         ("llm_proj.weight", (3, 3)),
         ("llm_proj.bias", (3,)),
     )
-    groups = parameter_groups(parameters.items(), 0.05, layer_decay=0.5, vit_depth=2)
+    groups = parameter_groups(parameters.items(), 0.05, 0.5, partial(layers_above, depth=2))
     got = {
         name: (group["lr_scale"], group["weight_decay"])
         for group, names in zip(groups, _names(groups, parameters), strict=True)

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from lavis.common.errors import ConfigError, WeightsError
-from lavis.common.paths import cache_path, require_checkpoint, require_writable, user_path
+from lavis.common.errors import ConfigError, WeightsError, in_lines, listed
+from lavis.common.paths import (
+    cache_path,
+    replaces,
+    require_checkpoint,
+    require_writable,
+    user_path,
+)
 
 
 def test_home_folders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,3 +118,26 @@ def test_a_folder_that_nobody_may_write_to(tmp_path: Path, monkeypatch: pytest.M
         ConfigError, match=r"^key: .*/new cannot be written: \[Errno 13\] Permission "
     ):
         require_writable(tmp_path / "new", "key", ConfigError)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old", encoding="utf-8")
+    left = tmp_path / f".file.{os.getpid()}.tmp"  # by a killed process of the same number
+    left.write_text("half", encoding="utf-8")
+    with pytest.raises(OSError, match="full"), replaces(target) as temporary:
+        assert not temporary.exists()
+        temporary.write_text("half", encoding="utf-8")
+        raise OSError("the disk is full")
+    assert (target.read_text(encoding="utf-8"), list(tmp_path.iterdir())) == ("old", [target])
+    with replaces(target) as temporary:
+        temporary.write_text("new", encoding="utf-8")
+        assert target.read_text(encoding="utf-8") == "old"
+    assert (target.read_text(encoding="utf-8"), list(tmp_path.iterdir())) == ("new", [target])
+
+
+def test_a_list_says_that_it_is_cut() -> None:
+    assert listed(["a", "b"], most=2) == "a, b"
+    assert listed(["a", "b", "c", "d"], "; ", most=2) == "a; b; and 2 more"
+    assert in_lines(["a", "b", "c"], most=2) == "\n  a\n  b\n  and 1 more"
+    assert (in_lines(["a"]), in_lines([])) == ("\n  a", "")

@@ -26,6 +26,7 @@ from lavis.models.language.causal import CausalLM
 from lavis.models.language.hf import load_hf
 from lavis.models.language.proof import prove
 from lavis.models.weights.files import open_shards
+from tests.gguf_files import write_gguf
 
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
@@ -392,36 +393,10 @@ def test_padding_in_half_precision(name: str) -> None:
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen2", **COMMON, rope_theta=10000.0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    path = tmp_path / "small.gguf"
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(97)
-    names = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-        "model.layers.": "blk.", "self_attn.o_proj": "attn_output", "self_attn.": "attn_",
-        "_proj": "", "mlp.": "ffn_", "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    for key, tensor in model.state_dict().items():
-        name = key
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = write_gguf(tmp_path / "small.gguf", model)
     llm = load_hf(path, device=torch.device("cpu"), dtype=None)
     ids = documents()[1]
     with torch.no_grad():

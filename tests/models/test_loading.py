@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lavis.chat.command import add_chat_arguments, load_chat
-from lavis.common.cli import resolve_model_arguments
+from lavis.chat.command import add_chat_arguments, choose_model, load_chat
 from lavis.common.config import default_model_config
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import REPOSITORY, TOYBOX
@@ -100,7 +99,7 @@ def test_another_model_than_the_yaml_has(toy_yaml: Path) -> None:
 def test_model_type_of_a_command(flags: list[str], model_type: str | None) -> None:
     add_chat_arguments(parser := argparse.ArgumentParser())
     args = parser.parse_args(flags)
-    resolve_model_arguments(args)
+    choose_model(args)
     assert (args.model_type, args.llm_device_map, args.options) == (model_type, None, [])
 
 

@@ -147,7 +147,7 @@ def test_special_tokens_follow_the_ranks(tokenizer: Any) -> None:
     assert tokenizer.image_id == 1203
     assert tokenizer.special_tokens["<|extra_204|>"] == 1407
     assert tokenizer.vocab_size == 1408
-    assert tokenizer.newline_ids == [198]
+    assert tokenizer.encode("\n") == [198]
 
 
 def test_markup_and_text(tokenizer: Any) -> None:

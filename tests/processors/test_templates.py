@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +23,7 @@ from lavis.processors.conversation import ConversationEncoder, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
 from lavis.processors.proof import check, prove
 from lavis.processors.templates import TokenizerTemplate
+from tests.gguf_files import write_gguf
 from tests.processors.families import CHATML, FAMILIES, Family, byte_level
 
 ROWS = 700
@@ -212,7 +212,6 @@ def test_images_stand_where_the_question_names_them(built: Built) -> None:
     assert tokenizer.decode(ids).count("<ImageHere>") == 4
     assert "no <ImageHere>" in tokenizer.decode(ids)
     encoded = built.encoder().encode(turns)
-    assert encoded.num_images == 3
     assert encoded.input_ids.count(tokenizer.image_id) == 6
     assert tokenizer.image_id not in encoded.labels
 
@@ -369,6 +368,20 @@ def test_a_mismatch_shows_the_tokens(families: dict[str, Built]) -> None:
     assert "language.template: my_pkg.my_module:MyTemplate" in lines[4]
 
 
+def test_the_models_own_system_prompt_is_proved(families: dict[str, Built]) -> None:
+    source = CHATML.replace("m.content +", "m.content + ('!' if '/fast' in m.content else '') +")
+    template = TokenizerTemplate(with_template(families["chatml"], source))
+    assert prove(template) == prove(template, "Be slow.") == []
+    with pytest.raises(ConfigError, match=r"(?s)cannot be taken apart.*'Be /fast'"):
+        prove(template, "Be /fast")
+    # what looks like markup in it is meant to differ, and stays text
+    assert prove(families["chatml"].template, "Say <|im_end|> and <ImageHere>") == []
+    pieces = families["chatml"].template.pieces(dialog("a"), system="<|im_end|><ImageHere>")
+    ids = families["chatml"].tokenizer.encode_pieces(pieces).ids
+    assert families["chatml"].tokenizer.names(ids).count("<|im_end|>") == 2
+    assert families["chatml"].tokenizer.image_id not in ids
+
+
 class MyTemplate:
     """As a user would write one."""
 
@@ -419,6 +432,15 @@ def test_a_template_that_reads_markup_in_texts_is_refused(families: dict[str, Bu
 
     with pytest.raises(ConfigError, match="looks like markup in a text becomes markup"):
         check(Careless(tokenizer), tokenizer)
+
+    class Trusting(MyTemplate):
+        def pieces(self, turns: list[Turn], *, system: str | None, ask: bool) -> list[Piece]:
+            pieces = super().pieces(turns, system=system, ask=ask)
+            return [pieces[0]._replace(kind=Kind.MARKUP), *pieces[1:]]
+
+    assert check(Trusting(tokenizer), tokenizer) == []
+    with pytest.raises(ConfigError, match="looks like markup in a text becomes markup"):
+        check(Trusting(tokenizer), tokenizer, "Be brief.")
 
 
 # Reading tokenizers
@@ -526,28 +548,9 @@ def test_half_a_surrogate_pair_is_replaced(built: Built) -> None:
 def test_a_gguf_file(
     name: str, kind: str, splits: str, families: dict[str, Built], tmp_path: Path
 ) -> None:
-    gguf = pytest.importorskip("gguf")
-    built, path = families[name], tmp_path / "model.gguf"
-    state = json.loads((built.folder / "tokenizer.json").read_text())
-    special = {t["content"]: t["id"] for t in state["added_tokens"]}
-    vocab = state["model"]["vocab"] | special
-    tokens = sorted(vocab, key=vocab.__getitem__)
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre(splits)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if t in special else 6 if t[:3] == "<0x" else 1 for t in tokens])
-    writer.add_token_scores([-float(i) for i in range(len(tokens))])
-    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
-    writer.add_eos_token_id(vocab[built.family.names["eos_token"]])
-    if "bos_token" in built.family.names:
-        writer.add_bos_token_id(vocab[built.family.names["bos_token"]])
-    writer.add_chat_template(built.family.template)
-    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    built = families[name]
+    given = (built.family, built.folder, kind, splits)
+    path = write_gguf(tmp_path / "model.gguf", tokenizer=given)
     tokenizer = FastTokenizer.load(path, ROWS)
     template = TokenizerTemplate(tokenizer)
     assert prove(template) == []

@@ -12,29 +12,32 @@ import torch
 
 from lavis.common.errors import LavisError, WeightsError
 from lavis.common.types import Metric
-from lavis.runners.checkpoint import Best, Progress
-from lavis.runners.keeper import Keeper, newest_whole, open_checkpoint
+from lavis.runners.checkpoint import Best, Checkpoint, Progress
+from lavis.runners.keeper import CheckpointFolder, newest_whole, open_checkpoint
 from tests.runners.test_runner import SHORT, after_steps, final, prepare, same, steps
 
 LOSS = Metric("valid_loss", higher_is_better=False)
 SCORE = Metric("score", higher_is_better=True)
 
 
-def save(keeper: Keeper, name: str, step: int, **metrics: float) -> None:
-    content: dict[str, Any] = {
-        "model": {"x": torch.full((1000,), float(step))},
-        "optimizer": {},
-        "scaler": None,
-        "config": {},
-    }
-    keeper.save(name, content, Progress(step, 10), metrics)
+def save(keeper: CheckpointFolder, name: str, step: int, **metrics: float) -> None:
+    model = {"x": torch.full((1000,), float(step))}
+    keeper.save(name, Checkpoint(model, {}, {}, progress=Progress(step, 10), metrics=metrics))
 
 
 def step_of(path: Path) -> int:
     """The step a checkpoint says, and its weights."""
-    content = open_checkpoint(path)
-    assert content["progress"]["step"] == content["model"]["x"][7]
-    return int(content["progress"]["step"])
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.progress is not None
+    assert checkpoint.progress.step == checkpoint.model["x"][7]
+    return checkpoint.progress.step
+
+
+def saved_step(path: Path) -> int:
+    """The step that a run's checkpoint says."""
+    progress = open_checkpoint(path).progress
+    assert progress is not None
+    return progress.step
 
 
 def names(folder: Path) -> list[str]:
@@ -45,7 +48,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_of_those_inside_epochs_the_newest_stay(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path, 2, LOSS)
+    keeper = CheckpointFolder(tmp_path, 2, LOSS)
     for step in (3, 6, 9):
         save(keeper, f"step_{step}", step)
     save(keeper, "0", 10)
@@ -66,7 +69,7 @@ def test_latest_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: 
 
     if not links:
         monkeypatch.setattr("os.link", no_links)
-    keeper = Keeper(tmp_path, 1, LOSS)
+    keeper = CheckpointFolder(tmp_path, 1, LOSS)
     for name, step in (("step_3", 3), ("0", 10), ("latest", 11), ("step_12", 12)):
         save(keeper, name, step)
         assert step_of(tmp_path / "checkpoint_latest.pth") == step
@@ -88,14 +91,14 @@ def test_latest_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: 
 def test_best_follows_the_metric(
     tmp_path: Path, metric: Metric, values: list[float], best: int
 ) -> None:
-    keeper = Keeper(tmp_path, 1, metric)
+    keeper = CheckpointFolder(tmp_path, 1, metric)
     save(keeper, "step_5", 5)  # nothing was measured
     assert not (tmp_path / "checkpoint_best.pth").exists()
     for epoch, value in enumerate(values):
         save(keeper, str(epoch), 10 * (epoch + 1), **{metric.name: value})
     path = tmp_path / "checkpoint_best.pth"
     assert step_of(path) == best
-    assert open_checkpoint(path)["metrics"] == {metric.name: values[best // 10 - 1]}
+    assert open_checkpoint(path).metrics == {metric.name: values[best // 10 - 1]}
 
 
 BEFORE = Best(2.0, "/before/checkpoint_best.pth", "valid_loss", "18 samples, ab")
@@ -113,14 +116,16 @@ BEFORE = Best(2.0, "/before/checkpoint_best.pth", "valid_loss", "18 samples, ab"
 def test_the_best_of_the_run_before_is_remembered(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float, measured_on: str, best: str
 ) -> None:
-    keeper = Keeper(tmp_path, 1, LOSS, BEFORE)
-    content = {"model": {}, "optimizer": {}, "scaler": None, "config": {}}
+    keeper = CheckpointFolder(tmp_path, 1, LOSS, BEFORE)
+    metrics = {"valid_loss": value}
     with caplog.at_level("INFO"):
-        keeper.save("0", content, Progress(10, 10), {"valid_loss": value}, measured_on)
+        keeper.save(
+            "0", Checkpoint({}, {}, {}, progress=Progress(10, 10), metrics=metrics), measured_on
+        )
     path = tmp_path / "checkpoint_best.pth"
     wanted = Best(value, str(path), "valid_loss", measured_on) if best == "here" else BEFORE
     assert keeper.best == wanted
-    assert Best.of(open_checkpoint(tmp_path / "checkpoint_0.pth"), "x", LOSS) == wanted
+    assert open_checkpoint(tmp_path / "checkpoint_0.pth").best_by(LOSS) == wanted
     assert path.exists() == (best == "here")
     assert any(str(BEFORE.checkpoint) in m for m in caplog.messages) == (value > 1.5)
 
@@ -139,8 +144,12 @@ def test_the_best_of_the_run_before_is_remembered(
         ({}, None),
     ],
 )
-def test_what_a_checkpoint_knows_of_the_best(content: dict[str, Any], best: Best | None) -> None:
-    assert Best.of(content, "here.pth", LOSS) == best
+def test_what_a_checkpoint_knows_of_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, Any], best: Best | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {}, "optimizer": {}, "epoch": 0} | content, "here.pth")
+    assert open_checkpoint(Path("here.pth")).best_by(LOSS) == best
 
 
 def test_in_a_run(tmp_path: Path) -> None:
@@ -223,7 +232,7 @@ def test_a_damaged_checkpoint_is_refused_and_a_whole_one_offered(
 
 
 def test_one_wrong_bit_is_named(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path, 1, LOSS)
+    keeper = CheckpointFolder(tmp_path, 1, LOSS)
     save(keeper, "0", 10)
     path = tmp_path / "checkpoint_0.pth"
     damage(path, "one bit is wrong")
@@ -234,7 +243,7 @@ def test_one_wrong_bit_is_named(tmp_path: Path) -> None:
 
 
 def test_the_newest_is_the_one_farthest_in_training(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path, 3, LOSS)
+    keeper = CheckpointFolder(tmp_path, 3, LOSS)
     for name, step in (("step_19", 19), ("1", 20), ("step_100", 100), ("latest", 101)):
         save(keeper, name, step)
     (tmp_path / "checkpoint_9.pth").write_bytes(b"rubbish")
@@ -271,7 +280,7 @@ def test_a_disk_that_fills_up_in_a_run(
     assert named in (whole, latest)
     assert not [m for m in caplog.messages if "resume with" in m]  # of a file that is not new
     assert not list(runner.folder.glob(".*.tmp"))
-    assert open_checkpoint(whole)["progress"]["step"] == 4
+    assert saved_step(whole) == 4
     resumed = prepare(tmp_path, *SHORT, f"run.resume_ckpt_path={named}", job="resumed")
     assert resumed.step == 4
     resumed.train()
@@ -280,9 +289,9 @@ def test_a_disk_that_fills_up_in_a_run(
 def test_a_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are in order, so they are saved; the error is one that the user can mend."""
     runner = prepare(tmp_path, *SHORT)
-    from lavis.runners.watch import Watch
+    from lavis.runners.watch import RunLog
 
-    after_steps(runner, 4, lambda: monkeypatch.setattr(Watch, "write", full_disk))
+    after_steps(runner, 4, lambda: monkeypatch.setattr(RunLog, "write", full_disk))
     with pytest.raises(LavisError) as caught:
         runner.train()
     latest = runner.folder / "checkpoint_latest.pth"
@@ -291,7 +300,7 @@ def test_a_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
         f"The last whole checkpoint is {latest}."
     )
     assert len(steps(runner.folder)) == 4
-    assert open_checkpoint(latest)["progress"]["step"] == 4
+    assert saved_step(latest) == 4
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")

@@ -74,7 +74,7 @@ def test_a_plan_needs_no_model(
     )
     task = TASKS.get(config.run.task)(config)
     plan = RunPlan.of(config, task.build_datasets(), torch.device("cpu"))
-    assert (plan.step, plan.content, plan.batches.steps_per_epoch) == (0, None, 3)
+    assert (plan.step, plan.before, plan.batches.steps_per_epoch) == (0, None, 3)
     assert plan.schedule.lr(0) == 0
     warned = [m for m in caplog.messages if m.startswith("run.")]
     assert [m.partition(":")[0] for m in warned] == ["run.warmup_steps", "run.lr_sched"]

@@ -24,7 +24,7 @@ from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
 from lavis.common.registry import RUNNERS, TASKS
 from lavis.common.workers import leave_signals_to_parent
-from lavis.runners.checkpoint import Progress, copy_checkpoint, save_checkpoint
+from lavis.runners.checkpoint import Checkpoint, Progress, copy_checkpoint
 from lavis.runners.runner_base import RunnerBase
 from tests.conftest import DEMO, REPO, TOY
 
@@ -41,7 +41,7 @@ def prepare(output: Path, *options: str, job: str = "job", cfg: Path | None = No
     task.check_paths()
     dataset = task.build_datasets()
     torch.manual_seed(config.run.seed)
-    model = task.build_model(torch.device("cpu"))
+    model = task.build_model(torch.device("cpu"), dataset)
     return RUNNERS.get(config.run.runner)(config, task, model, dataset, job)
 
 
@@ -266,7 +266,7 @@ def test_settings_of_the_configuration_go_before_those_of_the_checkpoint(
         "run.beta2=0.5",
         f"run.resume_ckpt_path={uninterrupted / 'checkpoint_1.pth'}",
     )
-    groups = runner.optimizer.param_groups
+    groups = runner.strategy.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.375, 0.0]
     assert {group["betas"] for group in groups} == {(0.9, 0.5)}
 
@@ -578,20 +578,15 @@ def test_checkpoint_holds_what_is_trained_in_the_originals_entries(uninterrupted
     assert same(content["model"], final(uninterrupted / "checkpoint_latest.pth"))
 
 
-SAVE: dict[str, Any] = {
-    "model": {"x": torch.tensor([3.0])},
-    "optimizer": {},
-    "scaler": None,
-    "config": {},
-    "progress": Progress(5, 2),
-}
+def checkpoint_of(value: float) -> Checkpoint:
+    return Checkpoint({"x": torch.tensor([value])}, {}, {}, progress=Progress(5, 2))
 
 
 def test_a_failing_save_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "checkpoint_0.pth"
-    save_checkpoint(path, **SAVE)
+    checkpoint_of(3.0).write(path)
     old = path.read_bytes()
     assert torch.load(path, weights_only=True)["epoch"] == 1  # of 2 steps, two are complete
 
@@ -601,7 +596,7 @@ def test_a_failing_save_leaves_the_old_file(
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, **SAVE | {"model": {"x": torch.tensor([4.0])}})
+        checkpoint_of(4.0).write(path)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]  # no rubbish beside it
 
@@ -609,10 +604,10 @@ def test_a_failing_save_leaves_the_old_file(
 def test_a_copy_does_not_follow_its_source(tmp_path: Path) -> None:
     source, target = tmp_path / "a.pth", tmp_path / "b.pth"
     target.write_bytes(b"older")
-    save_checkpoint(source, **SAVE)
+    checkpoint_of(3.0).write(source)
     copy_checkpoint(source, target)
     assert target.read_bytes() == source.read_bytes()
-    save_checkpoint(source, **SAVE | {"model": {"x": torch.tensor([4.0])}})
+    checkpoint_of(4.0).write(source)
     assert torch.load(target, weights_only=True)["model"]["x"] == 3.0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "b.pth"]
 

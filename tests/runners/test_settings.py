@@ -19,7 +19,8 @@ from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, LavisError
 from lavis.common.registry import TASKS
 from lavis.common.schema import RunConfig
-from lavis.runners.launch import new_job_id
+from lavis.runners.checkpoint import Checkpoint, Progress
+from lavis.runners.launch import new_job_id, strategy_name
 from lavis.runners.prepare import samples_per_step
 from lavis.runners.runner_base import RunnerBase
 from tests.conftest import DEMO, REPO, TOY
@@ -44,6 +45,13 @@ def trained_on(runner: RunnerBase) -> list[tuple[int, tuple[str, ...]]]:
 
     object.__setattr__(runner.task, "train_step", train_step)
     return seen
+
+
+def validate(runner: RunnerBase) -> dict[str, float]:
+    """What a validation gives."""
+    return runner.task.validate(
+        runner.model, runner._splits(runner.run.valid_splits), torch.device("cpu")
+    )
 
 
 # --- numbers that are not finite ------------------------------------------------------------
@@ -137,7 +145,7 @@ def test_validation_loss_does_not_depend_on_its_batches(tmp_path: Path) -> None:
     for size in (1, 4, 18):
         object.__setattr__(runner.config.run, "batch_size_eval", size)
         runner.model.train()
-        losses.append(runner.task.validate(runner.model, torch.device("cpu"))["valid_loss"])
+        losses.append(validate(runner)["valid_loss"])
         assert runner.model.training
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
@@ -188,6 +196,38 @@ def test_splits_that_are_not_described_are_found_early(tmp_path: Path) -> None:
     for key in ("valid_splits", "test_splits"):
         with pytest.raises(ConfigError, match=r"annotations has no split 'tset'"):
             prepare(tmp_path, f"run.{key}=[tset]")
+
+
+# --- which strategy -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world", "settings", "wanted"),
+    [
+        (1, {}, "single"),
+        (2, {}, "ddp"),
+        (2, {"strategy": "single"}, "2 processes were started"),
+        (2, {"fsdp": True}, "fsdp2"),
+        (2, {"fsdp": True, "strategy": "fsdp2"}, "fsdp2"),
+        (2, {"fsdp": True, "strategy": "ddp"}, "run.strategy is ddp, but run.fsdp is true; leave"),
+        (2, {"runner": "deepspeed_runner"}, "deepspeed"),
+        (2, {"runner": "deepspeed_runner", "deepspeed_config": {}}, "deepspeed"),
+        (1, {"runner": "deepspeed_runner", "strategy": "single"}, "is deepspeed_runner; leave one"),
+        (2, {"runner": "deepspeed_runner", "fsdp": True}, "is true, but run.runner is deepspeed_"),
+        (2, {"deepspeed_config": {}}, "run.deepspeed_config is given, but DeepSpeed is not chosen"),
+    ],
+)
+def test_every_way_to_choose_a_strategy(
+    monkeypatch: pytest.MonkeyPatch, world: int, settings: dict[str, Any], wanted: str
+) -> None:
+    monkeypatch.setattr("lavis.runners.launch.check_packages", lambda *_: None)
+    run = RunConfig(**settings)
+    if " " not in wanted:
+        assert strategy_name(run, world) == wanted
+        return
+    with pytest.raises(ConfigError) as caught:
+        strategy_name(run, world)
+    assert wanted in str(caught.value)
 
 
 # --- batches --------------------------------------------------------------------------------
@@ -258,6 +298,10 @@ def test_shares_count_all_splits_of_a_data_set(tmp_path: Path, other: tuple[str,
     assert counts == {"annotations.json": 18, "four.json": 4, "two.json": 2 + 2}
 
 
+def test_a_split_that_is_named_twice_is_shown_twice(tmp_path: Path) -> None:
+    assert prepare(tmp_path, *SHORT, "run.train_splits=[train,train]").plan.sizes == (36,)
+
+
 @pytest.mark.parametrize(
     ("ratios", "message"),
     [
@@ -276,12 +320,12 @@ def test_shares_that_do_not_fit(other: tuple[str, ...], ratios: str, message: st
 # --- another number of processes ------------------------------------------------------------
 
 
-def saved_by(world: int, samples: int) -> dict[str, Any]:
-    return {"progress": progress(5) | {"samples_per_step": samples, "world_size": world}}
+def saved_by(world: int, samples: int) -> Checkpoint:
+    return Checkpoint({}, {}, {}, progress=Progress(5, 3, samples, world))
 
 
 @pytest.mark.parametrize(
-    ("world", "content", "wanted"),
+    ("world", "before", "wanted"),
     [
         (1, None, 6),
         (4, None, 24),
@@ -291,19 +335,19 @@ def saved_by(world: int, samples: int) -> dict[str, Any]:
         (3, saved_by(4, 24), 24),
         (2, saved_by(4, 32), 12),  # batch_size_train was another: the configuration decides
         (2, saved_by(2, 8), 12),
-        (2, {"epoch": 9}, 12),  # the original's file
+        (2, Checkpoint({}, {}, {}, epoch=9), 12),  # the original's file
     ],
 )
 def test_a_resumed_run_keeps_its_step_on_other_processes(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     world: int,
-    content: dict[str, Any] | None,
+    before: Checkpoint | None,
     wanted: int,
 ) -> None:
     monkeypatch.setattr(dist, "world_size", lambda: world)
     run = RunConfig(batch_size_train=3, accum_grad_iters=2)
-    assert samples_per_step(run, content) == wanted
+    assert samples_per_step(run, before) == wanted
     assert len(caplog.messages) == (wanted != 6 * world)
     if caplog.messages:
         assert f"now there are {world}: a step keeps its 24 samples" in caplog.messages[0]

@@ -7,14 +7,20 @@ import logging
 import math
 import sys
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from tqdm import tqdm
 
+from lavis.common.config import load_config
 from lavis.common.errors import ConfigError
-from lavis.runners.watch import StepReport, Watch
+from lavis.runners.watch import RunLog, StepReport
+from tests.conftest import DEMO
 from tests.runners.test_runner import SHORT, prepare, steps
 
 
@@ -26,19 +32,28 @@ def report(step: int, **numbers: Any) -> StepReport:
     return StepReport(step=step, epoch=step // 4, **given | numbers)
 
 
+class Model(nn.Module):
+    @staticmethod
+    def training_flops(tokens: int, images: int) -> float:
+        return 100.0 * tokens + 1000.0 * images
+
+
+def open_log(
+    folder: Path, total: int, done: int, log_freq: int, model: nn.Module | None = None
+) -> RunLog:
+    config = load_config(DEMO / "train.yaml", [f"run.log_freq={log_freq}"])
+    return RunLog(folder, total, done, config, model or nn.Module(), torch.device("cpu"))
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def test_averages_over_the_steps_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Model:
-        @staticmethod
-        def training_flops(tokens: int, images: int) -> float:
-            return 100.0 * tokens + 1000.0 * images
-
     now = 50.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    watch = Watch(tmp_path, 10, 4, 2, model=Model, peak=10_000.0)
+    monkeypatch.setattr("lavis.runners.watch.matmul_peak", lambda *_: 10_000.0)
+    watch = open_log(tmp_path, 10, 4, 2, Model())
     watch.step(report(4))
     now += 4.0
     watch.step(report(5, loss_sum=10.0, supervised=1, tokens=50, fillers=20, samples=1, lr=0.125))
@@ -63,7 +78,7 @@ def test_averages_over_the_steps_of_a_line(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_line_without_a_supervised_token_has_no_loss(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, 2, 0, 1)
+    watch = open_log(tmp_path, 2, 0, 1)
     watch.step(report(0, loss_sum=0.0, supervised=0, grad_norm=math.inf))
     watch.step(report(1))
     watch.close()
@@ -73,8 +88,20 @@ def test_a_line_without_a_supervised_token_has_no_loss(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_time_left_without_a_progress_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bar that is switched off (``TQDM_DISABLE=1``) counts nothing."""
+    monkeypatch.setattr("lavis.runners.watch.tqdm", partial(tqdm, disable=True))
+    watch = open_log(tmp_path, 4, 0, 1)
+    for step in range(4):
+        watch.step(report(step))
+    watch.close()
+    assert [line["eta_s"] > 0 for line in lines(tmp_path)] == [True] * 3 + [False]
+
+
 def test_what_is_left_is_written_at_the_end(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, 5, 0, 2)
+    watch = open_log(tmp_path, 5, 0, 2)
     for step in range(3):
         watch.step(report(step))
     watch.close()
@@ -135,5 +162,5 @@ def test_no_tensorboard_is_told(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with caplog.at_level(logging.INFO):
-        Watch(tmp_path, 1, 0, 1).close()
+        open_log(tmp_path, 1, 0, 1).close()
     assert caplog.messages == ["no TensorBoard events: pip install tensorboard"]

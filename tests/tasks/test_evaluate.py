@@ -24,11 +24,22 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _evaluate(task: Any, out: Path, limit: int | None = None) -> str:
-    return evaluate(
-        task, checkpoint=str(TOY / "checkpoint_9.pth"), splits=["test"], limit=limit,
-        baselines=False, out=out, device=torch.device("cpu"),
-    )  # fmt: skip
+def _evaluate(task: Any, out: Path) -> str:
+    splits = task.build_questions(["test"])
+    model = task.build_model(torch.device("cpu")).eval()
+    model.load_checkpoint(TOY / "checkpoint_9.pth")
+    return evaluate(model, splits, task.config.run, out)
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    return command.main()
+
+
+def _arguments(task: Any, out: Path) -> tuple[str, ...]:
+    """Those of the command that does what :func:`_evaluate` does."""
+    checkpoint = ("--checkpoint", str(TOY / "checkpoint_9.pth"))
+    return ("--cfg-path", task.config.source, *checkpoint, "--out", str(out))
 
 
 @pytest.fixture()
@@ -69,19 +80,12 @@ run: {{device: cpu, batch_size_eval: 2, max_new_tokens: 4}}
     return ImageTextPretrainTask(load_config(path, options))
 
 
-def test_writes_answers_scores_and_a_picture(tmp_path: Path) -> None:
-    task = _task(tmp_path)
-    task.check_paths(("test",))
+def test_writes_answers_scores_and_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    text = evaluate(
-        task,
-        checkpoint=str(TOY / "checkpoint_9.pth"),
-        splits=["test"],
-        limit=None,
-        baselines=True,
-        out=out,
-        device=torch.device("cpu"),
-    )
+    assert _run(monkeypatch, *_arguments(_task(tmp_path), out), "--baselines") == 0
+    text = capsys.readouterr().out.removesuffix("\n")
     assert "test, blind" in text
     assert "test, untrained" in text
     names = ["test", "test, blind", "test, untrained"]
@@ -112,18 +116,32 @@ def test_an_unknown_split_is_named_before_anything_is_loaded(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("out", ["file", "file/below", "link", "x" * 300])
-def test_a_destination_that_cannot_be_written_is_found_first(tmp_path: Path, out: str) -> None:
+def test_a_destination_that_cannot_be_written_is_found_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
-    with pytest.raises(LavisError, match=f"{tmp_path / out}.* cannot be "):
-        _evaluate(_task(tmp_path), tmp_path / out)
+    with pytest.raises(SystemExit, match="2"):
+        _run(monkeypatch, *_arguments(_task(tmp_path), tmp_path / out))
+    assert f"{tmp_path / out} cannot be " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_model")
+def test_the_default_destination_is_looked_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = _arguments(_task(tmp_path), tmp_path)[:4]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").touch()
+    with pytest.raises(ConfigError, match=r"^--out: .*output/evaluation cannot be "):
+        _run(monkeypatch, *arguments)
 
 
 @pytest.mark.usefixtures("no_model")
 def test_missing_sacrebleu_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ConfigError, match="needs sacreBLEU: pip install sacrebleu"):
-        _evaluate(_task(tmp_path, kind="description"), tmp_path / "out")
+        _run(monkeypatch, *_arguments(_task(tmp_path, kind="description"), tmp_path / "out"))
     row = {"sample_id": "1", "kind": "description", "language": "en", "question": "?"}
     row |= {"answer": "a", "truth": "b", "image": ""}
     (tmp_path / "test.jsonl").write_text(json.dumps(row))
@@ -136,12 +154,12 @@ def test_missing_sacrebleu_is_found_first(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_limit_below_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], limit: int
 ) -> None:
-    with pytest.raises(ConfigError, match=f"--limit must be at least 1, not {limit}"):
-        _evaluate(_task(tmp_path), tmp_path / "out", limit)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--cfg-path", "x", "--limit", str(limit)])
     with pytest.raises(SystemExit, match="2"):
-        command.main()
-    assert f"argument --limit: must be at least 1, not {limit}" in capsys.readouterr().err
+        _run(monkeypatch, *_arguments(_task(tmp_path), tmp_path / "out"), "--limit", str(limit))
+    assert (
+        f"argument --limit: must be an integer from 1 to 2^63 - 1, not {str(limit)!r}"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError("out of memory")])
@@ -227,19 +245,14 @@ def test_the_command_scores_files_alone(
         line = json.dumps(row | {"answer": answer, "truth": "red"})
         (tmp_path / name / "test.jsonl").write_text(f"{line}\n", encoding="utf-8")
     files = [str(tmp_path / name / "test.jsonl") for name in ("one", "two")]
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-        return command.main()
-
-    assert run("--score", *files) == 0
+    assert _run(monkeypatch, "--score", *files) == 0
     head, kind, overall = capsys.readouterr().out.splitlines()
     assert head.split() == files  # one name for two files would hide one of them
     assert kind.split() == ["k", "-", "100.0%", "0.0%"]
     assert overall.split() == ["all", "questions", "100.0%", "0.0%"]
     for arguments in (("--score", files[0], "--checkpoint", "x"), ()):
         with pytest.raises(SystemExit, match="2"):
-            run(*arguments)
+            _run(monkeypatch, *arguments)
     assert "--cfg-path" in capsys.readouterr().err
 
 

@@ -14,6 +14,7 @@ import torch
 from lavis.common.errors import DataError
 from tests.conftest import DEMO
 from tests.runners.test_runner import SHORT, prepare
+from tests.runners.test_settings import validate
 
 KEY = "datasets.demo.build_info"
 
@@ -50,13 +51,13 @@ def test_bad_samples_are_skipped_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     runner = _runner(tmp_path, 0, 1, on_bad_sample="skip")  # a batch of nothing is among them
-    metrics = runner.task.validate(runner.model, torch.device("cpu"))
+    metrics = validate(runner)
     logged = [m.partition(" (")[0] for m in caplog.messages if m.startswith("skipped")]
     assert logged == ["skipped valid.json[0]", "skipped valid.json[1]"]
     whole = _runner(tmp_path / "whole")
-    parts = whole.task.evaluation_split("valid")
+    parts: Any = whole.dataset.evaluated["valid"]
     parts[0] = dataclasses.replace(parts[0], records=parts[0].records[2:])
-    expected = whole.task.validate(whole.model, torch.device("cpu"))
+    expected = validate(whole)
     assert set(expected) == {"valid_loss"}
     assert metrics == {"valid_loss": pytest.approx(expected["valid_loss"]), "valid_skipped": 2.0}
     runner.train()
@@ -67,4 +68,4 @@ def test_bad_samples_are_skipped_and_counted(
 def test_the_loss_of_nothing_is_an_error(tmp_path: Path) -> None:
     runner = _runner(tmp_path, 0, 1, 2, 3, on_bad_sample="skip")
     with pytest.raises(DataError, match=r"run.valid_splits \(valid\): .* 4 samples could not be"):
-        runner.task.validate(runner.model, torch.device("cpu"))
+        validate(runner)

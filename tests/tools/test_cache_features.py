@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import evaluate
 from examples.toybox.world.__main__ import write_split
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError
@@ -27,6 +28,7 @@ from lavis.datasets import feature_store
 from lavis.datasets.feature_cache import Counts
 from lavis.models.build import Assembly
 from lavis.models.vision.eva_qformer import EvaQFormer
+from lavis.tasks.data import RunData
 from tests.conftest import REPO, TOY
 from tests.runners.worker import PROJECT, options
 from tests.tools import features_worker
@@ -67,8 +69,8 @@ def build_task(data: Path, *more: str) -> Any:
 def fill(data: Path, *more: str) -> Counts:
     """Cache the training split alone; no language model is loaded."""
     task = build_task(data, *more)
-    task.build_split("train", train=True)
-    return task.cache_features(torch.device("cpu"))
+    data_of_run = RunData([task.build_split("train", train=True)], {})
+    return task.cache_features(data_of_run, torch.device("cpu"))
 
 
 def train(data: Path, out: Path, *more: str) -> Any:
@@ -76,7 +78,7 @@ def train(data: Path, out: Path, *more: str) -> Any:
     task = build_task(data, f"run.output_dir={out}", *more)
     dataset = task.build_datasets()
     torch.manual_seed(task.config.run.seed)
-    model = task.build_model(torch.device("cpu"))
+    model = task.build_model(torch.device("cpu"), dataset)
     runner = RUNNERS.get(task.config.run.runner)(task.config, task, model, dataset, "job")
     runner.train()
     return runner
@@ -134,20 +136,17 @@ def test_training_and_scores_are_those_of_pixels(
     assert set(saved["model"]) == {"llm_proj.weight", "llm_proj.bias"}
 
 
-def test_shipped_scores_through_the_cache(data: Path, tmp_path: Path) -> None:
+def test_shipped_scores_through_the_cache(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """evaluate.py's part: answers of the shipped projection, with and without, in fp16."""
-    from lavis.tasks.evaluate import evaluate
-
     for name, more in (("pixels", []), ("cache", [cached(tmp_path / "f", dtype="fp16")])):
-        evaluate(
-            build_task(data, *more),
-            checkpoint=str(REPO / "examples" / "toybox" / "checkpoint.pth"),
-            splits=["test"],
-            limit=12,
-            baselines=True,
-            out=tmp_path / name,
-            device=torch.device("cpu"),
-        )
+        arguments = ["--cfg-path", str(PROJECT), "--splits", "test", "--limit", "12"]
+        arguments += ["--checkpoint", str(REPO / "examples" / "toybox" / "checkpoint.pth")]
+        arguments += ["--baselines", "--out", str(tmp_path / name)]
+        settings = [*options(data), "run.batch_size_train=8", "run.device=cpu", *more]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--options", *settings])
+        assert evaluate.main() == 0
     for file in ("test.jsonl", "scores.json"):
         assert (tmp_path / "cache" / file).read_text() == (tmp_path / "pixels" / file).read_text()
 
@@ -342,7 +341,9 @@ def test_a_copy_of_a_corrupt_image_is_left_out_too(
     (world / "image" / copy["image"]).write_bytes(b"hello")
     task = build_task(world, cached(tmp_path / "f"), "run.on_bad_sample=skip")
     (part,) = task.build_split("train", train=True)
-    assert task.cache_features(torch.device("cpu")) == Counts(0, COUNT - 2, 2)
+    assert task.cache_features(RunData([[part]], {}), torch.device("cpu")) == Counts(
+        0, COUNT - 2, 2
+    )
     assert name in caplog.text and str(copy["id"]) in caplog.text
     bad = [part[0, i] for i, r in enumerate(records) if str(r["id"]) in (name, str(copy["id"]))]
     assert all("is not an image that can be read" in sample.reason for sample in bad)
@@ -378,7 +379,7 @@ def test_videos_are_refused(data: Path, tmp_path: Path) -> None:
     records: Any = part.records
     records[2] = dataclasses.replace(part.records[2], images=(), video=Path("a.mp4"))
     with pytest.raises(ConfigError, match=r"holds a video \(a.mp4\); set run.feature_cache"):
-        task.cache_features(torch.device("cpu"))
+        task.cache_features(RunData([[part]], {}), torch.device("cpu"))
 
 
 def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path) -> None:

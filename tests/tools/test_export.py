@@ -11,7 +11,7 @@ from lavis.common.config import load_config
 from lavis.common.errors import WeightsError
 from lavis.models import load_model
 from lavis.models.weights.trained import trainable_state
-from lavis.runners.checkpoint import Progress, save_checkpoint
+from lavis.runners.checkpoint import Checkpoint, Progress
 from lavis.tools.export import export
 from tests.conftest import TOY, TOY_YAML
 
@@ -28,14 +28,8 @@ def test_parts_load_back_bitwise(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(0.01)
     config = load_config(run / "config.yaml", options)
-    save_checkpoint(
-        run / "checkpoint_0.pth",
-        model=trainable_state(model),
-        optimizer={},
-        scaler=None,
-        config=config.tree,
-        progress=Progress(1, 1),
-    )
+    checkpoint = Checkpoint(trainable_state(model), {}, config.tree, progress=Progress(1, 1))
+    checkpoint.write(run / "checkpoint_0.pth")
     written = export(run / "checkpoint_0.pth", tmp_path / "out", torch.float32)
     assert [p.name for p in written] == [
         "eva_vit_g.pth", "blip2.pth", "model.safetensors", "config.json", "qwen.tiktoken",

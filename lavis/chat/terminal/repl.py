@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 from lavis.chat.terminal.interrupt import CtrlC
 from lavis.common.cli import printable
 from lavis.common.errors import ConfigError, DataError, LavisError
+from lavis.common.paths import replaces
 from lavis.common.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -211,8 +212,7 @@ class Repl:
     def _seed(self, words: list[str]) -> None:
         if len(words) > 1:
             raise DataError(":seed takes one number")
-        if words:
-            self._change([f"seed={words[0]}"])
+        self._change([f"seed={word}" for word in words])
         self._write(self._out, f"seed={self.conversation.settings.seed}\n")
 
     def _conf(self, words: list[str]) -> None:
@@ -328,17 +328,12 @@ def write_whole(path: Path, text: str) -> None:
     target = path.resolve()
     if target.exists() and not target.is_file():
         raise ValueError("this is not a file")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        # Names that are no text become JSON escapes.
-        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-        temporary.replace(target)
-    except FileExistsError:
-        raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    # Names that are no text become JSON escapes.
+    with (
+        replaces(target) as temporary,
+        temporary.open("x", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        file.write(text)
 
 
 COMMANDS = (

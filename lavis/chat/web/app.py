@@ -21,7 +21,7 @@ from lavis.chat.web.guard import MAX_FILES, Guard, Uploads, client_of
 from lavis.chat.web.images import open_upload
 from lavis.chat.web.server import direct, serve
 from lavis.chat.web.sessions import Session, Sessions, history, strip
-from lavis.chat.web.texts import TEXTS, ToldError, language_of
+from lavis.chat.web.texts import TEXTS, VisitorError, language_of
 from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.processors.conversation import IMAGE_PLACEHOLDER
 
@@ -153,7 +153,7 @@ class WebChat:
         words = [language, *self.page.words(language), question or gr.skip()]
         session = self.sessions.rename(held, request.session_hash, client_of(request))
         if session is None and held:
-            self._tell(ToldError("forgotten"), language)
+            self._tell(VisitorError("forgotten"), language)
         if session is None:
             return [*words, *[gr.skip()] * (len(SETTINGS) + len(self.page.view))]
         session.language = language
@@ -175,7 +175,7 @@ class WebChat:
         """The page as the conversation is now."""
         session = self.sessions.find(request.session_hash)
         if session is None and held:
-            self._tell(ToldError("forgotten"), language)
+            self._tell(VisitorError("forgotten"), language)
         return self._view(session)
 
     def show(self, request: gr.Request, language: str, held: str, uploaded: str) -> list[Any]:
@@ -183,30 +183,30 @@ class WebChat:
         session, _ = self._session(request, language, held)
         names = _handed(uploaded)
         if isinstance(names, str) and names in _UPLOAD_ERRORS:
-            self._tell(ToldError(names), language)
+            self._tell(VisitorError(names), language)
             return self._view(session)
         for token in names[:MAX_FILES] if isinstance(names, list) else [names]:
             taken = self.uploads.take(client_of(request), token if isinstance(token, str) else "")
             if taken is None:
-                self._tell(ToldError("not_uploaded"), language)
+                self._tell(VisitorError("not_uploaded"), language)
                 continue
-            self._show(session, *taken, language)
+            self._show(session, *taken)
             taken[0].unlink(missing_ok=True)
         return self._view(session)
 
-    def _show(self, session: Session, path: Path, name: str, language: str) -> None:
+    def _show(self, session: Session, path: Path, name: str) -> None:
         try:
             if len(session.conversation.waiting) >= MAX_FILES:
-                raise ToldError("many_images")
+                raise VisitorError("many_images")
             picture = open_upload(path, name)
             session.show(self._engine.encode_image(picture, name), picture)
         except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
-            self._tell(error, language)
+            self._tell(error, session.language)
 
     def _example(self, name: str) -> Callable[..., list[Any]]:
         def pick(request: gr.Request, language: str, held: str) -> list[Any]:
             session, _ = self._session(request, language, held)
-            self._show(session, EXAMPLES[name], name, language)
+            self._show(session, EXAMPLES[name], name)
             return self._view(session)
 
         return pick
@@ -218,67 +218,67 @@ class WebChat:
         return self._view(session)
 
     def ask(
-        self, request: gr.Request, language: str, held: str, question: str, *values: Any
+        self, request: gr.Request, language: str, held: str, question: str | None, *values: Any
     ) -> Iterator[list[Any]]:
-        """Ask; the answer grows on the page. A question about what is forgotten is not asked."""
-        session, known = self._session(request, language, held, "not_sent")
-        text = str(question or "")
-        start = self._start(session, language, text, values) if known else None
-        if start is None:
+        """Ask, or answer the last question again if there is none; the answer grows on the page.
+
+        A question about what is forgotten is not asked.
+        """
+        lost = "forgotten" if question is None else "not_sent"
+        session, known = self._session(request, language, held, lost)
+        answer = self._start(session, question, values) if known else None
+        if answer is None:
             yield [gr.skip(), *self._view(session)]
             return
-        first = True
-        for view in self._follow(session, start, language):
-            yield ["" if first else gr.skip(), *view]
-            first = False
+        box: Any = ""  # emptied once: the visitor may type the next question meanwhile
+        for view in self._follow(session, answer):
+            yield [box, *view]
+            box = gr.skip()
 
     def retry(
         self, request: gr.Request, language: str, held: str, *values: Any
     ) -> Iterator[list[Any]]:
         """Answer the last question again."""
-        session, known = self._session(request, language, held)
-        start = self._start(session, language, None, values) if known else None
-        if start is None:
-            yield self._view(session)
-        else:
-            yield from self._follow(session, start, language)
+        for _, *view in self.ask(request, language, held, None, *values):
+            yield view
 
     def _start(
-        self, session: Session, language: str, question: str | None, values: tuple[Any, ...]
+        self, session: Session, question: str | None, values: tuple[Any, ...]
     ) -> Answer | None:
         """Begin to answer a question, or the last one again, or say why not."""
         conversation = session.conversation
+        chosen: dict[str, Any] = {}
         try:
             chosen = chosen_settings(values)
-            if question is None and not conversation.exchanges:
-                raise ToldError("nothing_asked")
-            if question is not None and not question.strip():
-                raise ToldError("empty_question")
-            try:
-                if question is None:
-                    answer = conversation.retry(**chosen)
-                else:
-                    answer = conversation.ask(question, **chosen)
-            except DataError as error:
-                named = (question or "").count(IMAGE_PLACEHOLDER)
-                number = len(conversation.waiting)
-                raise ToldError("placeholders", named=named, number=number) from error
-            except ConfigError as error:
-                limit, context = chosen["max_new_tokens"], self._engine.model.context
-                room = max(min(conversation.settings.max_window_size, context - limit), 0)
-                raise ToldError("window", context=context, answer=limit, room=room) from error
+            if question is None:
+                if not conversation.exchanges:
+                    raise VisitorError("nothing_asked")
+                answer = conversation.retry(**chosen)
+            else:
+                if not question.strip():
+                    raise VisitorError("empty_question")
+                answer = conversation.ask(question, **chosen)
+        except DataError:
+            named = (question or "").count(IMAGE_PLACEHOLDER)
+            number = len(conversation.waiting)
+            self._tell(VisitorError("placeholders", named=named, number=number), session.language)
+        except ConfigError:
+            limit, context = chosen["max_new_tokens"], self._engine.model.context
+            room = max(min(conversation.settings.max_window_size, context - limit), 0)
+            window = VisitorError("window", context=context, answer=limit, room=room)
+            self._tell(window, session.language)
         except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
-            self._tell(error, language)
-            return None
-        session.values = values
-        names = self.settings.changed(**chosen).without_effect()
-        if names:
-            self._tell(ToldError("without_effect", names=", ".join(names)), language)
-        if answer.dropped:
-            gr.Info(html.escape(TEXTS[language]["unseen"]))
-        return answer
+            self._tell(error, session.language)
+        else:
+            session.values = values
+            if names := self.settings.changed(**chosen).without_effect():
+                self._tell(VisitorError("without_effect", names=", ".join(names)), session.language)
+            if answer.dropped:
+                gr.Info(html.escape(TEXTS[session.language]["unseen"]))
+            return answer
+        return None
 
-    def _follow(self, session: Session, answer: Answer, language: str) -> Iterator[list[Any]]:
+    def _follow(self, session: Session, answer: Answer) -> Iterator[list[Any]]:
         """The page at every moment of an answer.
 
         Also the last one shows Stop: Send comes back when the event is over, for until then
@@ -293,7 +293,7 @@ class WebChat:
                     yield self._view(session, answering=True)
                     shown = time.monotonic()
         except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
-            self._tell(error, language)
+            self._tell(error, session.language)
         finally:  # also when nobody listens any more
             if not answer.finished:
                 answer.cancel()
@@ -312,7 +312,7 @@ class WebChat:
         if session.conversation.exchanges:
             text = session.conversation.undo().text
         elif known:
-            self._tell(ToldError("nothing_asked"), language)
+            self._tell(VisitorError("nothing_asked"), language)
         return [text, *self._view(session)]
 
     def clear(self, request: gr.Request, language: str, held: str) -> list[Any]:
@@ -336,7 +336,7 @@ class WebChat:
         """The visitor's session, and whether it is the one whose conversation the page shows."""
         known = not held or self.sessions.find(request.session_hash) is not None
         if not known:  # the server was started again, or it was idle longest of too many
-            self._tell(ToldError(lost), language)
+            self._tell(VisitorError(lost), language)
         session = self.sessions.get(request.session_hash, client_of(request))
         session.language = session.language or language
         return session, known
@@ -357,11 +357,11 @@ class WebChat:
 
     def _tell(self, error: Exception, language: str) -> None:
         """Say it in a corner of the page, which would show HTML, in the visitor's language."""
-        if not isinstance(error, ToldError):
+        if not isinstance(error, VisitorError):
             logger.error("an answer or an image failed", exc_info=error)
             key = "broken_model" if isinstance(error, WeightsError) else "server_error"
             memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            error = ToldError("no_memory" if memory else key)
+            error = VisitorError("no_memory" if memory else key)
         title = html.escape(TEXTS[language]["error"])
         gr.Warning(html.escape(error.text(language)), title=title)
 

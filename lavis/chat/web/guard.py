@@ -8,22 +8,18 @@ import secrets
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lavis.chat.web.texts import LIMITS, ToldError, language_of
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+from lavis.chat.web.texts import LIMITS, VisitorError, language_of
 
 MAX_FILES = LIMITS["files"]
 MAX_FILE_BYTES = LIMITS["file_mb"] * 10**6
@@ -34,6 +30,7 @@ _MAX_SESSIONS_KNOWN = 10_000
 
 COOKIE = "lavis_chat"
 _CLIENT = re.compile(r"[\w-]{22,64}")
+# What Gradio's own script asks for; whatever a release adds stays closed.
 _GET = re.compile(
     r"/|/config/?|/theme\.css|/manifest\.json|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.+|"
     r"/gradio_api/(startup-events|app_id|theme\.css|queue/data|upload_progress|heartbeat/[^/]+)"
@@ -41,16 +38,15 @@ _GET = re.compile(
 _POST = re.compile(r"/gradio_api/(queue/join|cancel|run/[^/]+|upload|reset)/?")
 
 # Gradio's page needs inline scripts; nothing may come from, or go to, another host.
-_HEADERS = [
-    (
-        b"content-security-policy",
-        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
-        b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-        b"worker-src 'self' blob:; object-src 'none'; base-uri 'self'; frame-ancestors 'self'",
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+        "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+        "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; frame-ancestors 'self'"
     ),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-]
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
 
 
 class Uploads:
@@ -102,68 +98,60 @@ def client_of(request: Any) -> str:
     return value if _CLIENT.fullmatch(value) else ""
 
 
-class Guard:
-    """ASGI middleware in front of Gradio.
+class Guard(BaseHTTPMiddleware):
+    """Stands in front of Gradio.
 
     Gradio serves more than this page uses: files, a proxy to other hosts, the REST interface,
     recordings, run history. All of that answers 404. A session belongs to the browser that
     began it.
     """
 
-    def __init__(self, app: Any, uploads: Uploads, language: str = "auto") -> None:
+    def __init__(self, app: ASGIApp, uploads: Uploads, language: str = "auto") -> None:
         """Stand before ``app``; ``language`` of refusals is the page's."""
-        self._app = app
+        super().__init__(app)
         self._uploads = uploads
         self._language = language
         self._owners: OrderedDict[str, str] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The page has no websockets."""
+        if scope["type"] != "websocket":
+            await super().__call__(scope, receive, send)
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         """Answer, refuse, or pass on."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        if scope["type"] != "http":
-            return
-        request = Request(scope, receive)
-        send = self._with_headers(request, send)
         try:
-            body = await self._check(request)
-        except _RefusedError as refused:
-            body = self._refusal(request, refused)
-        if isinstance(body, Response):
-            await body(scope, receive, send)
-        elif body is None:
-            await self._app(scope, receive, send)
-        else:
-            await self._app(scope, _replayed(body, receive), send)
+            response = await self._check(request) or await call_next(request)
+            if response.status_code == 503:  # Gradio's script puts English in place of its text
+                raise _RefusedError(429, "busy")
+        except _RefusedError as refused:  # as JSON, which Gradio's script wants
+            text = refused.text(language_of(request, self._language))
+            response = JSONResponse({"detail": text, "error": text}, refused.status)
+        response.headers.update(_HEADERS)
+        if request.method == "GET" and request.url.path.endswith("/") and not client_of(request):
+            response.set_cookie(COOKIE, secrets.token_urlsafe(24), httponly=True, samesite="lax")
+        return response
 
-    def _refusal(self, request: Request, refused: _RefusedError) -> Response:
-        """JSON, as Gradio's script wants it."""
-        text = refused.text(language_of(request, self._language))
-        return JSONResponse({"detail": text, "error": text}, refused.status)
-
-    async def _check(self, request: Request) -> Response | bytes | None:
-        """A response, the body that was read, or nothing if the request may pass as it is."""
+    async def _check(self, request: Request) -> Response | None:
+        """A response, or nothing if the request may pass."""
         path = request.url.path.removeprefix(request.scope.get("root_path", ""))
-        if request.method in ("GET", "HEAD"):
-            if not _GET.fullmatch(path):
-                raise _RefusedError(404)
+        client = client_of(request)
+        if request.method in ("GET", "HEAD") and _GET.fullmatch(path):
             session = request.query_params.get("session_hash", "")
             if "/heartbeat/" in path:
                 session = path.rsplit("/", 1)[-1]
             if session:
-                self._require_owner(session, client_of(request))
+                self._require_owner(session, client)
             return None
         if request.method != "POST" or not _POST.fullmatch(path):
             raise _RefusedError(404)
-        client = client_of(request)
         if not client:
             raise _RefusedError(403, "no_cookie")
         if "/upload" in path:
             return await self._upload(request, client)
-        body = await _read(request, _MAX_BODY_BYTES)
-        self._check_body(body, client)
-        return body
+        _require_length(request, _MAX_BODY_BYTES)
+        self._check_body(await request.body(), client)
+        return None
 
     def _check_body(self, body: bytes, client: str) -> None:
         """Values are text, numbers, yes or no: Gradio would fetch anything that names a file."""
@@ -189,10 +177,9 @@ class Guard:
 
     async def _upload(self, request: Request, client: str) -> Response:
         # What surrounds the files in the request comes on top.
-        body = await _read(request, MAX_UPLOAD_BYTES + _MAX_BODY_BYTES, "large_upload")
-        again = Request(request.scope, _replayed(body, request.receive))
+        _require_length(request, MAX_UPLOAD_BYTES + _MAX_BODY_BYTES, "large_upload")
         try:
-            async with again.form(max_files=1000, max_fields=0) as form:
+            async with request.form(max_files=1000, max_fields=0) as form:
                 files = [f for f in form.getlist("files") if isinstance(f, UploadFile)]
                 if len(files) > MAX_FILES:
                     raise _RefusedError(400, "many_images")
@@ -203,54 +190,16 @@ class Guard:
             raise _RefusedError(400, "no_upload") from None
         return JSONResponse([self._uploads.add(client, name, content) for name, content in read])
 
-    def _with_headers(self, request: Request, send: Send) -> Send:
-        extra = list(_HEADERS)
-        if request.method == "GET" and request.url.path.endswith("/") and not client_of(request):
-            value = f"{COOKIE}={secrets.token_urlsafe(24)}; HttpOnly; SameSite=Lax; Path=/"
-            extra.append((b"set-cookie", value.encode()))
 
-        full = False
-
-        async def sending(message: Message) -> None:
-            nonlocal full
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *extra]
-                full = message["status"] == 503
-                if full:  # Gradio's script puts its own English in place of this status's text
-                    response = self._refusal(request, _RefusedError(429, "busy"))
-                    await response(request.scope, request.receive, send)
-            if not full:
-                await send(message)
-
-        return sending
-
-
-class _RefusedError(ToldError):
-    def __init__(self, status: int, key: str = "refused", **values: object) -> None:
-        super().__init__(key, **values)
+class _RefusedError(VisitorError):
+    def __init__(self, status: int, key: str = "refused") -> None:
+        super().__init__(key)
         self.status = status
 
 
-async def _read(request: Request, limit: int, key: str = "large_request") -> bytes:
-    """The body, refused as soon as it passes the limit."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise _RefusedError(413, key)
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives the body first, then what the connection says."""
-    first = True
-
-    async def replay() -> Message:
-        nonlocal first
-        if first:
-            first = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return replay
+def _require_length(request: Request, limit: int, key: str = "large_request") -> None:
+    """Refuse a body that is too long, or whose length is not said in advance as browsers do."""
+    length = request.headers.get("content-length", "")
+    chunked = "transfer-encoding" in request.headers
+    if chunked or not re.fullmatch(r"[0-9]{1,12}", length) or int(length) > limit:
+        raise _RefusedError(413, key)

@@ -11,9 +11,9 @@ import gradio as gr
 from lavis.chat.settings import ChatSettings
 from lavis.chat.web.guard import MAX_FILE_BYTES, MAX_FILES, MAX_UPLOAD_BYTES
 from lavis.chat.web.sessions import data_address
-from lavis.chat.web.texts import GRADIO, LANGUAGE_COOKIE, LANGUAGES, LIMITS, TEXTS, ToldError
-from lavis.common.cli import TOYBOX
+from lavis.chat.web.texts import GRADIO, LANGUAGE_COOKIE, LANGUAGES, LIMITS, TEXTS, VisitorError
 from lavis.common.errors import ConfigError
+from lavis.common.paths import TOYBOX
 
 SETTINGS = (
     "do_sample", "temperature", "top_p", "top_k",
@@ -41,17 +41,17 @@ class Page:
 
     def __init__(self, settings: ChatSettings, language: str, *, toybox: bool) -> None:
         self._toybox = toybox
+        self._language = language
         self._words: list[tuple[Any, str, str]] = []
-        texts = TEXTS[language]
         with gr.Blocks(analytics_enabled=False, title="LAVIS chat", fill_width=True) as self.demo:
-            self._head(language)
-            self.chat = gr.Chatbot(
+            self._head()
+            self.chat = self._worded(
+                gr.Chatbot, "placeholder", "empty",
                 show_label=False, height="max(300px, calc(100dvh - 330px))", buttons=[],
-                placeholder=texts["empty"], elem_id="chat", feedback_options=None,
+                elem_id="chat", feedback_options=None,
             )  # fmt: skip
-            self._words.append((self.chat, "placeholder", "empty"))
             self.waiting = gr.HTML("", elem_id="waiting", padding=False)
-            self._entry(texts)
+            self._entry()
             with gr.Row(elem_id="tools"):
                 self.retry = self._button("retry")
                 self.undo = self._button("undo")
@@ -62,7 +62,7 @@ class Page:
             # a moment after they can be typed in.
             self.toggle = self._button("settings", elem_id="toggle")
             with gr.Row(elem_id="settings"):
-                self.settings = self._settings(settings, texts)
+                self.settings = {name: self._setting(settings, name) for name in SETTINGS}
             # "hidden" stays in the page, so that its value reaches the browser.
             self.held = gr.Textbox(visible="hidden", elem_id="held")
             self.sent = gr.Textbox(visible="hidden")
@@ -79,28 +79,37 @@ class Page:
         ]
 
     def _text(self, language: str, key: str) -> str:
-        if key == "title":
-            return heading(language, self._toybox)
-        return TEXTS[language][key]
+        texts = TEXTS[language]
+        if key != "title":
+            return texts[key]
+        note = f"<p>{texts['toybox']}</p>" if self._toybox else ""
+        return f'<h1 lang="{language}">{texts["title"]}</h1>{note}'
 
-    def _head(self, language: str) -> None:
+    def _worded(self, kind: Any, attribute: str, key: str, **options: Any) -> Any:
+        """A component whose ``attribute`` has words, those of ``key``."""
+        component = kind(**{attribute: self._text(self._language, key)}, **options)
+        self._words.append((component, attribute, key))
+        return component
+
+    def _button(self, key: str, **options: Any) -> Any:
+        options = {"size": "sm", "min_width": 70} | options
+        return self._worded(gr.Button, "value", key, **options)
+
+    def _head(self) -> None:
         with gr.Row(elem_id="head"):
-            self.title = gr.HTML(heading(language, self._toybox), padding=False)
-            self._words.append((self.title, "value", "title"))
-            choices = [(name, code) for code, name in LANGUAGES.items()]
+            self._worded(gr.HTML, "value", "title", padding=False)
             self.language = gr.Radio(
-                choices, value=language, show_label=False, container=False, elem_id="language",
-                min_width=120, scale=0,
+                [(name, code) for code, name in LANGUAGES.items()], value=self._language,
+                show_label=False, container=False, elem_id="language", min_width=120, scale=0,
             )  # fmt: skip
 
-    def _entry(self, texts: dict[str, str]) -> None:
+    def _entry(self) -> None:
         with gr.Row(elem_id="entry", equal_height=True):
             self.add = self._button("add", scale=0, min_width=90, elem_id="add", size="md")
-            self.question = gr.Textbox(
-                show_label=False, placeholder=texts["question"], container=False, scale=1,
+            self.question = self._worded(
+                gr.Textbox, "placeholder", "question", show_label=False, container=False, scale=1,
                 lines=1, max_lines=6, min_width=120, elem_id="question",
             )  # fmt: skip
-            self._words.append((self.question, "placeholder", "question"))
             self.send = self._button("send", variant="primary", scale=0, elem_id="send", size="md")
             self.stop = self._button(
                 "stop", variant="stop", scale=0, elem_id="stop", size="md", visible=False
@@ -108,61 +117,41 @@ class Page:
 
     def _examples(self) -> None:
         with gr.Row(elem_id="examples", visible=bool(EXAMPLES)):
-            self.examples_title = gr.HTML(TEXTS["en"]["examples"], padding=False)
-            self._words.append((self.examples_title, "value", "examples"))
+            self._worded(gr.HTML, "value", "examples", padding=False)
             self.examples = [
                 gr.Button(name, elem_id=f"example-{i}", scale=0, min_width=64, size="sm")
                 for i, name in enumerate(EXAMPLES)
             ]
 
-    def _settings(self, settings: ChatSettings, texts: dict[str, str]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for name in SETTINGS:
-            value = getattr(settings, name)
-            kind: Any = gr.Checkbox if name == "do_sample" else gr.Number
-            extra = {} if kind is gr.Checkbox else {"step": 1 if name in WHOLE else 0.05}
-            made[name] = kind(
-                value=value, label=texts[name], min_width=150, elem_id=f"set-{name}", **extra
-            )
-            self._words.append((made[name], "label", name))
-        return made
-
-    def _button(self, key: str, **options: Any) -> Any:
-        button = gr.Button(TEXTS["en"][key], **{"size": "sm", "min_width": 70} | options)
-        self._words.append((button, "value", key))
-        return button
+    def _setting(self, settings: ChatSettings, name: str) -> Any:
+        options = {"value": getattr(settings, name), "min_width": 150, "elem_id": f"set-{name}"}
+        if name == "do_sample":
+            return self._worded(gr.Checkbox, "label", name, **options)
+        step = 1 if name in WHOLE else 0.05
+        return self._worded(gr.Number, "label", name, step=step, **options)
 
 
 def chosen_settings(values: tuple[Any, ...]) -> dict[str, Any]:
     """The page's settings by name, each one checked.
 
     Raises:
-        ToldError: a value does not fit.
+        VisitorError: a value does not fit.
     """
     chosen = dict(zip(SETTINGS, values, strict=True))
     for name, value in chosen.items():
         if value is None and name != "seed":
-            raise ToldError("no_value", name=name)
-        if name in WHOLE and isinstance(value, float):
-            if not value.is_integer():
-                raise ToldError("not_whole", name=name)
-            chosen[name] = int(value)
+            raise VisitorError("no_value", name=name)
+        if name in WHOLE and isinstance(value, float) and value.is_integer():
+            chosen[name] = int(value)  # a field's number is a float
         try:
             ChatSettings(**{name: chosen[name]})
         except ConfigError as error:
-            raise ToldError(f"bad_{name}") from error
+            raise VisitorError(f"bad_{name}") from error
     if chosen["num_beams"] > LIMITS["beams"]:
-        raise ToldError("many_beams")
+        raise VisitorError("many_beams")
     if chosen["num_beams"] > 1 and chosen["do_sample"]:
-        raise ToldError("beams_draw")
+        raise VisitorError("beams_draw")
     return chosen
-
-
-def heading(language: str, toybox: bool) -> str:
-    """HTML of the page's title."""
-    texts = TEXTS[language]
-    note = f"<p>{texts['toybox']}</p>" if toybox else ""
-    return f'<h1 lang="{language}">{texts["title"]}</h1>{note}'
 
 
 def chat_html(content: str) -> Any:

@@ -60,15 +60,15 @@ def serve(
     """
     import httpx
 
-    own = host.strip("[]")
+    bare = host.strip("[]")
     if port == 0:
         with bind(host, 0) as free:
             port = free.getsockname()[1]
     try:
         # A tunnel is asked for through the proxy, if there is one.
-        with direct(f"localhost,{own}" if share else "*"):
+        with direct(f"localhost,{bare}" if share else "*"):
             _, address, shared = demo.launch(
-                server_name=f"[{own}]" if ":" in own else own, server_port=port,
+                server_name=f"[{bare}]" if ":" in bare else bare, server_port=port,
                 share=share, root_path=root_path or None, prevent_thread_lock=True, quiet=True,
                 show_error=False, footer_links=[], run_history=False, enable_monitoring=False,
                 mcp_server=False, ssr_mode=False, pwa=False, inbrowser=False,

@@ -8,14 +8,15 @@ import io
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from lavis.chat.conversation import Answer, Conversation, Exchange
+from lavis.chat.conversation import Answer, Conversation
 from lavis.chat.engine import ChatEngine, ChatImage
 from lavis.chat.settings import ChatSettings
 from lavis.common.images import as_image
@@ -27,6 +28,7 @@ _MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("ta
 _MARKDOWN.disable("image")
 
 
+@dataclass
 class Session:
     """A browser tab's conversation.
 
@@ -40,15 +42,14 @@ class Session:
         used: when it was used last, by :func:`time.monotonic`.
     """
 
-    def __init__(self, name: str, client: str, conversation: Conversation) -> None:
-        self.name = name
-        self.conversation = conversation
-        self.client = client
-        self.language = ""
-        self.thumbnails: dict[int, str] = {}
-        self.values: tuple[Any, ...] = ()
-        self.answer: Answer | None = None
-        self.used = time.monotonic()
+    name: str
+    client: str
+    conversation: Conversation
+    language: str = ""
+    thumbnails: dict[int, str] = field(default_factory=dict)
+    values: tuple[Any, ...] = ()
+    answer: Answer | None = None
+    used: float = field(default_factory=time.monotonic)
 
     @property
     def empty(self) -> bool:
@@ -107,7 +108,8 @@ class Sessions:
             gone: Session | None = None
             if name not in self._sessions:
                 if len(self._sessions) >= self._limit:
-                    gone = self._evict()
+                    idle = min(self._sessions.values(), key=lambda s: (s.busy, s.used))
+                    gone = self._sessions.pop(idle.name)
                 conversation = Conversation(self._engine, self._settings)
                 self._sessions[name] = Session(name, client, conversation)
             session = self._sessions[name]
@@ -127,10 +129,6 @@ class Sessions:
             session.used = time.monotonic()
         session.conversation.cancel()  # nobody listens to that answer any more
         return session
-
-    def _evict(self) -> Session:
-        name = min(self._sessions, key=lambda n: (self._sessions[n].busy, self._sessions[n].used))
-        return self._sessions.pop(name)
 
     def leave(self, name: str, grace: float) -> None:
         """A tab is gone or cut off: forget its session unless it is used again within ``grace``."""
@@ -180,41 +178,34 @@ def strip(session: Session, images: Sequence[ChatImage], words: str, discard: st
     return f'<div class="strip">{label}{"".join(pictures)}</div>'
 
 
-def history(session: Session, texts: dict[str, str], part: Any) -> list[dict[str, Any]]:
+def history(
+    session: Session, texts: dict[str, str], part: Callable[[str], Any]
+) -> list[dict[str, Any]]:
     """A chatbot's messages; each part is HTML of ours, made a component by ``part(html)``."""
     messages: list[dict[str, Any]] = []
 
     def add(role: str, *parts: str) -> None:
-        messages.append({"role": role, "content": [part(p) for p in parts if p]})
+        if any(parts):
+            messages.append({"role": role, "content": [part(p) for p in parts if p]})
 
-    conversation = session.conversation
-    exchanges = list(conversation.exchanges)
+    endings = {"stop": "", "length": texts["cut"], "cancelled": texts["stopped"]}
+    exchanges = list(session.conversation.exchanges)
     for i, exchange in enumerate(exchanges):
-        if i and i == conversation.forgotten:
-            add("assistant", _remark(texts["unseen"], "line"))
-        question = f'<div class="said plain">{html.escape(exchange.text)}</div>'
-        add("user", strip(session, exchange.images, ""), question)
-        coming = session.busy and i == len(exchanges) - 1
-        shown = [_answer(exchange.answer, texts, coming)] if exchange.answer or coming else []
-        remark = "" if coming else _ending(exchange, texts)
-        if remark:
-            shown.append(_remark(remark, "remark"))
-        if shown:
-            add("assistant", *shown)
+        if i and i == session.conversation.forgotten:
+            add("assistant", _block("line", texts["unseen"]))
+        add("user", strip(session, exchange.images, ""), _block("said plain", exchange.text))
+        answer = _MARKDOWN.render(exchange.answer or "…")
+        if session.busy and i == len(exchanges) - 1:
+            add("assistant", f'<div class="said">{answer}</div>')
+            continue
+        copied, label = html.escape(exchange.answer), html.escape(texts["copy"])
+        said = (
+            f'<div class="said">{answer}</div>'
+            f'<button class="copy" data-copy="{copied}">{label}</button>'
+        )
+        add("assistant", said * bool(exchange.answer), _block("remark", endings[exchange.finish]))
     return messages
 
 
-def _answer(text: str, texts: dict[str, str], coming: bool) -> str:
-    said = f'<div class="said">{_MARKDOWN.render(text or "…")}</div>'
-    if coming:
-        return said
-    label = html.escape(texts["copy"])
-    return f'{said}<button class="copy" data-copy="{html.escape(text)}">{label}</button>'
-
-
-def _ending(exchange: Exchange, texts: dict[str, str]) -> str:
-    return {"stop": "", "length": texts["cut"], "cancelled": texts["stopped"]}[exchange.finish]
-
-
-def _remark(text: str, kind: str) -> str:
-    return f'<div class="{kind}">{html.escape(text)}</div>'
+def _block(kind: str, text: str) -> str:
+    return f'<div class="{kind}">{html.escape(text)}</div>' if text else ""

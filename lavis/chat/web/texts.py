@@ -21,7 +21,7 @@ LIMITS = {"files": 16, "file_mb": 20, "upload_mb": 80, "megapixels": 50, "beams"
 LANGUAGE_COOKIE = "lavis_language"
 
 
-class ToldError(Exception):
+class VisitorError(Exception):
     """What a visitor is told: the key of a text, and its values."""
 
     def __init__(self, key: str, **values: object) -> None:

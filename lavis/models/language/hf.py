@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.errors import ConfigError, WeightsError, listed
 from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
-from lavis.models.language.proof import prove
+from lavis.models.language.proof import first_line, prove
 from lavis.models.weights.files import open_shards
 
-logger = logging.getLogger(__name__)
-_SHOWN = 8  # names listed in one message
 _CONSTANTS = re.compile(r".*rotary_emb\.inv_freq")  # that old files hold; computed from the config
 
 
@@ -37,85 +34,76 @@ def load_hf(path: Path, *, device: torch.device, dtype: torch.dtype | None) -> C
         WeightsError: a file is missing, damaged, or does not fit.
         ConfigError: the family is not one of this Transformers, or needs code of its own.
     """
-    if path.suffix == ".gguf":
-        return prove(CausalLM(_load_gguf(path, dtype).to(device)))
     config = read_config(path)
-    family, text = _family(config, path)
-    weights = dict(open_shards(path))
-    if text is not config:
-        weights = _text_part(weights)
-    weights = {k: v for k, v in weights.items() if not _CONSTANTS.fullmatch(k)}
-    model = _fill(family, text, weights, path, dtype or _stored_dtype(weights, path))
-    return prove(CausalLM(model.to(device)))
+    family, text = stock_class(config, path)
+    folder, wrong = None, "does not fit"
+    options: dict[str, object] = {"dtype": dtype}
+    if path.suffix == ".gguf":
+        folder, wrong = path.parent, "cannot be read"
+        options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+        options |= {"dtype": dtype or "auto", "local_files_only": True}
+    else:
+        weights = dict(open_shards(path))
+        if text is not config:
+            weights = _text_part(weights)
+        weights = {k: v for k, v in weights.items() if not _CONSTANTS.fullmatch(k)}
+        options |= {"state_dict": weights, "dtype": dtype or _stored_dtype(weights, path)}
+    try:
+        model, info = family.from_pretrained(
+            folder, config=text, output_loading_info=True, **options
+        )
+    except Exception as error:  # a damaged file, or shapes that differ: all kinds
+        raise WeightsError(f"{path} {wrong}: {first_line(error)}") from error
+    _check(path, info)
+    return prove(CausalLM(model.eval().to(device)))
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """A folder's ``config.json``, without running code that may lie beside it.
+def read_config(path: Path) -> PreTrainedConfig:
+    """The configuration of a folder or a ``.gguf`` file; code that may lie beside it is not run.
 
     Raises:
-        WeightsError: the file is missing, not JSON, or holds values of a wrong kind.
-        ConfigError: the family is unknown, or the weights are quantized.
+        WeightsError: the file is missing, damaged, or holds values of a wrong kind.
+        ConfigError: the family is unknown, the weights are quantized, or a package is missing.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise WeightsError(f"model.language.path: no file {path}")
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        kind = given.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{path} is not a JSON object: {error}") from error
-    if kind not in CONFIG_MAPPING_NAMES:
-        own = " It would need the folder's own code, which is never run." * ("auto_map" in given)
-        raise ConfigError(f"{path}: model_type {kind!r} is unknown to Transformers.{own}")
-    if given.get("quantization_config"):
-        raise ConfigError(f"{path}: the weights are quantized; use the full-precision folder")
+    file, options = path / "config.json", {}
+    if path.suffix == ".gguf":
+        file, options = path, {"gguf_file": path.name}
+        check_packages("gguf", str(path))
+    if not file.is_file():
+        raise WeightsError(f"model.language.path: no file {file}")
+    if file is not path:
+        _check_config(file)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
+            file.parent, trust_remote_code=False, local_files_only=True, **options
         )
     except Exception as error:  # the library's own checks raise all kinds
-        raise WeightsError(f"{path} cannot be used: {_first_line(error)}") from error
+        verb = "read" if file is path else "used"
+        raise WeightsError(f"{file} cannot be {verb}: {first_line(error)}") from error
     return config
 
 
-def read_any_config(path: Path) -> PreTrainedConfig:
-    """The sizes of the language model in a folder or a ``.gguf`` file.
-
-    Raises:
-        WeightsError, ConfigError: as :func:`read_config`.
-    """
-    config = _gguf_config(path) if path.suffix == ".gguf" else read_config(path)
-    text: PreTrainedConfig = _family(config, path)[1]
-    return text
-
-
-def outline(path: Path) -> CausalLM:
-    """The language model in a folder or a ``.gguf`` file without its numbers: on no device.
-
-    Raises:
-        WeightsError, ConfigError: as :func:`read_config`.
-    """
-    config = _gguf_config(path) if path.suffix == ".gguf" else read_config(path)
-    family, text = _family(config, path)
-    with torch.device("meta"):
-        return CausalLM(family(text))
-
-
-def _gguf_config(path: Path) -> PreTrainedConfig:
-    if not path.is_file():
-        raise WeightsError(f"model.language.path: no file {path}")
-    check_packages("gguf", str(path))
+def _check_config(file: Path) -> None:
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:  # a damaged file fails in many ways
-        raise WeightsError(f"{path} cannot be read: {_first_line(error)}") from error
-    return config
+        given = json.loads(file.read_text(encoding="utf-8"))
+        kind = given.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"{file} is not a JSON object: {error}") from error
+    if kind not in CONFIG_MAPPING_NAMES:
+        own = " It would need the folder's own code, which is never run." * ("auto_map" in given)
+        raise ConfigError(f"{file}: model_type {kind!r} is unknown to Transformers.{own}")
+    if given.get("quantization_config"):
+        raise ConfigError(f"{file}: the weights are quantized; use the full-precision folder")
 
 
-def _family(config: PreTrainedConfig, path: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class of a language model, or of the one inside a model that also sees or hears."""
+def stock_class(
+    config: PreTrainedConfig, path: Path
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """Class and sizes of a language model, or of the one in a model that also sees or hears.
+
+    Raises:
+        ConfigError: there is none.
+    """
     text = getattr(config, "text_config", None) or config
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"{path}: {config.model_type} is no causal language model")
@@ -152,71 +140,17 @@ def _stored_dtype(weights: dict[str, Tensor], path: Path) -> torch.dtype:
     return dtype
 
 
-def _fill(
-    family: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    weights: dict[str, Tensor],
-    path: Path,
-    dtype: torch.dtype,
-) -> PreTrainedModel:
-    """Build a model around mapped tensors, by the names that the library gives the family's files.
-
-    Raises:
-        WeightsError: names are missing or left over, or shapes differ.
-    """
-    try:
-        model, info = family.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-    except Exception as error:  # shapes that differ are a RuntimeError, others vary
-        raise WeightsError(f"{path} does not fit: {_first_line(error)}") from error
-    _check(info, path)
-    filled: PreTrainedModel = model
-    return filled.eval()
-
-
-def _check(info: dict[str, Any], path: Path) -> None:
+def _check(path: Path, info: dict[str, Iterable[str]]) -> None:
+    """Refuse weights that are missing, left over or of another shape, by the library's report."""
+    reports = {
+        "missing": info["missing_keys"],
+        "not part of the model": info["unexpected_keys"],
+        "of another shape": [m[0] for m in info["mismatched_keys"]],
+        "not converted": info.get("error_msgs") or (),
+    }
     wrong = []
-    for what, names in (
-        ("missing", info["missing_keys"]),
-        ("not part of the model", info["unexpected_keys"]),
-        ("of another shape", [m[0] for m in info["mismatched_keys"]]),
-        ("not converted", info.get("error_msgs") or []),
-    ):
-        if names:
-            shown = ", ".join(sorted(names)[:_SHOWN])
-            more = f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
-            wrong.append(f"{len(names)} {what}: {shown}{more}")
+    for what, names in reports.items():
+        if names := sorted(names):
+            wrong.append(f"{len(names)} {what}: {listed(names)}")
     if wrong:
         raise WeightsError(f"{path} does not fit: " + "; ".join(wrong))
-
-
-def _load_gguf(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A model with its weights unpacked.
-
-    Raises:
-        WeightsError: there is no such file, or it is damaged.
-        ConfigError: the ``gguf`` package is missing.
-    """
-    from transformers import GgufConfig
-
-    family, text = _family(_gguf_config(path), path)
-    try:
-        model, info = family.from_pretrained(
-            path.parent,
-            config=text,
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=dtype or "auto",
-            output_loading_info=True,
-            local_files_only=True,
-        )
-    except Exception as error:  # a damaged file fails in many ways
-        raise WeightsError(f"{path} cannot be read: {_first_line(error)}") from error
-    _check(info, path)
-    filled: PreTrainedModel = model
-    return filled.eval()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]

@@ -6,18 +6,18 @@ import importlib
 import logging
 
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen2ForCausalLM
 
-from lavis.common.errors import ConfigError
+from lavis.common.errors import ConfigError, LavisError
 from lavis.common.paths import cache_path
+from lavis.common.types import DTYPES
 from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
 from lavis.models.language.causal import CausalLM, context_of
-from lavis.models.language.hf import load_hf, outline, read_any_config
+from lavis.models.language.hf import load_hf, read_config, stock_class
 from lavis.models.language.qwen1 import load_llm, new_llm, read_spec
-from lavis.models.vision.eva_qformer import DTYPES
 from lavis.models.weights.original import QWEN, KeyMap, Rule
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML
-from lavis.processors.contracts import ChatTemplate, Tokenizer
+from lavis.processors.contracts import ChatTemplate, Kind, Tokenizer, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
 from lavis.processors.proof import check, prove
 from lavis.processors.templates import TokenizerTemplate
@@ -31,12 +31,15 @@ class LanguagePart:
     """A language model before its weights are read.
 
     Attributes:
+        family, sizes: class and configuration of the stock model.
         tokenizer, template: make ids of conversations.
         system: the system prompt; ``None`` is the template's own.
         context: longest sequence, in tokens.
         keys: how the names in a checkpoint relate to the model's.
     """
 
+    family: type[PreTrainedModel]
+    sizes: PreTrainedConfig
     tokenizer: Tokenizer
     template: ChatTemplate
     system: str | None = None
@@ -52,7 +55,8 @@ class LanguagePart:
 
     def outline(self) -> CausalLM:
         """The model without numbers, for the names of its layers."""
-        raise NotImplementedError
+        with torch.device("meta"):
+            return CausalLM(self.family(self.sizes))
 
     def require_room(self, new_tokens: int, key: str) -> None:
         """Refuse a setting by which an answer leaves no room for a question.
@@ -68,8 +72,10 @@ class LanguagePart:
 
 
 class Qwen1(LanguagePart):
-    """First-generation Qwen, computed as Qwen2."""
+    """First-generation Qwen, computed as Qwen2; random weights if it is from scratch."""
 
+    config: Qwen1Config
+    family = Qwen2ForCausalLM
     keys = KeyMap((*QWEN.rules, *OTHER_NAMES.rules))  # others: adapters
     system = SYSTEM_PROMPT
 
@@ -80,31 +86,22 @@ class Qwen1(LanguagePart):
             WeightsError, ConfigError: a file is missing, or belongs to another kind of model.
         """
         super().__init__(config, cache_root, at)
-        self.options = config
         tokenizer = QwenTokenizer(self.path / "qwen.tiktoken")
         self.tokenizer, self.template = tokenizer, ChatML(tokenizer)
         self.spec = read_spec(self.path, config.config, need_file=not config.from_scratch)
-        self.context = self.spec.context
-        rows = self.spec.config.vocab_size
-        if tokenizer.vocab_size > rows:
+        self.sizes, self.context = self.spec.config, self.spec.context
+        if tokenizer.vocab_size > self.sizes.vocab_size:
             raise ConfigError(
                 f"model.llm_model: the vocabulary has {tokenizer.vocab_size} tokens, the language "
-                f"model only {rows}"
+                f"model only {self.sizes.vocab_size}"
             )
 
     def load(self, device: torch.device) -> CausalLM:
-        """As its base says; random weights if they are from scratch."""
-        c, dtype = self.options, DTYPES[self.options.precision]
-        if c.from_scratch:
-            llm = new_llm(self.spec, device=device, dtype=dtype, embedding_std=c.embedding_std)
-        else:
-            llm = load_llm(self.spec, self.path, device=device, dtype=dtype)
-        return CausalLM(llm)
-
-    def outline(self) -> CausalLM:
-        """As its base says."""
-        with torch.device("meta"):
-            return CausalLM(Qwen2ForCausalLM(self.spec.config))
+        dtype = DTYPES.get(self.config.precision)
+        if not self.config.from_scratch:
+            return CausalLM(load_llm(self.spec, self.path, device=device, dtype=dtype))
+        std = self.config.embedding_std
+        return CausalLM(new_llm(self.spec, device=device, dtype=dtype, embedding_std=std))
 
 
 class Hf(LanguagePart):
@@ -115,30 +112,36 @@ class Hf(LanguagePart):
 
         Raises:
             WeightsError: a file is missing or damaged.
-            ConfigError: the family is unknown, or the template cannot be followed exactly.
+            ConfigError: the family is unknown, the template cannot be followed exactly, or it
+                takes no system prompt and one is set.
         """
         super().__init__(config, cache_root, at)
-        sizes = read_any_config(self.path)
-        self.context = context_of(sizes)
-        tokenizer = FastTokenizer.load(self.path, int(sizes.vocab_size))
-        self.tokenizer = tokenizer
+        self.family, self.sizes = stock_class(read_config(self.path), self.path)
+        self.context, self.system = context_of(self.sizes), config.system
+        self.tokenizer = tokenizer = FastTokenizer.load(self.path, int(self.sizes.vocab_size))
         if config.template is None:
-            template = TokenizerTemplate(tokenizer, thinking=config.thinking)
-            notes = prove(template)
-            self.template = template
+            self.template = template = TokenizerTemplate(tokenizer, thinking=config.thinking)
+            self._check_system()
+            notes = prove(template, self.system)
         else:
             self.template = _own_template(config.template, tokenizer, f"{at}template")
-            notes = check(self.template, tokenizer)
+            self._check_system()
+            notes = check(self.template, tokenizer, self.system)
         for note in notes:
             logger.info("%s: %s", self.path.name, note)
 
     def load(self, device: torch.device) -> CausalLM:
-        """As its base says; what the family can do on the fast path is proved."""
-        return load_hf(self.path, device=device, dtype=DTYPES[self.config.precision])
+        return load_hf(self.path, device=device, dtype=DTYPES.get(self.config.precision))
 
-    def outline(self) -> CausalLM:
-        """As its base says."""
-        return outline(self.path)
+    def _check_system(self) -> None:
+        if self.system is None:
+            return
+        try:
+            pieces = self.template.pieces([Turn("user", "?")], system=self.system, ask=True)
+        except LavisError as error:
+            raise ConfigError(f"{self.at}system: {error}") from error
+        if self.system.strip() not in "".join(p.text for p in pieces if p.kind is Kind.TEXT):
+            raise ConfigError(f"{self.at}system: the chat template leaves it out; give none")
 
 
 def _own_template(name: str, tokenizer: Tokenizer, key: str) -> ChatTemplate:
@@ -155,11 +158,3 @@ def _own_template(name: str, tokenizer: Tokenizer, key: str) -> ChatTemplate:
             f"{key}: {name!r} is no pkg.module:Class that takes a tokenizer: {error}"
         ) from error
     return made
-
-
-def describe_language(config: LanguageConfig, cache_root: str, at: str) -> LanguagePart:
-    """The part that a configuration names."""
-    from lavis.common.registry import LANGUAGE_MODELS
-
-    part: LanguagePart = LANGUAGE_MODELS.get(config.name)(config, cache_root, at)
-    return part

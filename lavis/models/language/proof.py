@@ -54,13 +54,14 @@ def prove(llm: CausalLM) -> CausalLM:
         wanted = _stock(llm, documents)
     except Exception as error:  # whatever a family that nobody tried may raise
         raise ConfigError(
-            f"{type(llm.model).__name__} does not run here: {_first_line(error)}"
+            f"{type(llm.model).__name__} does not run here: {first_line(error)}"
         ) from error
+    after = torch.cat([h[:, _PREFIX:] for h in wanted.split(_LENGTHS, dim=1)], dim=1)
     if not llm.packs:
         llm.run_plainly("its attention function cannot be replaced")
     elif reason := _wrong(llm, lambda: _packed(llm, documents), wanted):
         llm.run_plainly(f"packed, they differ from each alone ({reason})")
-    elif reason := _wrong(llm, lambda: _after_prefix(llm, documents), _without_prefix(wanted)):
+    elif reason := _wrong(llm, lambda: _packed(llm, documents, _PREFIX), after):
         llm.run_plainly(f"after a prefix, they differ from each whole ({reason})")
     elif reason := _wrong(llm, lambda: _cached(llm, documents[-1]), wanted[:, -_LENGTHS[-1] :]):
         llm.caches = False
@@ -90,36 +91,22 @@ def _stock(llm: CausalLM, documents: list[Tensor]) -> Tensor:
     return torch.cat(rows, dim=1)
 
 
-def _positions(lengths: list[int], start: int = 0) -> Tensor:
-    return torch.cat([torch.arange(start, n) for n in lengths])[None]
-
-
-def _packed(llm: CausalLM, documents: list[Tensor]) -> Tensor:
-    row = torch.cat(documents, dim=1)
-    positions = _positions([d.shape[1] for d in documents]).to(row.device)
-    lengths = Documents(tuple(d.shape[1] for d in documents))
-    return llm.hidden(llm.embed(row), positions, documents=lengths)
-
-
-def _after_prefix(llm: CausalLM, documents: list[Tensor]) -> Tensor:
-    _, prefix = llm.prefix(documents[0][:, :_PREFIX])
-    row = torch.cat([ids[:, _PREFIX:] for ids in documents], dim=1)
-    positions = _positions([d.shape[1] for d in documents], _PREFIX).to(row.device)
-    lengths = tuple(d.shape[1] - _PREFIX for d in documents)
-    return llm.hidden(llm.embed(row), positions, documents=Documents(lengths, prefix))
-
-
-def _without_prefix(hidden: Tensor) -> Tensor:
-    return torch.cat([h[:, _PREFIX:] for h in hidden.split(_LENGTHS, dim=1)], dim=1)
+def _packed(llm: CausalLM, documents: list[Tensor], skipped: int = 0) -> Tensor:
+    """Documents in one row, after a prefix of ``skipped`` tokens that is computed once."""
+    prefix = llm.prefix(documents[0][:, :skipped])[1] if skipped else ()
+    row = torch.cat([ids[:, skipped:] for ids in documents], dim=1)
+    positions = torch.cat([torch.arange(skipped, ids.shape[1]) for ids in documents])[None]
+    lengths = tuple(ids.shape[1] - skipped for ids in documents)
+    embeds = llm.embed(row)
+    return llm.hidden(embeds, positions.to(row.device), documents=Documents(lengths, prefix))
 
 
 def _cached(llm: CausalLM, ids: Tensor) -> Tensor:
-    cache, rows, start = Cache(layer_class_to_replicate=_Roomy), [], 0
-    for piece in ids.split(_PIECES, dim=1):
-        positions = torch.arange(start, start + piece.shape[1], device=ids.device)[None]
-        rows.append(llm.hidden(llm.embed(piece), positions, cache=cache))
-        start += piece.shape[1]
-    return torch.cat(rows, dim=1)
+    """A document in pieces, as a conversation is read."""
+    cache = Cache(layer_class_to_replicate=_Roomy)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    pieces = (x.split(_PIECES, dim=1) for x in (llm.embed(ids), positions))
+    return torch.cat([llm.hidden(e, p, cache=cache) for e, p in zip(*pieces, strict=True)], dim=1)
 
 
 def _wrong(llm: CausalLM, compute: Callable[[], Tensor], wanted: Tensor) -> str:
@@ -127,15 +114,16 @@ def _wrong(llm: CausalLM, compute: Callable[[], Tensor], wanted: Tensor) -> str:
     try:
         got = compute()
     except Exception as error:  # noqa: BLE001  whatever a family that nobody tried may raise
-        return _first_line(error)
+        return first_line(error)
     limit, share = _TOLERANCE[llm.head.weight.dtype]
     errors = (got.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
     worst = float(errors.flatten().sort().values[int(share * (errors.numel() - 1))])
     return "" if worst <= limit else f"by {worst:.1e} of a vector's length"
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+def first_line(error: Exception) -> str:
+    """An error of a library, in a line."""
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:300]
 
 
 def _set_head(llm: CausalLM, ids: Tensor) -> None:
@@ -143,7 +131,7 @@ def _set_head(llm: CausalLM, ids: Tensor) -> None:
 
     Logits are made large on the way, since a cap hardly bends small ones.
     """
-    hidden = llm.hidden(llm.embed(ids), _positions([ids.shape[1]]).to(ids.device))
+    hidden = llm.hidden(llm.embed(ids), torch.arange(ids.shape[1], device=ids.device)[None])
     raw = llm.head(hidden).float()
     gain = 100 / float(raw.abs().max())
     hook = llm.head.register_forward_hook(lambda module, args, output: output * gain)

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from transformers import Blip2QFormerConfig
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.hashing import file_digest
 from lavis.common.registry import did_you_mean
+from lavis.common.types import DTYPES
 from lavis.models.config import EvaQFormerKeys
 from lavis.models.vision.eva import build_vit, load_vit
 from lavis.models.vision.qformer import build_qformer, qformer_config
@@ -24,7 +26,6 @@ from lavis.models.weights.original import QFORMER
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "auto": None}
 _VIT_NORM_EPS = 1e-5
 _QFORMER_SETTINGS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
@@ -165,6 +166,15 @@ class EvaQFormer(nn.Module):
         text = json.dumps(parts, sort_keys=True).encode()
         shape = (config.num_query_token, int(qformer.hidden_size))
         return hashlib.blake2b(text, digest_size=32).hexdigest(), shape
+
+
+def layers_above(name: str, depth: int) -> int:
+    """Layers from a parameter to the end of a ViT of ``depth`` blocks: of block i ``depth - i``, of
+    what comes before the blocks one more than there are, and 0 of what is not the ViT's."""
+    found = re.search(r"(^|\.)visual_encoder\.(blocks\.(\d+)\.)?", name)
+    if found is None:
+        return 0
+    return depth - int(found[3]) if found[3] else depth + 1
 
 
 def resolve_qformer(config: EvaQFormerKeys, cache_root: str) -> Blip2QFormerConfig:

@@ -15,7 +15,7 @@ from lavis.common.errors import ConfigError
 from lavis.common.paths import require_writable
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config
-from lavis.common.types import AUTOCAST
+from lavis.common.types import DTYPES
 from lavis.models.config import Part, PartsConfig
 from lavis.models.weights.files import open_pth
 
@@ -72,7 +72,7 @@ class FrozenVision:
         encoder, shape = MODELS.get(model.arch).describe_vision(
             model, cache_root=self.config.env.cache_root, device=device
         )
-        amp = [str(AUTOCAST[run.autocast_dtype]), model.parts[0].enable_autocast]
+        amp = [str(DTYPES[run.autocast_dtype]), model.parts[0].enable_autocast]
         parts = json.dumps([encoder, amp if run.amp else None])
         return hashlib.blake2b(parts.encode(), digest_size=32).hexdigest(), shape
 
@@ -85,7 +85,7 @@ class FrozenVision:
         )
 
         def encode(pixels: Tensor) -> Tensor:
-            dtype = AUTOCAST[run.autocast_dtype]
+            dtype = DTYPES[run.autocast_dtype]
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=run.amp):
                 features: Tensor = vision(pixels.to(device))
             return features.float().cpu()

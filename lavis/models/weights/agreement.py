@@ -25,7 +25,15 @@ _REFUSED_OF_PARTS = (
     "vision.name", "connector.name", "connector.depth", "train.language.lora.r",
     "train.language.lora.alpha", "train.language.lora.targets",
 )  # fmt: skip
-_WARNED_OF_PARTS = ("path", "thinking", "template", "vit_weights", "pretrained", "vit_precision")
+_WARNED_OF_PARTS = (
+    "path",
+    "system",
+    "thinking",
+    "template",
+    "vit_weights",
+    "pretrained",
+    "vit_precision",
+)
 _TRAINED_OF_PARTS = ("dropout", "label_mask", "max_txt_len")
 _FREE = ("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
 

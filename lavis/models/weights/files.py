@@ -19,12 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lavis.common.errors import WeightsError
+from lavis.common.errors import WeightsError, listed
 from lavis.models.weights.original import KeyMap
 from lavis.models.weights.shards import find_shards
 
 logger = logging.getLogger(__name__)
-_SHOWN = 8  # names listed in one message
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -136,7 +135,7 @@ def outline(content: object) -> str:
     """What a file holds, in a few words."""
     if isinstance(content, dict):
         entries = [f"{k} ({type(v).__name__})" for k, v in content.items()]
-        return f"a dictionary of {len(entries)}: {', '.join(entries[:_SHOWN])}"
+        return f"a dictionary of {len(entries)}: {listed(entries)}"
     shape = f" of shape {tuple(content.shape)}" if isinstance(content, Tensor) else ""
     return f"one {type(content).__name__}{shape}"
 
@@ -226,11 +225,8 @@ def load_weights(
             )
         loaded[name] = key.cut(tensor)
     if misfits:
-        wrong = list(misfits.values())
-        shown = "; ".join(wrong[:_SHOWN]) + (
-            f"; and {len(wrong) - _SHOWN} more" * (len(wrong) > _SHOWN)
-        )
-        raise WeightsError(f"{source.label} has tensors of another shape: {shown}")
+        wrong = listed(list(misfits.values()), "; ")
+        raise WeightsError(f"{source.label} has tensors of another shape: {wrong}")
     dtype = dtype or _usual_type(source.label, loaded.values())
     for name, tensor in loaded.items():
         loaded[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -260,8 +256,7 @@ def _mismatch(missing: list[str], left_over: list[str]) -> str:
     parts = []
     for what, names in (("missing", missing), ("not part of the model", left_over)):
         if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}")
+            parts.append(f"{len(names)} {what}: {listed(names)}")
     return "; ".join(parts)
 
 

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.errors import ConfigError, WeightsError, listed
 from lavis.common.paths import is_file, require
 
-_SHOWN = 8  # names listed in one message
 _KEY = "model.llm_model"
 _LFS = b"version https://git-lfs.github.com/spec/"
 _UNFINISHED = (".incomplete", ".part", ".partial", ".aria2", ".crdownload")
@@ -90,13 +89,13 @@ def find_shards(folder: Path, key: str = _KEY) -> list[Path]:
             if absent := [p.name for p in shards if not is_file(p)]:
                 raise WeightsError(
                     f"{index} names {len(shards)} files, {len(absent)} of them missing: "
-                    + ", ".join(absent[:_SHOWN])
+                    + listed(absent)
                 )
         counts = [int(n) for p in shards for n in re.findall(r"-of-(\d+)\.", p.name)]
         if counts and len(counts) < max(counts):
             raise WeightsError(
                 f"{folder} holds {len(counts)} of {max(counts)} weight files: "
-                + ", ".join(p.name for p in shards[:_SHOWN])
+                + listed([p.name for p in shards])
             )
         if shards:
             return shards
@@ -140,7 +139,7 @@ def _instead(path: Path) -> str:
     """What may be meant in place of a path that holds no model."""
     below = ("*", "snapshots/*", "models--*/snapshots/*")  # the last two: Hugging Face's cache
     if found := sorted(p for pattern in below for p in path.glob(f"{pattern}/config.json")):
-        return f"; set {_KEY} to {', '.join(str(p.parent) for p in found[:_SHOWN])}"
+        return f"; set {_KEY} to {listed([str(p.parent) for p in found])}"
     if path.suffix == ".gguf" or any(path.glob("*.gguf")):
         return f"; GGUF files are made for llama.cpp: take the safetensors of a {_FAMILY}"
     return ""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lavis.common.errors import WeightsError
+from lavis.common.errors import WeightsError, listed
 from lavis.common.paths import require_checkpoint
 from lavis.common.registry import did_you_mean
 from lavis.common.schema import ModelConfig
@@ -97,7 +97,7 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
     if left_over:
         raise WeightsError(
             f"{file.label} holds {len(left_over)} tensors that are not part of this model: "
-            f"{', '.join(left_over[:8])}{did_you_mean(left_over[0], known)}"
+            f"{listed(left_over)}{did_you_mean(left_over[0], known)}"
         )
     for parameter, tensor in new:
         parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)

@@ -1,6 +1,6 @@
 """Pictures of the web page for the documentation.
 
-``python -m lavis.tools.web_screenshots --out docs/images`` starts the page with the toybox, talks
+``python -m docs.web_screenshots --out docs/images`` starts the page with the toybox, talks
 to it in a headless Chromium, and writes ``web_en.png``, ``web_zh.png`` and ``web_phone.png``. It
 needs the extra ``web``, Playwright, and Chromium on the system.
 """
@@ -12,8 +12,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lavis.common.cli import TOYBOX, output_folder, run_cli
+from lavis.common.cli import output_folder, run_cli
 from lavis.common.errors import ConfigError
+from lavis.common.paths import TOYBOX
 
 _ENGLISH = ("What colour is the star?", "How many objects are there?")
 _CHINESE = ("星形是什么颜色的？", "图里有几个物体？")
