@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -275,6 +276,59 @@ def test_one_rate(home: Path, tmp_path: Path) -> None:
     groups = [g for g in runner.strategy.optimizer.param_groups if g["params"]]
     assert [g["lr"] for g in groups] == pytest.approx([3e-3, 3e-3])
     assert [g["weight_decay"] for g in groups] == [0.05, 0]
+
+
+def test_a_part_with_a_schedule_of_its_own(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    options = [
+        "model.train={connector: {lr: 2e-3}, language: {lr: 1e-3, lr_sched: constant_lr, "
+        "warmup_steps: 2, warmup_lr: 0, lora: {r: 2}}, vision: {lr: 1e-4, min_lr: 5e-5, "
+        "parts: [queries]}}",
+        "run.lr_sched=linear_warmup_cosine_lr_step-wise", "run.init_lr=2e-3", "run.min_lr=1e-3",
+        "run.warmup_steps=0", "run.max_epoch=2", f"run.output_dir={tmp_path}",
+    ]  # fmt: skip
+    runner = prepare(home, *options)
+    assert any(
+        m.startswith("learns: language") and m.endswith("constant_lr of its own")
+        for m in caplog.messages
+    )
+    names = {id(p): n.partition(".")[0] for n, p in runner.model.named_parameters()}
+    seen: dict[str, list[float]] = {}
+
+    def see(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for part, rate in {
+            (names[id(p)], g["lr"]) for g in optimizer.param_groups for p in g["params"]
+        }:
+            seen.setdefault(part, []).append(rate)
+
+    runner.strategy.optimizer.register_step_pre_hook(see)
+    path = runner.train()
+    steps = len(seen["connector"])
+    cosine = [0.5 * (1 + math.cos(math.pi * i / steps)) for i in range(steps)]
+    assert steps > 3
+    assert seen["connector"] == pytest.approx([1e-3 + 1e-3 * c for c in cosine])
+    assert seen["vision"] == pytest.approx([5e-5 + 5e-5 * c for c in cosine])
+    assert seen["language"] == pytest.approx([0, 5e-4] + [1e-3] * (steps - 2))
+    resumed = prepare(home, *options, f"run.resume_ckpt_path={path}", "run.max_epoch=3", job="more")
+    resumed.train()
+    assert {g["part"] for g in resumed.strategy.optimizer.param_groups} == {
+        "", "language", "vision",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("min_lr: 1", r"model\.train\.connector: .*min_lr must be at most"),
+        ("lr_sched: cosine", r"model\.train\.connector: lr_sched: .*linear_warmup_cosine_lr"),
+        ("warmup_ratio: 1.5", r"model\.train\.connector: .*warmup_ratio"),
+    ],
+)
+def test_a_schedule_that_cannot_be(home: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(home, f"model.train={{connector: {{lr: 1e-3, {setting}}}}}")
 
 
 def test_a_trained_qformer_is_loaded_but_neither_cached_nor_exported(

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lavis.common.errors import ConfigError
 from lavis.common.registry import LR_SCHEDULERS
@@ -157,6 +157,19 @@ def build_schedule(run: RunConfig, steps_per_epoch: int) -> Schedule:
     return LR_SCHEDULERS.get(run.lr_sched)(run, steps_per_epoch)
 
 
+class PartRate(NamedTuple):
+    """How a part of the model learns.
+
+    Attributes:
+        share: what the rate of the schedule is multiplied by.
+        schedule: of its own, in place of the run's.
+    """
+
+    share: float
+    weight_decay: float
+    schedule: Schedule | None = None
+
+
 _NORM = re.compile(r"(^|[._])(ln|bn|norm|layernorm)\w*", re.IGNORECASE)
 
 
@@ -165,7 +178,7 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     layers_above: Callable[[str], int] = lambda _: 0,
-    rates: Mapping[str, tuple[float, float]] | None = None,
+    rates: Mapping[str, PartRate] | None = None,
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters for AdamW.
 
@@ -174,24 +187,31 @@ def parameter_groups(
 
     Args:
         layers_above: of a parameter's name; 0 of what has no layers.
-        rates: of parts that have their own, by the first word of a name: what the learning rate is
-            multiplied by, and the weight decay.
+        rates: of parts that have their own, by the first word of a name.
 
     Returns:
-        Groups with ``params``, ``weight_decay`` and ``lr_scale``. Without layer decay these are
-        the original's two, decayed first, so that either project reads the other's optimizer.
+        Groups with ``params``, ``weight_decay``, ``lr_scale`` and the ``part`` whose own schedule
+        holds, or ``""``. Without layer decay these are the original's two, decayed first, so that
+        either project reads the other's optimizer.
     """
-    first = (1.0, weight_decay, True), (1.0, weight_decay, False)
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {key: [] for key in first}
+    first = (1.0, weight_decay, True, ""), (1.0, weight_decay, False, "")
+    groups: dict[tuple[float, float, bool, str], list[nn.Parameter]] = {key: [] for key in first}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         plain = parameter.ndim < 2 or name.endswith("bias") or _NORM.search(name) is not None
-        scale, decay = (rates or {}).get(name.partition(".")[0], (1.0, weight_decay))
-        scale *= layer_decay ** layers_above(name)
-        groups.setdefault((scale, decay, not plain), []).append(parameter)
+        part = name.partition(".")[0]
+        rate = (rates or {}).get(part, PartRate(1.0, weight_decay))
+        scale = rate.share * layer_decay ** layers_above(name)
+        key = (scale, rate.weight_decay, not plain, part if rate.schedule else "")
+        groups.setdefault(key, []).append(parameter)
     return [
-        {"params": params, "weight_decay": decay if decayed else 0.0, "lr_scale": scale}
-        for (scale, decay, decayed), params in groups.items()
-        if params or (scale, decay, decayed) in first
+        {
+            "params": params,
+            "weight_decay": decay if decayed else 0.0,
+            "lr_scale": scale,
+            "part": own,
+        }
+        for (scale, decay, decayed, own), params in groups.items()
+        if params or (scale, decay, decayed, own) in first
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.packages import check_packages
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import did_you_mean
-from lavis.common.schema import ModelConfig, PartConfig
+from lavis.common.schema import ModelConfig, PartConfig, RunConfig
 from lavis.common.typed import require_range
 from lavis.models.weights.shards import check_download, find_shards, llm_files
 
@@ -85,6 +85,33 @@ class PartTraining:
     weight_decay: float | None = None
     parts: tuple[str, ...] = ()  # of the part, only these; the vision encoder says which it has
     lora: LoraConfig | None = None  # of the language model: adapters learn in place of weights
+    # a schedule of its own; of run's rates that are not given, it takes lr's share
+    lr_sched: str | None = None
+    min_lr: float | None = None
+    warmup_lr: float | None = None
+    warmup_steps: int | None = None
+    warmup_ratio: float | None = None
+    lr_decay_rate: float | None = None
+
+    def schedule(self, run: RunConfig, share: float) -> RunConfig | None:
+        """The run's settings with this part's schedule, if it has one.
+
+        Args:
+            share: of ``run.init_lr`` at which the part learns.
+
+        Raises:
+            ConfigError: a value out of its range.
+        """
+        names = "lr_sched", "min_lr", "warmup_lr", "warmup_steps", "warmup_ratio", "lr_decay_rate"
+        given: dict[str, Any] = {k: v for k in names if (v := getattr(self, k)) is not None}
+        if not given:
+            return None
+        if "warmup_steps" in given:
+            given.setdefault("warmup_ratio", None)
+        if "lr_sched" in given:  # what the run's schedule decays to is not for another one
+            given = {"min_lr": 0.0, "lr_decay_rate": 1.0} | given
+        rates = {k: getattr(run, k) * share for k in ("init_lr", "min_lr", "warmup_lr")}
+        return replace(run, **rates | given)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from lavis.common import dist
-from lavis.common.optim import Schedule, build_schedule
+from lavis.common.errors import ConfigError, at
+from lavis.common.optim import PartRate, Schedule, build_schedule
 from lavis.common.schema import Config, RunConfig
 from lavis.datasets.plan import BatchPlan
+from lavis.models.config import PartsConfig
 from lavis.runners.agreement import check_agreement, data_fingerprints, warn_of_another_rate
 from lavis.runners.checkpoint import Checkpoint
 from lavis.runners.keeper import open_checkpoint
@@ -31,6 +33,7 @@ class RunPlan:
         strategy: not set up yet.
         batches: the samples of every step.
         schedule: the learning rate of every step.
+        rates: of the parts that learn, where the model is made of parts.
         before: the checkpoint to resume from.
         step: optimizer steps that it has done.
         data: fingerprints of the training data.
@@ -39,6 +42,7 @@ class RunPlan:
     strategy: Strategy
     batches: BatchPlan
     schedule: Schedule
+    rates: dict[str, PartRate]
     before: Checkpoint | None
     step: int
     data: dict[str, str]
@@ -74,7 +78,35 @@ class RunPlan:
             step = before.steps_in(batches)
             warn_of_another_rate(before, run, schedule, step)
         log_notes(schedule.notes())
-        return cls(strategy, batches, schedule, before, step, data)
+        rates = part_rates(config, batches.steps_per_epoch)
+        return cls(strategy, batches, schedule, rates, before, step, data)
+
+
+def part_rates(config: Config, steps_per_epoch: int) -> dict[str, PartRate]:
+    """How each part learns.
+
+    Raises:
+        ConfigError: naming the part, whose rate or schedule cannot be.
+    """
+    model, run = config.model, config.run
+    if not isinstance(model, PartsConfig):
+        return {}
+    rates = {}
+    for part, how in model.training.items():
+        if how.lr and not run.init_lr:
+            raise ConfigError(
+                f"model.train.{part} learns at {how.lr:g}, but rates are shares of run.init_lr, "
+                "which is 0; set it"
+            )
+        share = 1.0 if not run.init_lr or how.lr is None else how.lr / run.init_lr
+        decay = run.weight_decay if how.weight_decay is None else how.weight_decay
+        with at(f"model.train.{part}"):
+            own = how.schedule(run, share)
+            schedule = None if own is None else build_schedule(own, steps_per_epoch)
+        rates[part] = PartRate(1.0 if schedule else share, decay, schedule)
+        if schedule is not None:
+            log_notes(f"model.train.{part}, {note}" for note in schedule.notes())
+    return rates
 
 
 def samples_per_step(run: RunConfig, before: Checkpoint | None) -> int:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavis.common import dist
 from lavis.common.errors import ConfigError, LavisError
-from lavis.common.optim import parameter_groups
+from lavis.common.optim import PartRate, parameter_groups
 from lavis.common.schema import Config, RunConfig
 from lavis.common.seeds import derived_seed
 from lavis.common.types import Batch
@@ -80,7 +80,9 @@ class RunnerBase:
         plan = plan or RunPlan.of(config, dataset, self.device)
         self.strategy, self.plan, self.schedule = plan.strategy, plan.batches, plan.schedule
         self.data, self.step = plan.data, plan.step  # optimizer steps done
-        depth, rates = _rates(config)
+        self._rates = rates = plan.rates
+        parts = config.model.parts if isinstance(config.model, PartsConfig) else None
+        depth = parts[0].vit_config.depth if parts else 0
         decay, by_layer = self.run.weight_decay, self.run.lr_layer_decay
         above = partial(layers_above, depth=depth)
         groups = parameter_groups(model.named_parameters(), decay, by_layer, above, rates)
@@ -172,7 +174,8 @@ class RunnerBase:
         supervised = self._start_step(micro_batches)
         lr = self.schedule.lr(self.step)
         for group in self.strategy.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            own = self._rates[group["part"]].schedule if group["part"] else None
+            group["lr"] = (own.lr(self.step) if own else lr) * group["lr_scale"]
         loss_sum, grad_norm = 0.0, 0.0
         nonfinite: list[str] = []
         for i, batch in enumerate(micro_batches):
@@ -333,34 +336,16 @@ class RunnerBase:
         return "resume with: " + shlex.join([*command, "--options", f"run.resume_ckpt_path={path}"])
 
 
-def _what_learns(
-    model: nn.Module, run: RunConfig, rates: Mapping[str, tuple[float, float]]
-) -> Iterator[str]:
+def _what_learns(model: nn.Module, run: RunConfig, rates: Mapping[str, PartRate]) -> Iterator[str]:
     """A line for each part that learns."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             counts[name.partition(".")[0]] += parameter.numel()
     for part, count in counts.items():
-        share, decay = rates.get(part, (1.0, run.weight_decay))
+        share, decay, own = rates.get(part, PartRate(1.0, run.weight_decay))
+        schedule = f", {own.run.lr_sched} of its own" if own else ""
         yield (
-            f"learns: {part}, {count:,} parameters, learning rate {share * run.init_lr:g}, "
-            f"weight decay {decay:g}"
+            f"learns: {part}, {count:,} parameters, learning rate "
+            f"{own.run.init_lr if own else share * run.init_lr:g}, weight decay {decay:g}{schedule}"
         )
-
-
-def _rates(config: Config) -> tuple[int, dict[str, tuple[float, float]]]:
-    """Blocks of the vision encoder, and each part's share of the rate and weight decay."""
-    model, run = config.model, config.run
-    if not isinstance(model, PartsConfig):
-        return 0, {}
-    rates = {}
-    for part, how in model.training.items():
-        if how.lr and not run.init_lr:
-            raise ConfigError(
-                f"model.train.{part} learns at {how.lr:g}, but rates are shares of run.init_lr, "
-                "which is 0; set it"
-            )
-        share = 1.0 if not run.init_lr or how.lr is None else how.lr / run.init_lr
-        rates[part] = share, run.weight_decay if how.weight_decay is None else how.weight_decay
-    return model.parts[0].vit_config.depth, rates
