@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -375,7 +376,9 @@ def test_a_bad_picture_to_ask_about_in_one_process(data: Path, tmp_path: Path, r
     assert f"18 of 19 answers are in {evaluation / 'test.part.jsonl'}" in log
     kept = rows(evaluation / "test.part.jsonl")
     assert len({r["sample_id"] for r in kept}) == len(kept) == 18
-    assert "gloo" not in log and log.count("exitcode  : 2") == 2
+    # The launcher may end the other process before it has ended itself.
+    codes = re.findall(r"exitcode  : (\S+)", log)
+    assert "gloo" not in log and "2" in codes and set(codes) <= {"2", "-15"}
     assert [p.name for p in evaluation.iterdir()] == ["test.part.jsonl"]
 
 
