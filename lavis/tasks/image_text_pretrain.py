@@ -142,20 +142,24 @@ class ImageTextPretrainTask:
         evaluated = [part for parts in data.evaluated.values() for part in parts]
         return fill_features(self.config, [*trained, *evaluated], FrozenVision(self.config), device)
 
-    def build_model(self, device: torch.device, data: RunData | None = None) -> nn.Module:
+    def build_model(
+        self, device: torch.device, data: RunData | None = None, *, mapped: bool = False
+    ) -> nn.Module:
         """Build the model and load its weights.
 
         Args:
             data: with ``run.feature_cache.enabled`` they get features, and the model has no vision
                 side. Every process must call it.
+            mapped: leave the weights in their files, for a strategy that shards them.
         """
         config, run = self.config.model, self.config.run
         options: dict[str, Any] = {"cache_root": self.config.env.cache_root, "device": device}
+        options |= {"mapped": True} if mapped else {}
         if run.feature_cache.enabled and data is not None:
             self.cache_features(data, device)
             options["vision"] = False
         model = MODELS.get(config.arch).from_config(config, **options)
-        if hasattr(model, "schedule"):
+        if hasattr(model, "schedule") and not mapped:  # the runner knows what memory is left
             model.schedule = StepSchedule.from_run(run, model)
         return model
 
