@@ -123,7 +123,9 @@ class CausalLM(nn.Module):
         """Cross-entropy of (N, C) hidden states for (N,) targets, summed, fp32."""
         if self.chunked:
             loss: Tensor = self.head(hidden * self.logit_scale, targets)
-            return loss
+            # A tensor of its own: of the head's hooks and the model's on one tensor, FSDP2 would
+            # run the head's first, and gather in another order than a process whose loss has more.
+            return loss + 0.0
         return F.cross_entropy(self.logits(hidden), targets, reduction="sum")
 
     def blocks(self) -> Iterator[nn.Module]:
