@@ -24,6 +24,7 @@ from lavis.datasets.feature_cache import Counts, fill_features
 from lavis.datasets.instruction import InstructionDataset
 from lavis.datasets.plan import shared_batches
 from lavis.models.compute.schedule import StepSchedule
+from lavis.models.config import PartsConfig
 from lavis.models.vision.frozen import FrozenVision
 from lavis.models.weights.files import open_pth
 from lavis.tasks.data import RunData, Splits, load_batches
@@ -218,6 +219,13 @@ class ImageTextPretrainTask:
         run = self.config.run
         if not run.evaluate and not getattr(self.config.model, "trains", True):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
+        model = self.config.model
+        if not run.evaluate and isinstance(model, PartsConfig) and model.parts[2].device_map == "auto":
+            raise ConfigError(
+                f"{model.keys[1]}device_map is auto, which spreads a language model over cards for "
+                "chat and cannot train it; remove it. A model that is too large for a card trains "
+                "with run.strategy: fsdp2"
+            )
         if run.resume_ckpt_path is not None:
             path = require_checkpoint(run.resume_ckpt_path, "run.resume_ckpt_path")
             if run.evaluate:
