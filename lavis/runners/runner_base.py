@@ -97,7 +97,7 @@ class RunnerBase:
         self.strategy.setup(model, groups)
         del groups  # with what is whole of sharded parameters
         if self.strategy.shards:
-            model.prove_language(self.device)
+            self.strategy.prove(model)
             reserved = self.strategy.reserved()
             model.schedule = StepSchedule.from_run(self.run, model, self.device, reserved)
         if before is not None:

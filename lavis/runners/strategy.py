@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from lavis.common.errors import ConfigError
 from lavis.common.schema import RunConfig
 from lavis.common.types import DTYPES
 from lavis.models.weights.slices import own_rows, take_out
+
+if TYPE_CHECKING:
+    from lavis.models.vlm import VLM
 
 Groups = list[dict[str, Any]]
 
@@ -61,6 +64,10 @@ class Strategy:
     def wrap(self, model: nn.Module) -> Any:
         """What is called in place of the model."""
         return model
+
+    def prove(self, model: VLM) -> None:
+        """Find out what its language model can do, if that had to wait for :meth:`setup`."""
+        model.prove_language(self.device)
 
     def reserved(self) -> float:
         """Bytes of a device, free after :meth:`setup`, that steps need beside activations."""
@@ -208,6 +215,10 @@ class FSDP2Strategy(Strategy):
         is added up in fp32."""
         each = self.dtype.itemsize if self.run.amp else parameter.itemsize
         return parameter.numel() * (2 * each + 4 if parameter.requires_grad else each)
+
+    def prove(self, model: VLM) -> None:
+        super().prove(model)
+        model.reshard()  # type: ignore[operator]  # else what is outside of blocks stays gathered
 
     def reserved(self) -> float:
         if self.run.fsdp_cpu_offload:

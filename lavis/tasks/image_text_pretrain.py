@@ -220,7 +220,11 @@ class ImageTextPretrainTask:
         if not run.evaluate and not getattr(self.config.model, "trains", True):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
         model = self.config.model
-        if not run.evaluate and isinstance(model, PartsConfig) and model.parts[2].device_map == "auto":
+        if (
+            not run.evaluate
+            and isinstance(model, PartsConfig)
+            and model.parts[2].device_map == "auto"
+        ):
             raise ConfigError(
                 f"{model.keys[1]}device_map is auto, which spreads a language model over cards for "
                 "chat and cannot train it; remove it. A model that is too large for a card trains "

@@ -33,7 +33,15 @@ def train_twice(output: Path, cfg_path: Path, *chosen: str) -> tuple[int, int]:
     """How many weights there are and how many have moved, the same ones on both ways."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.runners.sharded_worker", output, cfg_path, *chosen],
+        [
+            sys.executable,
+            *launcher,
+            "-m",
+            "tests.runners.sharded_worker",
+            output,
+            cfg_path,
+            *chosen,
+        ],
         cwd=REPO,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
