@@ -23,6 +23,7 @@ from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
 from lavis.common.registry import RUNNERS, TASKS
+from lavis.common.types import DTYPES
 from lavis.models import load_model_and_preprocess
 from lavis.models.build import Assembly
 from lavis.models.generation import Generator
@@ -48,7 +49,9 @@ GGUF = "gguf/model.gguf"
 CHECKPOINT = "checkpoint_latest.pth"
 
 
-def save_language(folder: Path, family: str, template: str, **options: Any) -> Path:
+def save_language(
+    folder: Path, family: str, template: str, *, stored: str = "fp32", **options: Any
+) -> Path:
     """A folder as a user downloads it, with random weights."""
     torch.manual_seed(7)
     config = AutoConfig.for_model(family, **(SIZES | options))
@@ -56,7 +59,7 @@ def save_language(folder: Path, family: str, template: str, **options: Any) -> P
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
+    model.to(DTYPES[stored]).save_pretrained(folder)
     return FAMILIES[template].save(folder)
 
 

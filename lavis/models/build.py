@@ -38,23 +38,32 @@ class Assembly:
         cache_root: str = "cache",
         device: str | torch.device = "cpu",
         vision: bool = True,
+        mapped: bool = False,
     ) -> VLM:
         """Build a model and load its weights, each tensor straight to its final place.
 
         Random parts draw from PyTorch's global generator. Without ``vision`` the model has no
-        vision encoder, and reads features in place of images.
+        vision encoder, and reads features in place of images. ``mapped`` is for a strategy that
+        shards: the weights stay in main memory, those of files as views of them, and each process
+        copies its slices to ``device``; see :func:`lavis.models.weights.files.final_dtype`.
 
         Raises:
             WeightsError: a file is missing (found before anything is read), damaged, or unfit.
             ConfigError: sizes do not fit each other.
         """
         device = torch.device(device)
+        home = torch.device("cpu") if mapped else device
         config.check_files(cache_root)
         encoder, described, features = cls.describe(config, cache_root)
         _, connector, llm = config.parts
-        language = described.load(torch.device("cpu") if llm.device_map == "auto" else device)
-        seeing = cls.build_vision(config, cache_root=cache_root, device=device) if vision else None
-        with device:
+        spread = llm.device_map == "auto"
+        language = described.load(torch.device("cpu") if spread else home, mapped=mapped)
+        seeing = (
+            cls.build_vision(config, cache_root=cache_root, device=device, home=home)
+            if vision
+            else None
+        )
+        with home:
             joint = CONNECTORS.get(connector.name)(connector, features[1], language.width)
         if connector.init == "embeddings":
             _scale_to_embeddings(joint, language)
@@ -70,10 +79,12 @@ class Assembly:
         model.set_trainable()
         if config.lora is not None:
             add_lora(language, config.lora)
-            language.to(device)
+            language.to(home)
         model.schedule = StepSchedule(recompute="all" if llm.grad_ckpt else "none")
-        own_trainable(model)
-        widen_frozen_linears(model)
+        if not mapped:
+            own_trainable(model)
+        if home == device:
+            widen_frozen_linears(model)
         if path := config.finetuned_path(cache_root):
             model.load_checkpoint(path)
         if llm.device_map == "auto":
@@ -116,16 +127,21 @@ class Assembly:
 
     @classmethod
     def build_vision(
-        cls, config: PartsConfig, *, cache_root: str, device: torch.device
+        cls,
+        config: PartsConfig,
+        *,
+        cache_root: str,
+        device: torch.device,
+        home: torch.device | None = None,
     ) -> EvaQFormer:
-        """The vision encoder alone, frozen, in evaluation mode.
+        """The vision encoder alone, frozen, in evaluation mode; ``home`` as in its class.
 
         Raises:
             WeightsError: a file is missing, damaged, or unfit.
         """
         eyes = config.parts[0]
         name = getattr(eyes, "name", "eva_qformer")
-        vision: EvaQFormer = VISION_ENCODERS.get(name)(eyes, cache_root, device)
+        vision: EvaQFormer = VISION_ENCODERS.get(name)(eyes, cache_root, device, home=home)
         return vision.requires_grad_(False).eval()
 
     @classmethod

@@ -17,6 +17,7 @@ from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import PartsConfig, PartTraining
 from lavis.models.generation import Generator, History
 from lavis.models.language.causal import CausalLM
+from lavis.models.language.proof import prove
 from lavis.models.step import LossOutput, packed_loss, supervised_loss
 from lavis.models.vision.eva_qformer import EvaQFormer
 from lavis.models.weights.original import KeyMap
@@ -247,11 +248,19 @@ class VLM(nn.Module):
                 yield from (m for n, m in self.language.named_modules() if "lora_" in n)
 
     def shardable_blocks(self) -> Iterator[nn.Module]:
-        """Parts of like size that are used one after the other, once in a forward pass."""
+        """Parts that are used one after the other, and need not be in memory at once."""
         if self.vision is not None:
             yield from self.vision.blocks()
         yield from self.language.blocks()
-        yield self.language.head
+        head: nn.Module = self.language.head
+        embeddings: nn.Module = self.language.model.get_input_embeddings()
+        if head.weight is not embeddings.weight:  # tied, they stay one parameter
+            yield from (embeddings, head)
+
+    def prove_language(self, device: torch.device) -> None:
+        """Find out what a language model can do whose weights had to be sharded first."""
+        if not self.language.proven:
+            prove(self.language, device)
 
     def training_flops(self, tokens: int, images: int) -> float:
         """Useful floating-point operations of a training step, attention scores left out.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lavis.common import dist
 from lavis.common.errors import ConfigError
 from lavis.common.schema import RunConfig
+from lavis.models.weights.files import final_dtype
 from lavis.runners.strategy import Groups, Strategy
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class DeepSpeedStrategy(Strategy):
             reason = " ".join(str(error).split("\n    For further")[0].split())
             raise ConfigError(f"run.deepspeed_config: DeepSpeed refuses it: {reason}") from error
         self.stage = int((given.get("zero_optimization") or {}).get("stage", 0))
+        self.shards = self.stage == 3
         fp16 = _enabled(given, "fp16")
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.rescales = fp16  # by DeepSpeed
@@ -58,7 +60,8 @@ class DeepSpeedStrategy(Strategy):
                 "run.on_nonfinite: skip does not work with ZeRO stages above 0, which have merged "
                 "a gradient before it can be taken back; use on_nonfinite: error or strategy: fsdp2"
             )
-        self._half = _enabled(given, "bf16", "fp16")
+        bf16 = _enabled(given, "bf16")
+        self._half = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
         if self.stage == 0 and self._half:
             # Of a half-precision stage 0 DeepSpeed does not hand out whole moments.
             logger.info("ZeRO stage 0 in half precision runs as stage 1: the same numbers")
@@ -71,7 +74,11 @@ class DeepSpeedStrategy(Strategy):
         model.uniform_graph = True  # type: ignore[assignment]
         self.trained = [p for g in groups for p in g["params"]]
         self._group_sizes = [len(g["params"]) for g in groups]
-        exact = {p: p.detach().float().cpu().clone() for p in self.trained}
+        # What half precision would round, the optimizer gets as it was.
+        kinds = {p: final_dtype(p) for p in self.trained}
+        exact = {p: p.detach().float().cpu().clone() for p, k in kinds.items() if k != self._half}
+        if self.shards:
+            self._cut(model)
         # DeepSpeed takes a trial step to lay out its buffers; at rate 0 it moves nothing.
         self._inner = self.adamw(groups, 0.0)
         self.module, self.optimizer, _, _ = deepspeed.initialize(
@@ -85,6 +92,33 @@ class DeepSpeedStrategy(Strategy):
             _cast_buffers(model)
             for parameter, value in exact.items():
                 deepspeed.utils.safe_set_full_fp32_param(parameter, value.to(self.device))
+
+    def _cut(self, model: nn.Module) -> None:
+        """Partition the parameters of a model, which may be a mapped one: each process copies its
+        slices. Left to DeepSpeed, each would copy the whole, and be sent the first one's."""
+        from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
+
+        device, half = self.device, self._half
+
+        class Slices(Init):  # type: ignore[misc]
+            def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
+                for parameter in param_list:
+                    if not is_zero_param(parameter):
+                        parameter.data = parameter.data.to(half or final_dtype(parameter))
+                        self._convert_to_deepspeed_param(parameter)
+                        parameter.partition()
+                        parameter.data = parameter.data.to(device)  # empty now
+
+        Slices(module=model, config_dict_or_path=self.deepspeed_config, dtype=half or torch.float32)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
+
+    def reserved(self) -> float:
+        """Whole parameters, as many as ZeRO-3 keeps, and slices of the gradient in fp32."""
+        most = self.module._config.zero_config.max_live_parameters
+        whole = min(most, sum(p.ds_numel for p in self.module.parameters()))
+        each = self._half or torch.float32
+        return float(whole * each.itemsize + sum(4 * p.ds_tensor.numel() for p in self.trained))
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -109,18 +143,18 @@ class DeepSpeedStrategy(Strategy):
     def zero_grad(self) -> None:
         self.module.optimizer.zero_grad()
 
-    def full(self, tensor: Tensor) -> Tensor:
+    def whole(self, tensor: Tensor) -> Tensor:
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         if isinstance(tensor, nn.Parameter):
             exact = safe_get_full_fp32_param(tensor)
             if exact is not None:
-                return super().full(exact)
+                return super().whole(exact)
             if hasattr(tensor, "ds_id"):
                 with GatheredParameters([tensor]):
-                    return super().full(tensor).clone()
-        return super().full(tensor)
+                    return super().whole(tensor).clone()
+        return super().whole(tensor)
 
     def optimizer_state(self) -> dict[str, Any]:
         if self.stage == 0:
@@ -132,7 +166,7 @@ class DeepSpeedStrategy(Strategy):
         if step is not None and float(step) > 0:
             for i, p in enumerate(self.trained):
                 moments = {k: safe_get_full_optimizer_state(p, k) for k in _MOMENTS}
-                state[i] = {k: v.detach().cpu() for k, v in moments.items()}
+                state[i] = {k: self.full(v) for k, v in moments.items()}
                 state[i]["step"] = torch.tensor(float(step))
         numbers = iter(range(len(self.trained)))
         groups = [

@@ -24,6 +24,7 @@ from lavis.common.seeds import derived_seed
 from lavis.common.types import Batch
 from lavis.datasets.collate import settle_bad
 from lavis.datasets.plan import Key
+from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import PartsConfig
 from lavis.models.vision.eva_qformer import layers_above
 from lavis.models.vlm import VLM
@@ -64,7 +65,7 @@ class RunnerBase:
         Args:
             config: the whole configuration.
             task: defines a step and what makes a model better.
-            model: on its device, weights loaded.
+            model: on its device, weights loaded; mapped, if the plan's strategy shards.
             dataset: training samples by ``(epoch, index)``; a :class:`RunData` where the run
                 evaluates splits.
             job_id: name of the run's folder under ``run.output_dir``, the same in all processes.
@@ -76,8 +77,8 @@ class RunnerBase:
         """
         self.config, self.run = config, config.run
         self.task, self.model, self.dataset = task, model, dataset
-        self.device = torch.device(next(model.parameters()).device)
-        plan = plan or RunPlan.of(config, dataset, self.device)
+        plan = plan or RunPlan.of(config, dataset, next(model.parameters()).device)
+        self.device = plan.strategy.device
         self.strategy, self.plan, self.schedule = plan.strategy, plan.batches, plan.schedule
         self.data, self.step = plan.data, plan.step  # optimizer steps done
         self._rates = rates = plan.rates
@@ -94,6 +95,11 @@ class RunnerBase:
         if before is not None:
             assign_model_state(model, state_dict_in(before.path, before.model))
         self.strategy.setup(model, groups)
+        del groups  # with what is whole of sharded parameters
+        if self.strategy.shards:
+            self.strategy.prove(model)
+            reserved = self.strategy.reserved()
+            model.schedule = StepSchedule.from_run(self.run, model, self.device, reserved)
         if before is not None:
             self._load_optimizer(before)
         self.folder = Path(self.run.output_dir) / job_id

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from lavis.common import dist
 from lavis.common.errors import ConfigError
 from lavis.common.schema import RunConfig
 from lavis.common.types import DTYPES
+from lavis.models.weights.slices import own_rows, take_out
+
+if TYPE_CHECKING:
+    from lavis.models.vlm import VLM
 
 Groups = list[dict[str, Any]]
 
@@ -28,7 +32,10 @@ class Strategy:
     Attributes:
         module: what is called in place of the model.
         optimizer: AdamW over the trainable parameters.
+        shards: whether frozen parameters are sharded, too; then the model may be a mapped one.
     """
+
+    shards: bool = False
 
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         self.run, self.device = run, device
@@ -39,10 +46,13 @@ class Strategy:
 
     def setup(self, model: nn.Module, groups: Groups) -> None:
         """Take over a model and its trainable parameters, grouped."""
-        names = {p: n for n, p in model.named_parameters()}
+        names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+        named = [[names[p] for p in g["params"]] for g in groups]
+        del names
         self.module: Any = self.wrap(model)
         wrapped = dict(model.named_parameters())  # sharding puts others in their place
-        groups = [g | {"params": [wrapped[names[p]] for p in g["params"]]} for g in groups]
+        params = [[wrapped[n] for n in group] for group in named]
+        groups = [g | {"params": p} for g, p in zip(groups, params, strict=True)]
         self.trained = [p for g in groups for p in g["params"]]
         self.optimizer: Any = self.adamw(groups, self.run.init_lr)
 
@@ -54,6 +64,14 @@ class Strategy:
     def wrap(self, model: nn.Module) -> Any:
         """What is called in place of the model."""
         return model
+
+    def prove(self, model: VLM) -> None:
+        """Find out what its language model can do, if that had to wait for :meth:`setup`."""
+        model.prove_language(self.device)
+
+    def reserved(self) -> float:
+        """Bytes of a device, free after :meth:`setup`, that steps need beside activations."""
+        return 0.0
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -69,7 +87,7 @@ class Strategy:
         """Clip the gradient to ``run.grad_norm_clip``. Returns its norm before, over everything."""
         self.scaler.unscale_(self.optimizer)
         limit = self.run.grad_norm_clip or math.inf
-        return float(self.full(nn.utils.clip_grad_norm_(self.trained, limit)))
+        return float(self.whole(nn.utils.clip_grad_norm_(self.trained, limit)))
 
     def step(self) -> None:
         """Move the parameters and forget the gradient."""
@@ -81,9 +99,14 @@ class Strategy:
         """Forget the gradient."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor of which processes hold slices. Every process must call it."""
+        return tensor.detach()
+
     def full(self, tensor: Tensor) -> Tensor:
-        """A whole tensor on the CPU. Every process must call it."""
-        return tensor.detach().cpu()
+        """A whole tensor on the CPU, for the main process; the others, which write no file, get
+        one without numbers. Every process must call it."""
+        return self.whole(tensor).to("cpu" if dist.is_main() else "meta")
 
     def optimizer_state(self) -> dict[str, Any]:
         """PyTorch's state dict of the optimizer, with whole tensors. Every process must call it."""
@@ -139,7 +162,11 @@ class FSDP2Strategy(Strategy):
 
     The blocks that ``model.shardable_blocks`` lists are gathered one by one when they are used;
     frozen blocks are sharded, too. ``run.fsdp_cpu_offload`` keeps the slices in main memory.
+    Gradients are sharded after every micro-batch: added up whole, those of a language model that
+    learns would fill a card.
     """
+
+    shards = True
 
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         super().__init__(run, device)
@@ -156,6 +183,7 @@ class FSDP2Strategy(Strategy):
             register_fsdp_forward_method,
         )
 
+        held = take_out(model)
         model.uniform_graph = True  # type: ignore[assignment]
         kind = self.device.type
         mesh = init_device_mesh(kind, (dist.world_size(),))
@@ -168,33 +196,67 @@ class FSDP2Strategy(Strategy):
         half = MixedPrecisionPolicy(
             param_dtype=self.dtype if self.run.amp else None, reduce_dtype=torch.float32
         )
+        sizes = [0]
         for block in getattr(model, "shardable_blocks", list)():
+            sizes.append(sum(map(self._gathered, block.parameters())))
             # Gathered in half precision where autocast would compute in it anyway.
             fully_shard(block, mp_policy=half, **options)
+        rest = sum(map(self._gathered, model.parameters())) - sum(sizes)
+        self._at_once = rest + 2 * max(sizes)  # one is in use, one on its way
         fully_shard(model, **options)
-        for method in ("generate_ids", "encode_query"):
+        self._fill(model, held)
+        for method in ("generate_ids", "encode_query", "prove_language"):
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
         return model
 
-    @contextlib.contextmanager
-    def micro_batch(self, *, last: bool) -> Iterator[None]:
-        self.module.set_requires_gradient_sync(last)
-        with super().micro_batch(last=last):
-            yield
+    def _gathered(self, parameter: nn.Parameter) -> int:
+        """Bytes of a whole parameter; of one that learns, and of its gradient before and while it
+        is added up in fp32."""
+        each = self.dtype.itemsize if self.run.amp else parameter.itemsize
+        return parameter.numel() * (2 * each + 4 if parameter.requires_grad else each)
 
-    def full(self, tensor: Tensor) -> Tensor:
+    def prove(self, model: VLM) -> None:
+        super().prove(model)
+        model.reshard()  # type: ignore[operator]  # else what is outside of blocks stays gathered
+
+    def reserved(self) -> float:
+        if self.run.fsdp_cpu_offload:
+            return float(self._at_once)
+        local = sum(p.to_local().nbytes for p in self.trained)  # type: ignore[attr-defined]
+        return float(self._at_once + 3 * local)  # a gradient and two moments
+
+    def _fill(self, model: nn.Module, held: dict[str, Tensor]) -> None:
+        """Give each parameter its slice of what :func:`take_out` has taken."""
+        filled: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stays tied
+        state = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter not in filled:
+                sharded = self.shard(held[name], parameter)
+                filled[parameter] = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+            state[name] = filled[parameter]
+        model.load_state_dict(state, strict=False, assign=True)
+
+    def whole(self, tensor: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
 
         if isinstance(tensor, DTensor):
-            return super().full(tensor.to(self.device).full_tensor())  # type: ignore[attr-defined]
-        return super().full(tensor)
+            return super().whole(tensor.to(self.device).full_tensor())  # type: ignore[attr-defined]
+        return super().whole(tensor)
 
     def shard(self, value: Any, parameter: nn.Parameter) -> Any:
-        from torch.distributed.tensor import DTensor, distribute_tensor
+        from torch.distributed.tensor import DTensor
 
         if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.ndim:
             return value
         assert isinstance(parameter, DTensor)
-        value = value.to(parameter.device, copy=True)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        place = "cpu" if self.run.fsdp_cpu_offload else self.device
+        rows = own_rows(value, dist.rank(), dist.world_size())
+        return DTensor.from_local(
+            rows.to(place, parameter.dtype, copy=True),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )

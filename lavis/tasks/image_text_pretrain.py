@@ -24,6 +24,7 @@ from lavis.datasets.feature_cache import Counts, fill_features
 from lavis.datasets.instruction import InstructionDataset
 from lavis.datasets.plan import shared_batches
 from lavis.models.compute.schedule import StepSchedule
+from lavis.models.config import PartsConfig
 from lavis.models.vision.frozen import FrozenVision
 from lavis.models.weights.files import open_pth
 from lavis.tasks.data import RunData, Splits, load_batches
@@ -142,20 +143,24 @@ class ImageTextPretrainTask:
         evaluated = [part for parts in data.evaluated.values() for part in parts]
         return fill_features(self.config, [*trained, *evaluated], FrozenVision(self.config), device)
 
-    def build_model(self, device: torch.device, data: RunData | None = None) -> nn.Module:
+    def build_model(
+        self, device: torch.device, data: RunData | None = None, *, mapped: bool = False
+    ) -> nn.Module:
         """Build the model and load its weights.
 
         Args:
             data: with ``run.feature_cache.enabled`` they get features, and the model has no vision
                 side. Every process must call it.
+            mapped: leave the weights in their files, for a strategy that shards them.
         """
         config, run = self.config.model, self.config.run
         options: dict[str, Any] = {"cache_root": self.config.env.cache_root, "device": device}
+        options |= {"mapped": True} if mapped else {}
         if run.feature_cache.enabled and data is not None:
             self.cache_features(data, device)
             options["vision"] = False
         model = MODELS.get(config.arch).from_config(config, **options)
-        if hasattr(model, "schedule"):
+        if hasattr(model, "schedule") and not mapped:  # the runner knows what memory is left
             model.schedule = StepSchedule.from_run(run, model)
         return model
 
@@ -214,6 +219,17 @@ class ImageTextPretrainTask:
         run = self.config.run
         if not run.evaluate and not getattr(self.config.model, "trains", True):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
+        model = self.config.model
+        if (
+            not run.evaluate
+            and isinstance(model, PartsConfig)
+            and model.parts[2].device_map == "auto"
+        ):
+            raise ConfigError(
+                f"{model.keys[1]}device_map is auto, which spreads a language model over cards for "
+                "chat and cannot train it; remove it. A model that is too large for a card trains "
+                "with run.strategy: fsdp2"
+            )
         if run.resume_ckpt_path is not None:
             path = require_checkpoint(run.resume_ckpt_path, "run.resume_ckpt_path")
             if run.evaluate:

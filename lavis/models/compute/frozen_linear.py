@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis.models.compute.head import OutputHead
+from lavis.models.weights.files import final_dtype
+
 _ROWS = 4096  # rows of a weight that are widened at a time: 64 MiB at 4096 columns
 _MIN_TOKENS = 32  # below, PyTorch's own matrix-vector product is faster
 
@@ -59,9 +62,9 @@ def widen_frozen_linears(module: nn.Module) -> int:
     chosen = [
         m
         for m in module.modules()
-        if type(m) is nn.Linear
+        if type(m) in (nn.Linear, OutputHead)
         and m.weight.device.type == "cpu"
-        and m.weight.dtype == torch.bfloat16
+        and final_dtype(m.weight) == torch.bfloat16
         and not m.weight.requires_grad
     ]
     for linear in chosen:

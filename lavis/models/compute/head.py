@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _PIECE_BYTES = 64 * 2**20  # of logits at a time
 _CACHED_ROWS = 4
@@ -32,6 +32,19 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     dtype = autocast_dtype(hidden.device) or weight.dtype
     return _HeadLoss.apply(hidden, weight, targets, dtype)
+
+
+class OutputHead(nn.Linear):
+    """A language model's head, without bias, that also computes the loss.
+
+    As a call of the module, so that a strategy which shards its weight gathers it for either.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """(..., C) -> (..., V) logits; with (N,) targets, :func:`head_loss` of (N, C)."""
+        if targets is None:
+            return super().forward(hidden)
+        return head_loss(hidden, self.weight, targets)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -16,17 +16,23 @@ _PROBE = 64  # tokens
 _RESERVE = 0.15  # of the free memory: the head's pieces, the encoder, fragmentation
 
 
-def layers_to_recompute(run: RunConfig, model: Any) -> str | int:
+def layers_to_recompute(
+    run: RunConfig, model: Any, device: torch.device | None = None, reserved: float = 0
+) -> str | int:
     """``none``, ``all`` or ``n`` (every n-th layer): as little as the memory budget allows.
 
     The budget is ``run.memory_budget_gb``, or most of what is free now. The need is counted for
     the largest micro-batch that the run may see.
+
+    Args:
+        device: where it computes; by default where the model is.
+        reserved: bytes of what is free that something else is going to need.
     """
-    device = model.device
+    device = device or model.device
     budget = (
         run.memory_budget_gb * 1e9
         if run.memory_budget_gb is not None
-        else free_memory(device) * (1 - _RESERVE)
+        else (free_memory(device) - reserved) * (1 - _RESERVE)
     )
     tokens = run.max_tokens_per_batch or run.batch_size_train * model.encoder.max_txt_len
     kept, entry = activation_bytes(model.language.model)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lavis.common.schema import RunConfig
 from lavis.models.compute.memory import layers_to_recompute
 
@@ -38,16 +40,24 @@ class StepSchedule:
     compile: bool = False
 
     @classmethod
-    def from_run(cls, run: RunConfig, model: Any) -> StepSchedule:
+    def from_run(
+        cls,
+        run: RunConfig,
+        model: Any,
+        device: torch.device | None = None,
+        reserved: float = 0,
+    ) -> StepSchedule:
         """The schedule that ``run`` asks for.
 
         ``recompute: auto`` recomputes nothing unless ``model.llm_grad_ckpt`` asks for it, and then
-        as few layers as the memory allows.
+        as few layers as the memory allows; the arguments are those of :func:`layers_to_recompute`.
         """
         recompute: str | int = run.recompute
         if recompute == "auto":
             recompute = (
-                layers_to_recompute(run, model) if model.config.parts[2].grad_ckpt else "none"
+                layers_to_recompute(run, model, device, reserved)
+                if model.config.parts[2].grad_ckpt
+                else "none"
             )
         return cls(
             reference=not run.fast_path,

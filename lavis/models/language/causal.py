@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lavis.common.errors import ConfigError
 from lavis.models.compute.attention import PACKED
-from lavis.models.compute.head import head_loss
+from lavis.models.compute.head import OutputHead
 from lavis.models.compute.masks import Documents, KeysAndValues
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ class CausalLM(nn.Module):
     Attributes:
         model: the stock model; ``generate`` and adapters are its own.
         softcap: logits x become c tanh(x / c).
+        proven: whether that has been found out.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -44,11 +45,14 @@ class CausalLM(nn.Module):
             raise ConfigError(f"{name} has no linear output head")
         if not any(_has_layers(m) for m in model.modules()):
             raise ConfigError(f"{name} has no list of decoder layers")
+        if type(head) is nn.Linear and head.bias is None:
+            head.__class__ = OutputHead
         embeddings: Any = model.get_input_embeddings()
         self.vocab_size, self.width = embeddings.weight.shape
         self.context = context_of(model.config)
         self.logit_scale = 1.0
         self.softcap: float | None = None
+        self.proven = True
         self._stock = model.config._attn_implementation
         self.packs = self.caches = self._attend_with(PACKED)
 
@@ -112,18 +116,16 @@ class CausalLM(nn.Module):
 
     @property
     def chunked(self) -> bool:
-        """Whether the loss never holds all logits: the head is linear, and whole in memory."""
-        head: nn.Module = self.head
-        weight: Any = head.weight
-        whole = not hasattr(weight, "ds_id") and type(weight.data) is Tensor
-        # A head that adapters wrap has more than its weight.
-        plain = type(head) is nn.Linear and getattr(head, "bias", None) is None
-        return whole and plain and self.softcap is None
+        """Whether the loss never holds all logits: the head has nothing but its weight."""
+        return isinstance(self.head, OutputHead) and self.softcap is None
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of (N, C) hidden states for (N,) targets, summed, fp32."""
         if self.chunked:
-            return head_loss(hidden * self.logit_scale, self.head.weight, targets)
+            loss: Tensor = self.head(hidden * self.logit_scale, targets)
+            # A tensor of its own: of the head's hooks and the model's on one tensor, FSDP2 would
+            # run the head's first, and gather in another order than a process whose loss has more.
+            return loss + 0.0
         return F.cross_entropy(self.logits(hidden), targets, reduction="sum")
 
     def blocks(self) -> Iterator[nn.Module]:

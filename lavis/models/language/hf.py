@@ -18,17 +18,21 @@ from lavis.common.errors import ConfigError, WeightsError, listed
 from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import first_line, prove
-from lavis.models.weights.files import open_shards
+from lavis.models.weights.files import open_shards, set_final_dtype
 
 _CONSTANTS = re.compile(r".*rotary_emb\.inv_freq")  # that old files hold; computed from the config
 
 
-def load_hf(path: Path, *, device: torch.device, dtype: torch.dtype | None) -> CausalLM:
+def load_hf(
+    path: Path, *, device: torch.device, dtype: torch.dtype | None, mapped: bool = False
+) -> CausalLM:
     """Load a language model and prove what it can do.
 
     Args:
         path: a folder with ``config.json`` and weights, or a ``.gguf`` file.
         dtype: ``None`` keeps the type that most weights are stored in.
+        mapped: leave weights in their files, and the proof to who shards the model. What fp32
+            makes of half precision is then left to :func:`final_dtype`.
 
     Raises:
         WeightsError: a file is missing, damaged, or does not fit.
@@ -36,7 +40,7 @@ def load_hf(path: Path, *, device: torch.device, dtype: torch.dtype | None) -> C
     """
     config = read_config(path)
     family, text = stock_class(config, path)
-    folder, wrong = None, "does not fit"
+    folder, wrong, widens = None, "does not fit", False
     options: dict[str, object] = {"dtype": dtype}
     if path.suffix == ".gguf":
         folder, wrong = path.parent, "cannot be read"
@@ -47,7 +51,9 @@ def load_hf(path: Path, *, device: torch.device, dtype: torch.dtype | None) -> C
         if text is not config:
             weights = _text_part(weights)
         weights = {k: v for k, v in weights.items() if not _CONSTANTS.fullmatch(k)}
-        options |= {"state_dict": weights, "dtype": dtype or _stored_dtype(weights, path)}
+        widens = mapped and dtype == torch.float32 and len(_floats(weights)) == 1
+        stored = _stored_dtype(weights, path) if widens or dtype is None else dtype
+        options |= {"state_dict": weights, "dtype": stored}
     try:
         model, info = family.from_pretrained(
             folder, config=text, output_loading_info=True, **options
@@ -55,7 +61,12 @@ def load_hf(path: Path, *, device: torch.device, dtype: torch.dtype | None) -> C
     except Exception as error:  # a damaged file, or shapes that differ: all kinds
         raise WeightsError(f"{path} {wrong}: {first_line(error)}") from error
     _check(path, info)
-    return prove(CausalLM(model.eval().to(device)))
+    llm = CausalLM(model.eval().to(device))
+    if not mapped:
+        return prove(llm)
+    llm.proven = False
+    set_final_dtype(llm.parameters(), torch.float32 if widens else None)
+    return llm
 
 
 def read_config(path: Path) -> PreTrainedConfig:
@@ -123,15 +134,22 @@ def _text_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return part
 
 
+def _floats(weights: dict[str, Tensor]) -> Counter[torch.dtype]:
+    """How many numbers there are of each floating-point type."""
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in weights.values():
+        if tensor.is_floating_point():
+            numbers[tensor.dtype] += tensor.numel()
+    return numbers
+
+
 def _stored_dtype(weights: dict[str, Tensor], path: Path) -> torch.dtype:
     """The type that most numbers have.
 
     Raises:
         ConfigError: types that nothing is computed in.
     """
-    numbers: Counter[torch.dtype] = Counter()
-    for tensor in weights.values():
-        numbers[tensor.dtype] += tensor.numel() * tensor.is_floating_point()
+    numbers = _floats(weights)
     dtype = max(numbers, key=lambda d: numbers[d], default=torch.float32)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(

@@ -49,8 +49,8 @@ class LanguagePart:
     def __init__(self, config: LanguageConfig, cache_root: str, at: str) -> None:
         self.config, self.path, self.at = config, cache_path(config.path, cache_root), at
 
-    def load(self, device: torch.device) -> CausalLM:
-        """The model, each tensor straight to its final place."""
+    def load(self, device: torch.device, *, mapped: bool = False) -> CausalLM:
+        """The model, each tensor straight to its final place, or left in its mapped file."""
         raise NotImplementedError
 
     def outline(self) -> CausalLM:
@@ -96,10 +96,11 @@ class Qwen1(LanguagePart):
                 f"model only {self.sizes.vocab_size}"
             )
 
-    def load(self, device: torch.device) -> CausalLM:
+    def load(self, device: torch.device, *, mapped: bool = False) -> CausalLM:
         dtype = DTYPES.get(self.config.precision)
         if not self.config.from_scratch:
-            return CausalLM(load_llm(self.spec, self.path, device=device, dtype=dtype))
+            llm = load_llm(self.spec, self.path, device=device, dtype=dtype, mapped=mapped)
+            return CausalLM(llm)
         std = self.config.embedding_std
         return CausalLM(new_llm(self.spec, device=device, dtype=dtype, embedding_std=std))
 
@@ -130,8 +131,9 @@ class Hf(LanguagePart):
         for note in notes:
             logger.info("%s: %s", self.path.name, note)
 
-    def load(self, device: torch.device) -> CausalLM:
-        return load_hf(self.path, device=device, dtype=DTYPES.get(self.config.precision))
+    def load(self, device: torch.device, *, mapped: bool = False) -> CausalLM:
+        dtype = DTYPES.get(self.config.precision)
+        return load_hf(self.path, device=device, dtype=dtype, mapped=mapped)
 
     def _check_system(self) -> None:
         if self.system is None:

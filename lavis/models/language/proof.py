@@ -35,8 +35,11 @@ class _Roomy(DynamicLayer):
 
 
 @torch.no_grad()
-def prove(llm: CausalLM) -> CausalLM:
+def prove(llm: CausalLM, device: torch.device | None = None) -> CausalLM:
     """Compare the fast path with the family's own, on random tokens, and set what holds.
+
+    Args:
+        device: where it computes; by default where its parameters are.
 
     Raises:
         ConfigError: not even documents one by one come out right, or the logits do not come from
@@ -44,7 +47,7 @@ def prove(llm: CausalLM) -> CausalLM:
     """
     was_training = llm.training
     llm.eval()
-    device = next(llm.parameters()).device
+    device = device or next(llm.parameters()).device
     draw = torch.Generator().manual_seed(0)
     row = torch.randint(llm.vocab_size, (1, sum(_LENGTHS)), generator=draw).to(device)
     documents = list(row.split(_LENGTHS, dim=1))
@@ -75,6 +78,7 @@ def prove(llm: CausalLM) -> CausalLM:
             f"result than read as tokens ({reason})"
         )
     _set_head(llm, documents[-1])
+    llm.proven = True
     return llm.train(was_training)
 
 
@@ -115,7 +119,8 @@ def _wrong(llm: CausalLM, compute: Callable[[], Tensor], wanted: Tensor) -> str:
         got = compute()
     except Exception as error:  # noqa: BLE001  whatever a family that nobody tried may raise
         return first_line(error)
-    limit, share = _TOLERANCE[llm.head.weight.dtype]
+    # A strategy that shards may compute in another type than that of the slices.
+    limit, share = max(_TOLERANCE[t.dtype] for t in (llm.head.weight, wanted))
     errors = (got.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
     worst = float(errors.flatten().sort().values[int(share * (errors.numel() - 1))])
     return "" if worst <= limit else f"by {worst:.1e} of a vector's length"
@@ -132,7 +137,9 @@ def _set_head(llm: CausalLM, ids: Tensor) -> None:
     Logits are made large on the way, since a cap hardly bends small ones.
     """
     hidden = llm.hidden(llm.embed(ids), torch.arange(ids.shape[1], device=ids.device)[None])
-    raw = llm.head(hidden).float()
+    raw = llm.head(hidden)
+    limit, _ = max(_TOLERANCE[t.dtype] for t in (llm.head.weight, raw))
+    raw = raw.float()
     gain = 100 / float(raw.abs().max())
     hook = llm.head.register_forward_hook(lambda module, args, output: output * gain)
     try:
@@ -141,7 +148,6 @@ def _set_head(llm: CausalLM, ids: Tensor) -> None:
         hook.remove()
     raw = raw * gain
     measured = float((wanted * raw).sum() / raw.square().sum())
-    limit, _ = _TOLERANCE[llm.head.weight.dtype]
     for scale, cap in _candidates(llm.model.config.to_dict(), measured):
         got = raw * scale if cap is None else cap * (raw * scale / cap).tanh()
         if (got - wanted).norm() <= limit * wanted.norm():

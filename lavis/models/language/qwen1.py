@@ -126,19 +126,25 @@ def _check_types(original: dict[str, Any], path: Path) -> None:
 
 
 def load_llm(
-    spec: QwenSpec, folder: Path, *, device: torch.device, dtype: torch.dtype | None
+    spec: QwenSpec,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    mapped: bool = False,
 ) -> Qwen2ForCausalLM:
     """Build a language model and fill it from a folder of shards.
 
     Args:
         dtype: ``None`` keeps the type that most of the weights are stored in.
+        mapped: as in :func:`load_weights`.
 
     Raises:
         WeightsError: a shard is missing, damaged or does not fit.
     """
     with torch.device("meta"):
         llm = Qwen2ForCausalLM(spec.config)
-    load_weights(llm, open_shards(folder), QWEN, device=device, dtype=dtype)
+    load_weights(llm, open_shards(folder), QWEN, device=device, dtype=dtype, mapped=mapped)
     # Its frequencies are constants that no file holds.
     llm.model.rotary_emb = type(llm.model.rotary_emb)(spec.config).to(device)
     return llm

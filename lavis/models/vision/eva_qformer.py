@@ -42,8 +42,19 @@ class EvaQFormer(nn.Module):
         image_size: pixels of a side that it reads.
     """
 
-    def __init__(self, config: EvaQFormerKeys, cache_root: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: EvaQFormerKeys,
+        cache_root: str,
+        device: torch.device,
+        *,
+        home: torch.device | None = None,
+    ) -> None:
         """Build it and load its weights, each tensor straight to its final place.
+
+        Args:
+            device: where it computes.
+            home: where its weights are until then, if they are going to be sharded.
 
         Raises:
             WeightsError: a file is missing, damaged, or unfit.
@@ -53,8 +64,9 @@ class EvaQFormer(nn.Module):
         qformer, meta = resolve_qformer(c, cache_root), torch.device("meta")
         self.width, self.tokens = int(qformer.hidden_size), c.num_query_token
         self.image_size = c.image_size
+        dtype, device = vit_dtype(c, device), home or device
         vit_device = device if c.is_from_scratch("vit") else meta
-        self.visual_encoder = build_vit(c, vit_device, vit_dtype(c, device))
+        self.visual_encoder = build_vit(c, vit_device, dtype)
         with device if c.is_from_scratch("qformer") else meta:
             self.ln_vision = nn.LayerNorm(c.vit_config.embed_dim, eps=_VIT_NORM_EPS)
             self.Qformer = build_qformer(qformer)
@@ -63,7 +75,7 @@ class EvaQFormer(nn.Module):
             )
         if not c.is_from_scratch("vit"):
             path = c.path("vit_weights", cache_root)
-            load_vit(self.visual_encoder, path, device=device, dtype=vit_dtype(c, device))
+            load_vit(self.visual_encoder, path, device=device, dtype=dtype)
         if not c.is_from_scratch("qformer"):
             load_weights(
                 self,

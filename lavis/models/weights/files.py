@@ -2,6 +2,7 @@
 
 A frozen tensor whose type and device already fit is not copied at all: it stays a view of the
 mapped file, so that loading a 15 GB model takes no second 15 GB and pages come in as they are used.
+What is going to be sharded stays such a view altogether, until each process copies its slice of it.
 """
 
 from __future__ import annotations
@@ -177,6 +178,7 @@ def load_weights(
     *,
     device: torch.device,
     dtype: torch.dtype | None,
+    mapped: bool = False,
     select: Callable[[str], bool] = lambda name: True,
     adapt: Callable[[str, Tensor], Tensor] | None = None,
     extra_dropped: Callable[[str], bool] | None = None,
@@ -188,6 +190,7 @@ def load_weights(
         source: the file.
         key_map: how names relate; every name on either side must be accounted for.
         dtype: of floating-point tensors; ``None``: the one that most of the file's numbers have.
+        mapped: leave the tensors in the file, in its types; see :func:`final_dtype`.
         select: which of the module's names to fill.
         adapt: changes a tensor before its shape is checked (position embeddings).
         extra_dropped: names in the file that this model does not use, beyond the table's.
@@ -228,9 +231,23 @@ def load_weights(
         wrong = listed(list(misfits.values()), "; ")
         raise WeightsError(f"{source.label} has tensors of another shape: {wrong}")
     dtype = dtype or _usual_type(source.label, loaded.values())
-    for name, tensor in loaded.items():
+    for name, tensor in loaded.items() if not mapped else ():
         loaded[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     module.load_state_dict(loaded, strict=False, assign=True)
+    if mapped:
+        set_final_dtype((p for n, p in module.named_parameters() if n in loaded), dtype)
+
+
+def set_final_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
+    """Say what parameters that are left in a file become when they are sharded."""
+    for parameter in parameters:
+        parameter.final_dtype = dtype or parameter.dtype  # type: ignore[attr-defined]
+
+
+def final_dtype(parameter: nn.Parameter) -> torch.dtype:
+    """The type that a parameter has in training, which a mapped one is not in yet."""
+    dtype: torch.dtype = getattr(parameter, "final_dtype", parameter.dtype)
+    return dtype
 
 
 def _usual_type(label: str, tensors: Iterable[Tensor]) -> torch.dtype:

@@ -13,7 +13,7 @@ from lavis.common.paths import require_checkpoint
 from lavis.common.registry import did_you_mean
 from lavis.common.schema import ModelConfig
 from lavis.models.weights.agreement import check_settings
-from lavis.models.weights.files import WeightFile, load_pickle, state_dict_in
+from lavis.models.weights.files import WeightFile, final_dtype, load_pickle, state_dict_in
 from lavis.models.weights.original import KeyMap, Rule
 
 _SAME_NAMES = KeyMap((Rule("*", ("*",)),))
@@ -87,8 +87,9 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
                 "model.llm_model)"
             )
         floats = tensor.is_floating_point()
-        if not floats or not torch.isfinite(tensor.to(parameter.dtype)).all():
-            what = f"that are not finite in {parameter.dtype}" if floats else f"of {tensor.dtype}"
+        dtype = final_dtype(parameter)
+        if not floats or not torch.isfinite(tensor.to(dtype)).all():
+            what = f"that are not finite in {dtype}" if floats else f"of {tensor.dtype}"
             raise WeightsError(
                 f"{file.label}: {source.key} holds numbers {what}; weights are finite floating-"
                 "point numbers. Its training has diverged, or the file is damaged or another's"
@@ -100,7 +101,10 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
             f"{listed(left_over)}{did_you_mean(left_over[0], known)}"
         )
     for parameter, tensor in new:
-        parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)
+        if hasattr(parameter, "final_dtype"):
+            parameter.data = tensor  # mapped like what it replaces, until it is sharded
+        else:
+            parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)
 
 
 _MISSING = (

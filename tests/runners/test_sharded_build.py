@@ -1,0 +1,99 @@
+"""A model that is built in slices is the one that is built whole; real sizes fit real cards."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from examples.toybox.world.__main__ import write_split
+from lavis.common.config import load_config
+from lavis.common.errors import ConfigError
+from lavis.common.registry import TASKS
+from tests.conftest import REPO
+from tests.runners.worker import PROJECT, options
+from tests.test_parts import model_yaml, save_language
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data")
+    for split in ("train", "val", "test"):
+        write_split(out, split, 4, seed=11)
+    return out
+
+
+def train_twice(output: Path, cfg_path: Path, *chosen: str) -> tuple[int, int]:
+    """How many weights there are and how many have moved, the same ones on both ways."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *launcher,
+            "-m",
+            "tests.runners.sharded_worker",
+            output,
+            cfg_path,
+            *chosen,
+        ],
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    counts = re.search(r"same: (\d+) moved: (\d+)", done.stdout)
+    assert counts is not None
+    return int(counts[1]), int(counts[2])
+
+
+SHORT = [
+    "run.strategy=fsdp2", "run.max_epoch=1", "run.warmup_steps=0", "run.batch_size_train=1",
+    "run.valid_splits=[]", "run.test_splits=[]",
+]  # fmt: skip
+
+
+def test_the_original_in_slices(data: Path, tmp_path: Path) -> None:
+    """Also what is stored in another type than it is trained in."""
+    settings = {o.partition("=")[0]: o for o in [*options(data), *SHORT]}
+    settings["llm"] = "model.llm_precision=bf16"
+    total, moved = train_twice(tmp_path, PROJECT, *settings.values())
+    assert total > 100
+    assert moved == 2  # the projection
+
+
+def test_a_folder_of_transformers_in_slices(data: Path, tmp_path: Path) -> None:
+    """All of it learns: in fp32, stored in bf16, with embeddings that are the head, too."""
+    language = save_language(
+        tmp_path / "llm", "qwen3", "qwen3", hidden_size=48, tie_word_embeddings=True, stored="bf16"
+    )
+    info = {
+        "annotations": {"train": {"storage": str(data / "train.json")}},
+        "images": {"storage": str(data / "image")},
+    }
+    content: dict[str, Any] = model_yaml(language) | {
+        "env": {"cache_root": str(REPO)},
+        "datasets": {"toybox": {"builder": "instruction", "build_info": info}},
+        "run": {"device": "cpu", "init_lr": 1e-3, "lr_sched": "linear_warmup_cosine_lr"},
+    }
+    content["model"]["language"]["precision"] = "fp32"
+    content["model"]["train"] = {"connector": 1e-3, "language": 1e-4}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    total, moved = train_twice(tmp_path, path, *SHORT, "run.amp=true", "run.autocast_dtype=bf16")
+    assert moved > 20  # embeddings and head, by both names, layers, norms, connector
+    assert total > moved
+
+
+def test_a_language_model_spread_for_chat_is_not_trained() -> None:
+    config: Any = load_config(PROJECT, ["model.llm_device_map=auto"])
+    with pytest.raises(ConfigError, match=r"^model.llm_device_map is auto.*run.strategy: fsdp2"):
+        TASKS.get(config.run.task)(config).check_paths()
