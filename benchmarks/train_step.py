@@ -113,7 +113,7 @@ class Bench:
                 self._cached = [self._with_features(s) for s in samples]
             samples = self._cached
             vars(self.model)["encode_query"] = lambda features: features
-        return [b.to(self.device) for b in micro_batches(samples, rung, self.job.budget)]
+        return micro_batches(samples, rung, self.job.budget)
 
     def step(self, batches: list[Batch]) -> tuple[float, Tensor]:
         """Compute a step from the same projection each time; loss per token, gradient."""

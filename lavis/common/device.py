@@ -8,6 +8,7 @@ import resource
 import time
 
 import torch
+from torch import Tensor
 
 from lavis.common.errors import ConfigError
 
@@ -38,6 +39,13 @@ def pick_device(
             advice = f"This PyTorch is built without CUDA. {advice}"
         raise ConfigError(f"{setting} is {name} but {visible} CUDA devices are visible. {advice}")
     return device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device; the host does not wait for a GPU to take it."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # pinned already, it is itself
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,16 +73,19 @@ class BadSample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents packed end to end into one row of T tokens.
+    """Documents packed end to end into one row of T tokens, on the host.
+
+    The model moves what its device needs; whatever the device would have to be asked for (lengths,
+    counts, positions), and so be waited for, is found here first.
 
     Attributes:
         input_ids: (1, T) int64.
         labels: (1, T) int64; the first position of a document is never supervised.
         position_ids: (1, T) int64, restarting at 0 in every document.
-        document_ids: (1, T) int64, the index of each token's document.
+        lengths: tokens of each document.
         pixel_values: (N, 3, H, W) float, in order of the image spans.
         word_ids: (M, Q, W) int64, for spans described in words; -1 fills up.
-        described: (N + M,) bool, which spans those are.
+        described: N + M, whether each span is one of those.
         sample_ids: one per document.
         bad: samples that were asked for and could not be read.
         query_features: (N, Q, D) float, in place of ``pixel_values``.
@@ -92,10 +94,10 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
-    document_ids: Tensor
+    lengths: tuple[int, ...]
     pixel_values: Tensor
     word_ids: Tensor
-    described: Tensor
+    described: tuple[bool, ...]
     sample_ids: tuple[str, ...]
     bad: tuple[BadSample, ...] = ()
     query_features: Tensor = NO_FEATURES
@@ -115,17 +117,10 @@ class Batch:
         """Number of tokens, T."""
         return self.input_ids.shape[1]
 
-    def to(self, device: torch.device) -> Batch:
-        """Copy the tensors to a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
     def pin_memory(self) -> Batch:
         """Called by the data loader when it copies through pinned memory."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)  # type: ignore[arg-type]
+        pinned = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **pinned)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -261,9 +261,8 @@ class Generator:
                 f"pass this language model's context of {self.model.context}"
             )
         model = self.model
-        row = torch.tensor([i for p in prompts for i in p], device=model.device)[None]
-        described = torch.ones(len(word_ids), dtype=torch.bool)
-        word_ids = word_ids.to(model.device)
+        row = torch.tensor([i for p in prompts for i in p])[None]
+        described = (True,) * len(word_ids)
         features = model.encode_spans(images, word_ids, described, query_features)
         rows = self.model.embed(row, features)[0].split([len(p) for p in prompts])
         # Left padding: every prompt ends where its answer begins.

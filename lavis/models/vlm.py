@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lavis.common.device import to_device
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.types import NO_FEATURES, Batch
 from lavis.models.compute.head import autocast_dtype
@@ -108,7 +109,7 @@ class VLM(nn.Module):
         self,
         pixel_values: Tensor | None,
         word_ids: Tensor,
-        described: Tensor,
+        described: Sequence[bool],
         query_features: Tensor = NO_FEATURES,
     ) -> Tensor | None:
         """Soft tokens of all image spans in order, from pictures and from words.
@@ -116,17 +117,19 @@ class VLM(nn.Module):
         Args:
             pixel_values: (N, 3, H, W).
             word_ids: (M, Q, W), filled up with -1.
-            described: (N + M,) bool, which spans are words.
+            described: N + M, whether each span is words.
             query_features: (N, Q, D), what the vision encoder gave, in place of pictures.
+
+        All may be on the host.
 
         Returns:
             (N + M, Q, C), or ``None`` without spans.
         """
         images = None
         if len(query_features):
-            images = self.connect(query_features.to(self.device))
+            images = self.connect(to_device(query_features, self.device))
         elif pixel_values is not None and len(pixel_values):
-            images = self.encode_image(pixel_values)
+            images = self.encode_image(to_device(pixel_values, self.device))
         elif self.uniform_graph:
             # Encoded with the others, used by nothing, with gradient zero.
             if self.vision is None:
@@ -138,12 +141,13 @@ class VLM(nn.Module):
         words = self.embed_words(word_ids)
         if images is None:
             return words
-        features = words.new_empty(len(described), *words.shape[1:])
-        features[described], features[~described] = words, images.to(words)
-        return features
+        # The first sorting takes the pictures' spans, then the words'; the second one inverts it.
+        order = torch.as_tensor(described).argsort(stable=True).argsort()
+        return torch.cat([images.to(words), words]).index_select(0, to_device(order, words.device))
 
     def embed_words(self, word_ids: Tensor) -> Tensor:
         """(M, Q, W) token ids -> (M, Q, C): a position is the sum of its words' embeddings."""
+        word_ids = to_device(word_ids, self.device)
         there = word_ids >= 0
         embeds = self.language.embed(word_ids)
         return (embeds * there[..., None]).sum(2)
@@ -152,7 +156,7 @@ class VLM(nn.Module):
         """Token embeddings with image spans replaced by projected features.
 
         Args:
-            input_ids: (B, T).
+            input_ids: (B, T), on the host, which knows where the spans are without waiting.
             image_embeds: (N, Q, C) in order of the spans, or ``None`` without images.
 
         Returns:
@@ -161,12 +165,12 @@ class VLM(nn.Module):
         Raises:
             DataError: the number of image positions is not N * Q; features would be misplaced.
         """
-        embeds = self.language.embed(input_ids)
-        spans = input_ids == self.tokenizer.image_id
+        embeds = self.language.embed(to_device(input_ids, self.device))
+        spans = (input_ids.flatten() == self.tokenizer.image_id).nonzero()[:, 0]
         given = 0 if image_embeds is None else image_embeds.shape[0] * image_embeds.shape[1]
-        if int(spans.sum()) != given:
+        if len(spans) != given:
             raise DataError(
-                f"the text has {int(spans.sum())} image positions but the images fill {given} "
+                f"the text has {len(spans)} image positions but the images fill {given} "
                 f"({self.encoder.num_query_token} each): every <ImageHere> needs one image"
             )
         if image_embeds is None:
@@ -174,8 +178,9 @@ class VLM(nn.Module):
             # rank and every micro-batch has the same graph.
             unused = torch.stack([p.sum() for p in self.connector.parameters()]).sum()
             return embeds + 0.0 * unused.to(embeds)
-        image_embeds = image_embeds.to(embeds.device, embeds.dtype)
-        return embeds.masked_scatter(spans[..., None], image_embeds.flatten(0, 1))
+        soft = image_embeds.to(embeds.device, embeds.dtype).flatten(0, 1)
+        rows, spans = embeds.flatten(0, 1), to_device(spans, embeds.device)
+        return rows.index_copy(0, spans, soft).view_as(embeds)
 
     def constant_prefix(self) -> ConstantPrefix | None:
         """What all documents begin with, computed once: the language model is frozen."""
@@ -190,8 +195,7 @@ class VLM(nn.Module):
                 return None
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # once: not worth it
                 hidden, keys = self.language.prefix(torch.tensor([ids], device=self.device))
-                row = torch.tensor([labels], device=self.device)
-                output = supervised_loss(self, hidden, row)
+                output = supervised_loss(self, hidden, torch.tensor([labels]))
             self._prefixes[state] = ConstantPrefix(
                 tuple(ids), keys, output.loss_sum, output.num_tokens
             )

@@ -189,7 +189,7 @@ class RunnerBase:
             number = i * dist.world_size() + dist.rank()  # no other process has it in this step
             torch.manual_seed(derived_seed(self.run.seed, self.step, number))
             with self.strategy.micro_batch(last=i == len(micro_batches) - 1):
-                output = self.task.train_step(self.strategy.module, batch.to(self.device))
+                output = self.task.train_step(self.strategy.module, batch)
                 self.strategy.backward(output.loss_sum / max(supervised, 1))
             loss = output.loss_sum.item()
             loss_sum += loss

@@ -187,7 +187,7 @@ class ImageTextPretrainTask:
                 skipped += len(settle_bad(batch.bad, run.on_bad_sample))
                 dtype = DTYPES[run.autocast_dtype]
                 with torch.no_grad(), torch.autocast(device.type, dtype, enabled=run.amp):
-                    output = self.train_step(module, batch.to(device))
+                    output = self.train_step(module, batch)
                 loss_sum += output.loss_sum.item()
                 supervised += output.num_tokens
         module.train(training)

@@ -27,7 +27,7 @@ def test_two_documents() -> None:
     # the first position of a document has nothing before it in its own document
     assert batch.labels.tolist() == [[-100, -100, 17, -100, 23, -100, -100, 37, 41]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
-    assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 2]]
+    assert batch.lengths == (3, 2, 4)
     assert batch.pixel_values.shape == (3, 3, 2, 2)
     assert batch.pixel_values[:, 0, 0, 0].tolist() == [0.25, 0.5, 0.75]
     assert batch.sample_ids == ("one", "two", "three")
@@ -86,6 +86,6 @@ def test_spans_of_pictures_and_of_words_keep_their_order() -> None:
             described("three", [8, 9, 10], [4, -1, -1]),
         ]
     )
-    assert batch.described.tolist() == [True, False, False, True]
+    assert batch.described == (True, False, False, True)
     assert batch.word_ids.tolist() == [[[5, 6, -1], [7, -1, -1]], [[8, 9, 10], [4, -1, -1]]]
     assert len(batch.pixel_values) == 2

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lavis.common.errors import ConfigError
 from lavis.models.compute.masks import Documents, KeysAndValues, MaskRule, Masks
 
-__all__ = ["PACKED", "Documents", "KeysAndValues", "document_lengths", "packed_attention"]
+__all__ = ["PACKED", "Documents", "KeysAndValues", "packed_attention"]
 
 PACKED = "lavis_packed"
 """Name of the implementation, for ``config._attn_implementation``."""
@@ -222,18 +221,20 @@ def _varlen(
     """FlashAttention over variable lengths; its causal mask is aligned at the end of the keys."""
     from torch.nn.attention.varlen import varlen_attn
 
+    layout = documents.layout(query.device)
     if prefix is not None:
-        parts = zip(*(x.split(documents.lengths, dim=2) for x in (key, value)), strict=True)
-        pairs = [_after(prefix, k, v) for k, v in parts]
-        key, value = (torch.cat(x, dim=2) for x in zip(*pairs, strict=True))
+        key, value = (
+            p.index_select(2, layout.before).index_copy_(2, layout.own, x)
+            for p, x in zip(prefix, (key, value), strict=True)
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     longest = max(documents.lengths)
     out: Any = varlen_attn(
         q,
         k,
         v,
-        documents.ends(q.device, prefix=False),
-        documents.ends(q.device, prefix=True),
+        layout.queries,
+        layout.keys,
         longest,
         longest + documents.prefix_length,
         scale=softmax.scaling,
@@ -328,12 +329,6 @@ def _by_hand(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softmax: S
         scores = torch.cat([scores, sinks], dim=-1)
     weights = scores.softmax(-1)[..., : key.shape[2]].to(value)
     return F.dropout(weights, softmax.dropout) @ value
-
-
-def document_lengths(document_ids: Tensor) -> tuple[int, ...]:
-    """Tokens of each document of a packed row, (1, T) ids."""
-    ends = (document_ids[0].diff().nonzero()[:, 0] + 1).tolist()
-    return tuple(b - a for a, b in pairwise([0, *ends, document_ids.shape[1]]))
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -12,9 +12,27 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from lavis.common.device import to_device
 from lavis.common.errors import ConfigError
 
 KeysAndValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the documents of a row lie when each one's keys follow the prefix's.
+
+    Attributes:
+        queries: (D + 1,) int32 cumulative lengths.
+        keys: the same with P more for each document.
+        before: (D * P + T,) int64, which key of the prefix is there; 0 where the row's own are.
+        own: (T,) int64, where those are.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    before: Tensor
+    own: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,9 @@ class Documents:
     lengths: tuple[int, ...]
     prefix: tuple[KeysAndValues, ...] = ()
     square: bool = False
+    _layouts: dict[torch.device, Layout] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def prefix_length(self) -> int:
@@ -42,10 +63,19 @@ class Documents:
         """Every token sees all that stands before it in its document."""
         return Masks(self, dict.fromkeys(self.lengths))
 
-    def ends(self, device: torch.device, *, prefix: bool) -> Tensor:
-        """(D + 1,) int32 cumulative lengths, with or without the prefix."""
-        each = (n + self.prefix_length * prefix for n in self.lengths)
-        return torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device)
+    def layout(self, device: torch.device) -> Layout:
+        """Where the documents lie, made once for all layers of a device."""
+        if device not in self._layouts:
+            p = self.prefix_length
+            queries, keys = ([0, *accumulate(n + q for n in self.lengths)] for q in (0, p))
+            inside = torch.cat([torch.arange(p + n) for n in self.lengths])
+            self._layouts[device] = Layout(
+                to_device(torch.tensor(queries, dtype=torch.int32), device),
+                to_device(torch.tensor(keys, dtype=torch.int32), device),
+                to_device(inside.where(inside < p, 0), device),
+                to_device((inside >= p).nonzero()[:, 0], device),
+            )
+        return self._layouts[device]
 
 
 class Masks:

@@ -34,13 +34,9 @@ class ConstantPrefix:
 
     def opens(self, batch: Batch) -> bool:
         """Whether every document of a batch begins with it and goes on unsupervised."""
-        positions, ids = batch.position_ids[0], batch.input_ids[0]
-        own = torch.tensor(self.ids, device=ids.device)
-        inside = positions < self.length
-        whole = inside.sum() == self.length * int((positions == 0).sum())
-        if not whole or not torch.equal(ids[inside], own[positions[inside]]):
-            return False
-        after = positions == self.length
-        return int(after.sum()) * self.length == int(inside.sum()) and bool(
-            (batch.labels[0][after] == IGNORE_INDEX).all()
+        own, n = torch.tensor(self.ids), self.length
+        documents = (row[0].split(batch.lengths) for row in (batch.input_ids, batch.labels))
+        return all(
+            len(ids) > n and ids[:n].equal(own) and labels[n] == IGNORE_INDEX
+            for ids, labels in zip(*documents, strict=True)
         )

@@ -1,0 +1,152 @@
+"""A GPU without a card: what is on it has shapes and no numbers, what is on the host is real.
+
+So every index that the host computes is the right one, an operation that needs a number of the
+device raises or is counted, and models of real size take no memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+_NO_KERNEL = {
+    aten.detach.default, aten.empty.memory_format, aten.empty_like.default, aten.alias.default,
+    aten.empty_strided.default, aten.new_empty.default, aten.lift_fresh.default,
+    aten.new_empty_strided.default,
+}  # fmt: skip
+_COPIES = {aten._to_copy.default, aten.copy_.default}
+
+
+class FakeCuda(TorchDispatchMode):
+    """While it is entered, ``cuda`` is such a device.
+
+    Attributes:
+        blocks: where the host waited for the device: copies between the two that are not from
+            pinned memory, and numbers asked for, by operation.
+        kernels: operations of the device that compute something, by operation.
+        live: bytes on the device.
+        peak: the most there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fake = FakeTensorMode()
+        self._storages: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.live = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from here."""
+        self.blocks: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
+        self.peak = self.live
+
+    def __enter__(self) -> FakeCuda:
+        self._fake.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._fake.__exit__(*error)
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            # PyTorch's own C++ asks, Python has asked the tensor. The engine of the backward pass
+            # would look for the card's streams; autocast must know the device.
+            autocast = torch.is_autocast_enabled("cuda")
+            return args[0].fake_device if autocast else torch.device("meta")
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        target = torch.device(kwargs.get("device") or "cpu")
+        if target.type == "meta":  # C++ makes a tensor beside another one
+            kwargs, target = kwargs | {"device": torch.device("cuda")}, torch.device("cuda")
+        if target.type != "cuda" and not any(isinstance(t, FakeTensor) for t in tensors):
+            return self._on_host(func, args, kwargs)
+        return self._on_device(func, args, kwargs, tensors)
+
+    def _on_host(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            if func is aten.is_pinned.default:
+                return args[0].untyped_storage() in self._pinned
+            if func is not aten._pin_memory.default:
+                return func(*args, **kwargs)
+            pinned = args[0].clone()
+            self._pinned.add(pinned.untyped_storage())
+            return pinned
+
+    def _on_device(
+        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if func is aten._local_scalar_dense.default:
+            self.blocks[name] += 1
+            return 1.0 if args[0].is_floating_point() else 0
+        if func is aten.is_pinned.default:
+            return False
+        host = [t for t in tensors if not isinstance(t, FakeTensor) and t.ndim]
+        if func is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
+            self.blocks["to the host"] += 1
+            with unset_fake_temporarily():
+                dtype = kwargs.get("dtype") or args[0].dtype
+                return torch.ones(args[0].shape, dtype=dtype) * dtype.is_floating_point
+        wait = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
+        if host and (
+            func not in _COPIES or wait or any(t.untyped_storage() not in self._pinned for t in host)
+        ):
+            self.blocks[f"{name} from the host"] += 1
+        args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
+        if func not in _NO_KERNEL and not func.is_view:
+            self.kernels[name] += 1
+        out = func(*args, **kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._keep_account(tensor)
+        return out
+
+    def _as_fake(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if tensor.is_meta:
+            return torch.empty_like(tensor, device="cuda")
+        with unset_fake_temporarily():
+            return self._fake.from_tensor(tensor)
+
+    def _keep_account(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.device.type != "cuda" or storage in self._storages:
+            return
+        self._storages.add(storage)
+        size = -(-storage.nbytes() // 512) * 512  # as the caching allocator rounds
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+def on_card(model: nn.Module) -> None:
+    """Give a model of the meta device memory on the card; call it while the card is there."""
+    for module in model.modules():
+        for name, like in list(module.named_parameters(recurse=False)):
+            made = torch.empty(like.shape, dtype=like.dtype, device="cuda")
+            setattr(module, name, nn.Parameter(made, requires_grad=like.requires_grad))
+        for name, like in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(like.shape, dtype=like.dtype, device="cuda"))
