@@ -6,12 +6,16 @@ device raises or is counted, and models of real size take no memory.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.cuda.amp.common as amp
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +27,7 @@ _NO_KERNEL = {
     aten.empty_strided.default, aten.new_empty.default, aten.lift_fresh.default,
     aten.new_empty_strided.default,
 }  # fmt: skip
+_MATH = F.scaled_dot_product_attention
 _COPIES = {aten._to_copy.default, aten.copy_.default}
 
 
@@ -52,13 +57,19 @@ class FakeCuda(TorchDispatchMode):
         self.peak = self.live
 
     def __enter__(self) -> FakeCuda:
-        self._fake.__enter__()
-        super().__enter__()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._fake)
+            stack.enter_context(patch.object(F, "scaled_dot_product_attention", _fused))
+            # Without a card autocast would not start.
+            stack.enter_context(patch.object(amp, "amp_definitely_not_available", lambda: False))
+            stack.enter_context(patch.object(torch.cuda, "is_bf16_supported", lambda: True))
+            super().__enter__()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._fake.__exit__(*error)
+        self._stack.close()
 
     def __torch_dispatch__(
         self,
@@ -111,7 +122,8 @@ class FakeCuda(TorchDispatchMode):
             func not in _COPIES or wait or any(t.untyped_storage() not in self._pinned for t in host)
         ):
             self.blocks[f"{name} from the host"] += 1
-        args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
+        if any(not isinstance(t, FakeTensor) for t in tensors):
+            args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
         if func not in _NO_KERNEL and not func.is_view:
             self.kernels[name] += 1
         out = func(*args, **kwargs)
@@ -140,6 +152,34 @@ class FakeCuda(TorchDispatchMode):
 
     def _release(self, size: int) -> None:
         self.live -= size
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The kernel that PyTorch takes on a card, which it would ask."""
+    if query.device.type != "cuda":
+        return _MATH(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    if query.dtype != torch.float32 and attn_mask is None:
+        flash = aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    efficient = aten._scaled_dot_product_efficient_attention
+    learns = query.requires_grad or key.requires_grad or value.requires_grad
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+        attn_mask = hidden.masked_fill_(~attn_mask, -torch.inf)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    return efficient(query, key, value, attn_mask, learns, dropout_p, is_causal, scale=scale)[0]
 
 
 def on_card(model: nn.Module) -> None:

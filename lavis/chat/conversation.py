@@ -13,7 +13,7 @@ from lavis.chat.cache import ConversationCache
 from lavis.chat.engine import ChatEngine, ChatImage, TokenChooser
 from lavis.chat.settings import ChatSettings
 from lavis.chat.text import TextStream
-from lavis.common.errors import DataError
+from lavis.common.errors import DataError, WeightsError
 from lavis.models.generation import fit_window
 from lavis.processors.conversation import place_images
 
@@ -317,11 +317,15 @@ class Answer(Iterator[str]):
             self.finished = True
 
     def _step(self) -> str:
-        if self._settings.num_beams > 1:
-            return self._search()
-        new = [*self._content, *self.ids]
-        logits = self._engine.extend(self._conversation._cache, new, self.images)
-        return self._add(self._choose(logits, self.ids))
+        cache = self._conversation._cache
+        try:
+            if self._settings.num_beams > 1:
+                return self._search()
+            logits = self._engine.extend(cache, [*self._content, *self.ids], self.images)
+            return self._add(self._choose(logits, self.ids))
+        except WeightsError:
+            cache.clear()  # whatever is in there must not spoil what follows
+            raise
 
     def _search(self) -> str:
         """Beam search knows the answer's first word only when it has the last one."""

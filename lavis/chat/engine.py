@@ -25,6 +25,7 @@ from transformers import (
 
 from lavis.chat.cache import ConversationCache
 from lavis.chat.settings import ChatSettings
+from lavis.common.device import to_device
 from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.common.images import as_image
 
@@ -79,7 +80,7 @@ class ChatEngine:
             name = name or Path(image).name
         pixels = image if isinstance(image, Tensor) else self._processor(as_image(image))
         with self._lock, torch.no_grad():
-            embeds = self.model.encode_image(pixels[None].to(self.model.device))[0]
+            embeds = self.model.encode_image(to_device(pixels[None], self.model.device))[0]
         return ChatImage(name or "image", embeds, next(_NUMBERS))
 
     def content(self, prompt: Sequence[int], images: Sequence[ChatImage]) -> list[int]:
@@ -104,9 +105,6 @@ class ChatEngine:
 
         Returns:
             (V,) fp32 logits of the token that follows.
-
-        Raises:
-            WeightsError: the language model's output is not a number.
         """
         content = list(content)
         with self._lock, torch.no_grad():
@@ -120,14 +118,7 @@ class ChatEngine:
             positions = torch.arange(start, len(content), device=embeds.device)[None]
             hidden = language.hidden(embeds, positions, cache=kept)
             cache.content.extend(content[len(cache.content) :])
-            logits = language.logits(hidden[0, -1])
-        if bool(logits.isnan().any()):
-            cache.clear()  # whatever is in there must not spoil what follows
-            raise WeightsError(
-                "the language model's output is not a number: its weights are damaged, or its "
-                "precision is too small (model.llm_precision: bf16 or fp32 instead of fp16)"
-            )
-        return logits
+            return language.logits(hidden[0, -1])
 
     def search(
         self,
@@ -141,10 +132,13 @@ class ChatEngine:
 
         Args:
             stopped: asked at every token whether to end with the best answer so far.
+
+        Raises:
+            WeightsError: the language model's output is not a number.
         """
         if not self.model.language.caches:
             raise ConfigError("num_beams above 1 needs a language model whose state can be kept")
-        self.extend(cache, content[:-1], images)
+        _require_numbers(missing=bool(self.extend(cache, content[:-1], images).isnan().any()))
 
         def ended(ids: Tensor, scores: object, **_: object) -> Tensor:
             return torch.full((len(ids),), stopped(), device=ids.device)
@@ -174,9 +168,7 @@ class ChatEngine:
         embeds = {-image.number: image.embeds for image in images}
         spans = [c for c in content if c < 0][:: self.model.encoder.num_query_token]
         shown = [embeds[number] for number in spans]
-        return self.model.embed(
-            torch.tensor([ids], device=self.model.device), torch.stack(shown) if shown else None
-        )
+        return self.model.embed(torch.tensor([ids]), torch.stack(shown) if shown else None)
 
 
 class TokenChooser:
@@ -203,10 +195,30 @@ class TokenChooser:
                 self._processors.append(TopPLogitsWarper(settings.top_p))
 
     def __call__(self, logits: Tensor, answer: Sequence[int]) -> int:
-        """Choose the token that follows (V,) logits and the answer's ids so far."""
-        before = torch.tensor([list(answer)], dtype=torch.int64, device=logits.device)
-        scores = self._processors(before, logits[None])[0]
+        """Choose the token that follows (V,) logits and the answer's ids so far.
+
+        The device is waited for once.
+
+        Raises:
+            WeightsError: a logit is not a number.
+        """
+        scores = logits
+        if self._processors:
+            before = torch.tensor([list(answer)], dtype=torch.int64)
+            scores = self._processors(to_device(before, logits.device), logits[None])[0]
         if not self.do_sample:
-            return int(scores.argmax())
+            token, missing = torch.stack([scores.argmax(), logits.isnan().any().long()]).tolist()
+            _require_numbers(missing=missing)
+            return int(token)
         # Drawn on the CPU: a seed gives the same numbers on every device.
-        return int(scores.softmax(-1).cpu().multinomial(1, generator=self._generator))
+        shares = scores.softmax(-1).cpu()
+        _require_numbers(missing=bool(shares.isnan().any()))  # one in the logits spoils all
+        return int(shares.multinomial(1, generator=self._generator))
+
+
+def _require_numbers(*, missing: bool) -> None:
+    if missing:
+        raise WeightsError(
+            "the language model's output is not a number: its weights are damaged, or its "
+            "precision is too small (model.llm_precision: bf16 or fp32 instead of fp16)"
+        )

@@ -276,7 +276,7 @@ class Generator:
         generated = self.model.language.model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
-            synced_gpus=model.uniform_graph,  # all processes generate as long as one of them does
+            synced_gpus=model.sharded,  # all processes generate as long as one of them does
             generation_config=GenerationConfig(
                 **{**settings, "eos_token_id": stops, "pad_token_id": self.tokenizer.pad_id}
             ),

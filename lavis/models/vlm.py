@@ -41,6 +41,8 @@ class VLM(nn.Module):
         features: (Q, D), the shape of an image's features.
         uniform_graph: whether every batch calls the same parts, images or not: what processes that
             wait for each other inside a layer need. Strategies set it.
+        sharded: whether processes hold parts of each other's layers, and so must generate together.
+            Strategies set it.
         vis_processor: makes tensors of pictures and files, if the model was loaded with it.
     """
 
@@ -63,7 +65,7 @@ class VLM(nn.Module):
         self.encoder, self.tokenizer = encoder, encoder.tokenizer
         self.key_map, self.features = key_map, features
         self.context = language.context
-        self.uniform_graph = False
+        self.uniform_graph = self.sharded = False
         self.vis_processor: Callable[[Image.Image], Tensor] | None = None
         self._prefixes: dict[tuple[Any, ...], ConstantPrefix | None] = {}
         self._schedule = StepSchedule()
@@ -72,6 +74,11 @@ class VLM(nn.Module):
     def device(self) -> torch.device:
         """Where images and the connector are."""
         return next(self.connector.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the language model's layers, nearly all of the work, compute in."""
+        return self.language.head.weight.dtype
 
     def forward(self, batch: Batch) -> LossOutput:
         """Summed cross-entropy of a packed batch, as :attr:`schedule` says.

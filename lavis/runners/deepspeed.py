@@ -71,7 +71,10 @@ class DeepSpeedStrategy(Strategy):
 
     def setup(self, model: nn.Module, groups: Groups) -> None:
         deepspeed = _import_deepspeed(self.device)
+        if not self._half:
+            self.check_autocast(model)
         model.uniform_graph = True  # type: ignore[assignment]
+        model.sharded = self.stage == 3  # type: ignore[assignment]
         self.trained = [p for g in groups for p in g["params"]]
         self._group_sizes = [len(g["params"]) for g in groups]
         # What half precision would round, the optimizer gets as it was.

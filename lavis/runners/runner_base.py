@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lavis.common import dist
@@ -162,7 +162,8 @@ class RunnerBase:
         self.model.train()
         in_epoch = self.step - epoch * self.plan.steps_per_epoch
         plan = self.plan.micro_batches(epoch, dist.rank(), in_epoch)
-        batches = iter(self._loader([micro for step in plan for micro in step]))
+        ahead = max(map(len, plan), default=1)  # a step is asked for as a whole
+        batches = iter(self._loader([micro for step in plan for micro in step], ahead))
         for micro_batches in plan:
             self._train_step(epoch, [next(batches) for _ in micro_batches], log)
             if self.interrupted:
@@ -182,8 +183,7 @@ class RunnerBase:
         for group in self.strategy.optimizer.param_groups:
             own = self._rates[group["part"]].schedule if group["part"] else None
             group["lr"] = (own.lr(self.step) if own else lr) * group["lr_scale"]
-        loss_sum, grad_norm = 0.0, 0.0
-        nonfinite: list[str] = []
+        losses: list[Tensor] = []
         for i, batch in enumerate(micro_batches):
             # Dropout, where there is any, depends on the step alone: resuming changes nothing.
             number = i * dist.world_size() + dist.rank()  # no other process has it in this step
@@ -191,10 +191,9 @@ class RunnerBase:
             with self.strategy.micro_batch(last=i == len(micro_batches) - 1):
                 output = self.task.train_step(self.strategy.module, batch)
                 self.strategy.backward(output.loss_sum / max(supervised, 1))
-            loss = output.loss_sum.item()
-            loss_sum += loss
-            if not math.isfinite(loss):
-                nonfinite += batch.sample_ids
+            losses.append(output.loss_sum.detach())
+        numbers = torch.stack(losses).tolist()  # the only time in a step that the host waits here
+        loss_sum, grad_norm = sum(numbers), 0.0
         real = [b for b in micro_batches if b.sample_ids]
         loss_sum, bad, tokens, fillers, images, samples, stop = dist.add_up(
             [
@@ -209,6 +208,8 @@ class RunnerBase:
         )
         self._agree_to_stop(stop)
         if bad:
+            both = zip(micro_batches, numbers, strict=True)
+            nonfinite = [s for b, loss in both if not math.isfinite(loss) for s in b.sample_ids]
             skipped = self._refuse_step("loss", nonfinite)
         elif not supervised:
             self.strategy.zero_grad()
@@ -328,9 +329,9 @@ class RunnerBase:
             self.strategy.scaler.load_state_dict(before.scaler)
         logger.info("resumed from %s at step %d", before.path, self.step)
 
-    def _loader(self, keys: Iterable[Sequence[Key]]) -> DataLoader[Any]:
-        cuda = self.device.type == "cuda"
-        return load_batches(self.dataset, keys, self.run.num_workers, pin_memory=cuda)
+    def _loader(self, keys: Iterable[Sequence[Key]], ahead: int = 1) -> DataLoader[Any]:
+        cuda, workers = self.device.type == "cuda", self.run.num_workers
+        return load_batches(self.dataset, keys, workers, ahead=ahead, pin_memory=cuda)
 
     def _how_to_resume(self) -> str:
         # The folder's own configuration holds what --options said, too.

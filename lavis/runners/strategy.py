@@ -45,7 +45,12 @@ class Strategy:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
 
     def setup(self, model: nn.Module, groups: Groups) -> None:
-        """Take over a model and its trainable parameters, grouped."""
+        """Take over a model and its trainable parameters, grouped.
+
+        Raises:
+            ConfigError: autocast does not fit the model.
+        """
+        self.check_autocast(model)
         names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         named = [[names[p] for p in g["params"]] for g in groups]
         del names
@@ -55,6 +60,23 @@ class Strategy:
         groups = [g | {"params": p} for g, p in zip(groups, params, strict=True)]
         self.trained = [p for g in groups for p in g["params"]]
         self.optimizer: Any = self.adamw(groups, self.run.init_lr)
+
+    def check_autocast(self, model: nn.Module) -> None:
+        """Refuse to compute a frozen language model in another half precision than its own.
+
+        Autocast would keep a second copy of all its weights.
+        """
+        head = getattr(getattr(model, "language", None), "head", None)
+        if not self.run.amp or head is None or head.weight.requires_grad:
+            return
+        names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+        own = names.get(head.weight.dtype)
+        if own and own != names[self.dtype]:
+            raise ConfigError(
+                f"run.autocast_dtype is {names[self.dtype]}, but the frozen language model is in "
+                f"{own}: with run.amp its weights would be in memory twice; "
+                f"set run.autocast_dtype: {own}, or run.amp: false"
+            )
 
     def adamw(self, groups: Groups, lr: float) -> torch.optim.AdamW:
         """Loshchilov and Hutter 2019, as the run sets it."""
@@ -184,7 +206,7 @@ class FSDP2Strategy(Strategy):
         )
 
         held = take_out(model)
-        model.uniform_graph = True  # type: ignore[assignment]
+        model.uniform_graph = model.sharded = True  # type: ignore[assignment]
         kind = self.device.type
         mesh = init_device_mesh(kind, (dist.world_size(),))
         slices = (

@@ -74,7 +74,8 @@ class RunLog:
             folder: gets ``log.txt`` (one JSON object a line), TensorBoard events, ``loss.png``.
             total_steps: optimizer steps of the whole run.
             done_steps: steps done before this process.
-            model: its ``training_flops(tokens, images)``, if it has that, gives the utilisation.
+            model: its ``training_flops(tokens, images)``, if it has that, gives the utilisation, as
+                a share of the peak of ``dtype``, or of autocast's.
             device: whose memory is watched.
         """
         main, run = dist.is_main(), config.run
@@ -82,7 +83,8 @@ class RunLog:
         self._total, self._done, self._device = total_steps, done_steps, device
         self._flops: Callable[[int, int], float] | None = getattr(model, "training_flops", None)
         if self._flops is not None:
-            dtype = DTYPES[run.autocast_dtype] if run.amp else torch.float32
+            own = getattr(model, "dtype", torch.float32)
+            dtype = DTYPES[run.autocast_dtype] if run.amp else own
             self._peak = sum(dist.gather(matmul_peak(device, dtype)))
         self._log = (folder / "log.txt" if main else Path(os.devnull)).open("a", encoding="utf-8")
         self._bar = tqdm(

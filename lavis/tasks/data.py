@@ -32,12 +32,18 @@ class RunData(ConcatDataset):
 
 
 def load_batches(
-    dataset: Dataset[Any], keys: Iterable[Sequence[Key]], workers: int, *, pin_memory: bool = False
+    dataset: Dataset[Any],
+    keys: Iterable[Sequence[Key]],
+    workers: int,
+    *,
+    ahead: int = 1,
+    pin_memory: bool = False,
 ) -> DataLoader[Any]:
     """A packed :class:`Batch` for the keys of each micro-batch.
 
     Args:
         workers: processes that read ahead.
+        ahead: micro-batches that they read at least while others are computed: a step's.
         pin_memory: for a GPU to copy from.
     """
     return DataLoader(
@@ -45,6 +51,7 @@ def load_batches(
         batch_sampler=keys,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=workers,
+        prefetch_factor=max(2, -(-ahead // workers)) if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_parent,
     )

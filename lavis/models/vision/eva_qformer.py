@@ -85,8 +85,6 @@ class EvaQFormer(nn.Module):
                 dtype=torch.float32,
                 select=lambda name: name.startswith(("query_tokens", "ln_vision.", "Qformer.")),
             )
-        if c.use_grad_checkpoint:
-            self.visual_encoder.set_grad_checkpointing(True)
 
     def learning(self, parts: Sequence[str]) -> Iterator[nn.Module | nn.Parameter]:
         """What learns if these of its parts do: vit, pos_embed, qformer, queries; all by default.
@@ -136,14 +134,25 @@ class EvaQFormer(nn.Module):
             )
         device_type = self.query_tokens.device.type
         amp = torch.is_autocast_enabled(device_type) and self.config.enable_autocast
+        vit, weight = self.visual_encoder, self.visual_encoder.patch_embed.proj.weight
+        # Without a backward pass nothing is kept, and recomputation would only cost.
+        vit.grad_checkpointing = self.config.use_grad_checkpoint and learns(vit)
         with torch.autocast(device_type, enabled=amp):
-            weight = self.visual_encoder.patch_embed.proj.weight
-            return self.visual_encoder(pixel_values.to(weight.device, weight.dtype))
+            return vit(pixel_values.to(weight.device, weight.dtype))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, Q, D), what the connector reads."""
-        learns = any(p.requires_grad for p in self.parameters())
-        with contextlib.nullcontext() if learns else torch.no_grad():
+        """(N, 3, H, W) -> (N, Q, D), what the connector reads.
+
+        Autocast reaches what learns or is in fp32. A frozen encoder in half precision would be
+        cast anew in every micro-batch, and give other features than in chat.
+        """
+        trains, device_type = learns(self), self.query_tokens.device.type
+        half = self.visual_encoder.patch_embed.proj.weight.dtype != torch.float32
+        with contextlib.ExitStack() as stack:
+            if not trains:
+                stack.enter_context(torch.no_grad())
+                if half:
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
             image = self.encode_vit(pixel_values)
             image = self.ln_vision(image.to(self.ln_vision.weight.dtype))
             queries = self.query_tokens.expand(len(image), -1, -1)
@@ -178,6 +187,11 @@ class EvaQFormer(nn.Module):
         text = json.dumps(parts, sort_keys=True).encode()
         shape = (config.num_query_token, int(qformer.hidden_size))
         return hashlib.blake2b(text, digest_size=32).hexdigest(), shape
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether anything in it does."""
+    return any(p.requires_grad for p in module.parameters())
 
 
 def layers_above(name: str, depth: int) -> int:

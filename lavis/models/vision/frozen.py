@@ -17,6 +17,7 @@ from lavis.common.registry import MODELS
 from lavis.common.schema import Config
 from lavis.common.types import DTYPES
 from lavis.models.config import Part, PartsConfig
+from lavis.models.vision.eva_qformer import vit_dtype
 from lavis.models.weights.files import open_pth
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,10 @@ class FrozenVision:
         encoder, shape = MODELS.get(model.arch).describe_vision(
             model, cache_root=self.config.env.cache_root, device=device
         )
-        amp = [str(DTYPES[run.autocast_dtype]), model.parts[0].enable_autocast]
-        parts = json.dumps([encoder, amp if run.amp else None])
+        eyes = model.parts[0]
+        amp = [str(DTYPES[run.autocast_dtype]), eyes.enable_autocast]
+        reached = run.amp and vit_dtype(eyes, device) == torch.float32
+        parts = json.dumps([encoder, amp if reached else None])
         return hashlib.blake2b(parts.encode(), digest_size=32).hexdigest(), shape
 
     def load(self, device: torch.device) -> Callable[[Tensor], Tensor]:
