@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from lavis.models.compute.attention import Documents, packed_attention
+from lavis.models.compute import attention
+from lavis.models.compute.attention import PACKED, Documents, packed_attention
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
@@ -78,3 +83,47 @@ def test_a_turn_of_chat(dtype: torch.dtype, new: int, padding: int, room: int) -
     assert got.shape == (batch, new, heads, width)
     tolerance = 0.03 if dtype == torch.bfloat16 else 0.004
     assert (got.float() - wanted.transpose(1, 2)).abs().max() < tolerance
+
+
+def test_each_documents_keys_follow_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the variable-length kernel is given, and the gradient through it."""
+    given = {}
+
+    def kernel(q: Any, k: Any, v: Any, ends_q: Any, ends_k: Any, *longest: int, **_: Any) -> Any:
+        given.update(k=k, v=v, ends=(ends_q.tolist(), ends_k.tolist()), longest=longest)
+        return k.sum() + 2 * v.sum() + q
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_choose", lambda *_: attention._varlen)
+    before = torch.tensor([10.0, 20.0]).view(1, 1, 2, 1), torch.tensor([1.0, 2.0]).view(1, 1, 2, 1)
+    key = torch.tensor([3.0, 4.0, 5.0, 6.0]).view(1, 1, 4, 1).requires_grad_()
+    module = nn.Module()
+    module.layer_idx = 0  # type: ignore[assignment]
+    documents = Documents((1, 3), (before,))
+    out, _ = packed_attention(module, key, key, 7 * key, None, 1.0, documents=documents)
+    assert given["k"].flatten().tolist() == [10, 20, 3, 10, 20, 4, 5, 6]
+    assert given["v"].flatten().tolist() == [1, 2, 21, 1, 2, 28, 35, 42]
+    assert given["ends"] == ([0, 1, 4], [0, 3, 8])
+    assert given["longest"] == (3, 5)
+    (grad,) = torch.autograd.grad(out[0, 0].sum(), key)
+    assert grad.flatten().tolist() == [16, 15, 15, 15]  # 1 + 2 * 7, and itself as a query
+    assert documents.layout(key.device) is documents.layout(key.device)  # for all layers
+
+
+def test_a_real_layer_backward_through_the_variable_length_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "_choose", lambda *_: attention._varlen)
+    config = Qwen2Config(
+        hidden_size=4096, intermediate_size=11008, num_attention_heads=32,
+        num_key_value_heads=8, attn_implementation=PACKED,
+    )  # fmt: skip
+    with torch.device("meta"):
+        before = torch.empty(1, 8, 22, 128, dtype=torch.bfloat16)
+        layer = Qwen2DecoderLayer(config, 0).bfloat16().requires_grad_(False)
+        x = torch.empty(1, 143, 4096, dtype=torch.bfloat16, requires_grad=True)
+        angles = (torch.empty(1, 143, 128, dtype=torch.bfloat16),) * 2
+    documents = Documents((100, 1, 42), ((before, before),))
+    out = layer(x, position_embeddings=angles, attention_mask=None, documents=documents)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert (grad.shape, grad.dtype) == (x.shape, torch.bfloat16)
