@@ -25,7 +25,7 @@ aten = torch.ops.aten
 _NO_KERNEL = {
     aten.detach.default, aten.empty.memory_format, aten.empty_like.default, aten.alias.default,
     aten.empty_strided.default, aten.new_empty.default, aten.lift_fresh.default,
-    aten.new_empty_strided.default,
+    aten.new_empty_strided.default, aten._unsafe_view.default,
 }  # fmt: skip
 _MATH = F.scaled_dot_product_attention
 _COPIES = {aten._to_copy.default, aten.copy_.default}
@@ -102,9 +102,7 @@ class FakeCuda(TorchDispatchMode):
             self._pinned.add(pinned.untyped_storage())
             return pinned
 
-    def _on_device(
-        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]
-    ) -> Any:
+    def _on_device(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         name = func.overloadpacket.__name__
         if func is aten._local_scalar_dense.default:
             self.blocks[name] += 1
@@ -117,9 +115,13 @@ class FakeCuda(TorchDispatchMode):
             with unset_fake_temporarily():
                 dtype = kwargs.get("dtype") or args[0].dtype
                 return torch.ones(args[0].shape, dtype=dtype) * dtype.is_floating_point
-        wait = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
+        wait = not (
+            kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,))
+        )
         if host and (
-            func not in _COPIES or wait or any(t.untyped_storage() not in self._pinned for t in host)
+            func not in _COPIES
+            or wait
+            or any(t.untyped_storage() not in self._pinned for t in host)
         ):
             self.blocks[f"{name} from the host"] += 1
         if any(not isinstance(t, FakeTensor) for t in tensors):

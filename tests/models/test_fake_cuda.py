@@ -122,13 +122,22 @@ def forward(model: VLM, card: FakeCuda, batch: Batch, *, amp: bool = False) -> A
         return model(batch.pin_memory())
 
 
-@pytest.mark.parametrize(("count", "amp", "kernels"), [(1, False, 2150), (7, True, 2200)])
+@pytest.mark.parametrize(("count", "amp", "kernels"), [(1, False, 2100), (7, True, 2200)])
 def test_a_micro_batch_of_7b(count: int, amp: bool, kernels: int) -> None:
     model, card = qwen_7b()
     batch = batch_of(model, count)
     with card:
         output = forward(model, card, batch, amp=amp)
-    print("MB", count, amp, sum(card.kernels.values()), card.live/GIB, card.peak/GIB, card.blocks, card.kernels)
+    print(
+        "MB",
+        count,
+        amp,
+        sum(card.kernels.values()),
+        card.live / GIB,
+        card.peak / GIB,
+        card.blocks,
+        card.kernels,
+    )
     assert not card.blocks
     assert output.num_tokens == batch.num_supervised + 3 * count  # of the prefix
     assert card.kernels["_varlen_attn"] == 32
@@ -141,7 +150,14 @@ def test_a_micro_batch_of_a_qwen3(qwen3_4b: tuple[VLM, FakeCuda]) -> None:
     batch = batch_of(model, 7)
     with card:
         output = forward(model, card, batch)
-    print("Q3", sum(card.kernels.values()), card.live/GIB, card.peak/GIB, card.blocks, card.kernels)
+    print(
+        "Q3",
+        sum(card.kernels.values()),
+        card.live / GIB,
+        card.peak / GIB,
+        card.blocks,
+        card.kernels,
+    )
     assert not card.blocks
     assert output.num_tokens == batch.num_supervised
     assert card.kernels["_varlen_attn"] == 36
@@ -164,14 +180,14 @@ def test_a_token_of_chat(settings: dict[str, Any], qwen3_4b: tuple[VLM, FakeCuda
         answer = [choose(engine.extend(cache, prompt, [image]), [])]
         card.restart()
         choose(engine.extend(cache, [*prompt, *answer], [image]), answer)
-    print("CHAT", settings, sum(card.kernels.values()), card.live/GIB, card.blocks, card.kernels)
+    print("CHAT", settings, sum(card.kernels.values()), card.live / GIB, card.blocks, card.kernels)
     assert sum(card.blocks.values()) == 1  # the token itself
     assert sum(card.kernels.values()) <= 1500
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_fits_on_a_card(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, card = qwen_7b()
+    model, _ = qwen_7b()
     config = load_config(path)
     run, weights = config.run, sum(p.nbytes for p in model.parameters())
     assert (config.model.image_size, config.model.training) == (224, model.config.training)
@@ -182,7 +198,10 @@ def test_a_recipe_fits_on_a_card(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(lavis.models.compute.memory, "free_memory", lambda device: CARD - weights)
         schedule = StepSchedule.from_run(run, model)
     needed = peak(schedule, count, tokens // count, run.amp)
-    if run.strategy == "fsdp2" or (run.deepspeed_config or {}).get("zero_optimization", {}).get("stage") == 3:
+    if (
+        run.strategy == "fsdp2"
+        or (run.deepspeed_config or {}).get("zero_optimization", {}).get("stage") == 3
+    ):
         block = max(sum(p.nbytes for p in b.parameters()) for b in model.shardable_blocks())
         needed += 2 * block - weights * 3 / 4  # of four cards each gathers one block ahead
     print("RECIPE", path.stem, count, tokens // count, schedule.recompute, run.amp, needed / GIB)

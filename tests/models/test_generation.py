@@ -547,3 +547,20 @@ def test_generation_stops_at_a_turns_end(model: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(model.language.model, "generate", fixed)
     assert model.generate({"text": ["a", "b", "c"]}, chat=True) == [[64, 65], [64], []]
     assert model.generate({"text": ["a", "b", "c"]}) == ["ab", "a", ""]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_processes_generate_together_where_they_share_layers(
+    toy_model: Any, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    """Otherwise every token would wait for the slowest process's."""
+    asked: dict[str, Any] = {}
+
+    def generate(**options: Any) -> torch.Tensor:
+        asked.update(options)
+        return torch.zeros(1, 1, dtype=torch.int64)
+
+    monkeypatch.setattr(toy_model.language.model, "generate", generate)
+    toy_model.uniform_graph, toy_model.sharded = True, sharded
+    toy_model.generate_ids([[5, 6]], None)
+    assert asked["synced_gpus"] is sharded

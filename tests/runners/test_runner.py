@@ -24,8 +24,10 @@ from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
 from lavis.common.registry import RUNNERS, TASKS
 from lavis.common.workers import leave_signals_to_parent
+from lavis.runners import runner_base
 from lavis.runners.checkpoint import Checkpoint, Progress, copy_checkpoint
 from lavis.runners.runner_base import RunnerBase
+from lavis.tasks.data import load_batches
 from tests.conftest import DEMO, REPO, TOY
 
 State = dict[str, torch.Tensor]
@@ -103,6 +105,22 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     one = prepare(tmp_path, "run.max_epoch=1", job="alone").train()
     other = prepare(tmp_path, "run.max_epoch=1", "run.num_workers=2", job="shared").train()
     assert same(final(one), final(other))
+
+
+def test_workers_read_a_step_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    original = runner_base.load_batches
+
+    def load(*args: Any, **options: Any) -> Any:
+        asked.update(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(runner_base, "load_batches", load)
+    prepare(tmp_path, "run.batch_size_train=1", "run.accum_grad_iters=4").train()
+    assert asked["ahead"] == 4
+    for ahead, wanted in ((1, 2), (16, 6)):  # of each of three workers
+        loader = load_batches([], [], 3, ahead=ahead)  # type: ignore[arg-type]
+        assert loader.prefetch_factor == wanted
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM"])

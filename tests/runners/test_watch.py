@@ -77,6 +77,21 @@ def test_averages_over_the_steps_of_a_line(tmp_path: Path, monkeypatch: pytest.M
     }
 
 
+@pytest.mark.parametrize(("amp", "dtype"), [("false", torch.bfloat16), ("true", torch.float16)])
+def test_the_peak_is_of_the_type_that_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amp: str, dtype: torch.dtype
+) -> None:
+    measured = []
+    monkeypatch.setattr(
+        "lavis.runners.watch.matmul_peak", lambda device, kind: measured.append(kind) or 1.0
+    )
+    model = Model()
+    model.dtype = torch.bfloat16
+    config = load_config(DEMO / "train.yaml", [f"run.amp={amp}", "run.autocast_dtype=fp16"])
+    RunLog(tmp_path, 1, 0, config, model, torch.device("cpu")).close()
+    assert measured == [dtype]
+
+
 def test_a_line_without_a_supervised_token_has_no_loss(tmp_path: Path) -> None:
     watch = open_log(tmp_path, 2, 0, 1)
     watch.step(report(0, loss_sum=0.0, supervised=0, grad_norm=math.inf))
