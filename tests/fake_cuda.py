@@ -186,9 +186,12 @@ def _fused(
 
 def on_card(model: nn.Module) -> None:
     """Give a model of the meta device memory on the card; call it while the card is there."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
     for module in model.modules():
         for name, like in list(module.named_parameters(recurse=False)):
-            made = torch.empty(like.shape, dtype=like.dtype, device="cuda")
-            setattr(module, name, nn.Parameter(made, requires_grad=like.requires_grad))
+            if like not in made:
+                empty = torch.empty(like.shape, dtype=like.dtype, device="cuda")
+                made[like] = nn.Parameter(empty, requires_grad=like.requires_grad)
+            setattr(module, name, made[like])
         for name, like in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(like.shape, dtype=like.dtype, device="cuda"))

@@ -128,16 +128,6 @@ def test_a_micro_batch_of_7b(count: int, amp: bool, kernels: int) -> None:
     batch = batch_of(model, count)
     with card:
         output = forward(model, card, batch, amp=amp)
-    print(
-        "MB",
-        count,
-        amp,
-        sum(card.kernels.values()),
-        card.live / GIB,
-        card.peak / GIB,
-        card.blocks,
-        card.kernels,
-    )
     assert not card.blocks
     assert output.num_tokens == batch.num_supervised + 3 * count  # of the prefix
     assert card.kernels["_varlen_attn"] == 32
@@ -150,18 +140,10 @@ def test_a_micro_batch_of_a_qwen3(qwen3_4b: tuple[VLM, FakeCuda]) -> None:
     batch = batch_of(model, 7)
     with card:
         output = forward(model, card, batch)
-    print(
-        "Q3",
-        sum(card.kernels.values()),
-        card.live / GIB,
-        card.peak / GIB,
-        card.blocks,
-        card.kernels,
-    )
     assert not card.blocks
     assert output.num_tokens == batch.num_supervised
     assert card.kernels["_varlen_attn"] == 36
-    assert sum(card.kernels.values()) <= 3000
+    assert sum(card.kernels.values()) <= 2850
 
 
 DRAWN = {"repetition_penalty": 1.1, "do_sample": True, "top_p": 0.9, "seed": 1}
@@ -180,7 +162,6 @@ def test_a_token_of_chat(settings: dict[str, Any], qwen3_4b: tuple[VLM, FakeCuda
         answer = [choose(engine.extend(cache, prompt, [image]), [])]
         card.restart()
         choose(engine.extend(cache, [*prompt, *answer], [image]), answer)
-    print("CHAT", settings, sum(card.kernels.values()), card.live / GIB, card.blocks, card.kernels)
     assert sum(card.blocks.values()) == 1  # the token itself
     assert sum(card.kernels.values()) <= 1500
 
@@ -204,7 +185,6 @@ def test_a_recipe_fits_on_a_card(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):
         block = max(sum(p.nbytes for p in b.parameters()) for b in model.shardable_blocks())
         needed += 2 * block - weights * 3 / 4  # of four cards each gathers one block ahead
-    print("RECIPE", path.stem, count, tokens // count, schedule.recompute, run.amp, needed / GIB)
     assert needed < CARD
 
 
