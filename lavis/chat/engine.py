@@ -207,7 +207,8 @@ class TokenChooser:
             before = torch.tensor([list(answer)], dtype=torch.int64)
             scores = self._processors(to_device(before, logits.device), logits[None])[0]
         if not self.do_sample:
-            token, missing = torch.stack([scores.argmax(), logits.isnan().any().long()]).tolist()
+            both = torch.stack([scores.argmax(), logits.isnan().any().long()])
+            token, missing = both.cpu().tolist()
             _require_numbers(missing=missing)
             return int(token)
         # Drawn on the CPU: a seed gives the same numbers on every device.
