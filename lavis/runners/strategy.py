@@ -218,11 +218,13 @@ class FSDP2Strategy(Strategy):
         half = MixedPrecisionPolicy(
             param_dtype=self.dtype if self.run.amp else None, reduce_dtype=torch.float32
         )
-        sizes = [0]
+        sizes, vision = [0], getattr(model, "vision", None)
+        unchanged = set(vision.blocks()) if vision is not None and vision.keeps_precision else ()
         for block in getattr(model, "shardable_blocks", list)():
             sizes.append(sum(map(self._gathered, block.parameters())))
             # Gathered in half precision where autocast would compute in it anyway.
-            fully_shard(block, mp_policy=half, **options)
+            policy = MixedPrecisionPolicy() if block in unchanged else half
+            fully_shard(block, mp_policy=policy, **options)
         rest = sum(map(self._gathered, model.parameters())) - sum(sizes)
         self._at_once = rest + 2 * max(sizes)  # one is in use, one on its way
         fully_shard(model, **options)

@@ -394,14 +394,18 @@ def test_settings_without_effect() -> None:
     assert ChatSettings(temperature=0.5, do_sample=True).without_effect() == []
 
 
-def test_output_that_is_not_a_number(toybox: ChatEngine, conversation: Conversation) -> None:
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_p": 0.9}, {"num_beams": 2}])
+def test_output_that_is_not_a_number(
+    toybox: ChatEngine, conversation: Conversation, settings: dict[str, Any]
+) -> None:
     head = toybox.model.language.model.lm_head
     hook = head.register_forward_hook(lambda module, args, output: output * float("nan"))
     try:
         with pytest.raises(WeightsError, match=r"output is not a number.*llm_precision"):
-            conversation.ask("Hello.").read()
+            conversation.ask("Hello.", **settings).read()
     finally:
         hook.remove()
+    assert not conversation.cache_bytes  # nothing of it is used again
     conversation.undo()
     conversation.show(SCENE)
     assert conversation.ask(DESCRIBE).read().startswith("A big red circle")

@@ -45,19 +45,26 @@ QWEN3_4B = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936,
     "max_position_embeddings": 40960, "tie_word_embeddings": True,
 }  # fmt: skip
+QWEN_14B = QWEN_7B | {
+    "hidden_size": 5120, "intermediate_size": 27392, "num_hidden_layers": 40,
+    "num_attention_heads": 40, "vocab_size": 152064,
+}  # fmt: skip
 RECIPES = sorted(
-    path for folder in ("instruction_tuning", "deepspeed")
+    path
+    for folder in ("instruction_tuning", "deepspeed")
     for path in (REPO / "lavis" / "projects" / folder).glob("*.yaml")
-)  # fmt: skip
+    if "freeze_llm: false" not in path.read_text()  # whose gradients only sharding can hold
+)
+SHARES = {"train_fsdp2": 4, "train_14b_fsdp2": 2, "train_zero3_offload": 4}  # cards
 
 
 @cache
-def qwen_7b() -> tuple[VLM, FakeCuda]:
-    """EVA ViT-g, Q-Former and a language model of Qwen-7B's size, on a card of their own."""
+def qwen(model_type: str) -> tuple[VLM, FakeCuda]:
+    """EVA ViT-g, Q-Former and a first-generation Qwen's sizes, on a card of their own."""
     config = MiniGPT4QwenConfig(
         arch="minigpt4qwen",
         llm_model=str(TOY / "cache" / "ckpt" / "Qwen7B-chat"),
-        llm_config=QWEN_7B,
+        llm_config={"qwen7b_chat": QWEN_7B, "qwen14b_chat": QWEN_14B}[model_type],
         llm_precision="bf16",
         max_txt_len=256,
         from_scratch=("vit", "qformer", "llm"),
@@ -75,7 +82,7 @@ def qwen3_4b(tmp_path_factory: pytest.TempPathFactory) -> tuple[VLM, FakeCuda]:
     FAMILIES["qwen3"].save(folder)
     save_file({}, folder / "model.safetensors")
 
-    def load(path: Path, *, device: torch.device, dtype: torch.dtype | None) -> CausalLM:
+    def load(path: Path, *, device: torch.device, **_: Any) -> CausalLM:
         with device:
             return CausalLM(AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16))
 
@@ -124,14 +131,14 @@ def forward(model: VLM, card: FakeCuda, batch: Batch, *, amp: bool = False) -> A
 
 @pytest.mark.parametrize(("count", "amp", "kernels"), [(1, False, 2100), (7, True, 2200)])
 def test_a_micro_batch_of_7b(count: int, amp: bool, kernels: int) -> None:
-    model, card = qwen_7b()
+    model, card = qwen("qwen7b_chat")
     batch = batch_of(model, count)
     with card:
         output = forward(model, card, batch, amp=amp)
     assert not card.blocks
     assert output.num_tokens == batch.num_supervised + 3 * count  # of the prefix
     assert card.kernels["_varlen_attn"] == 32
-    assert card.kernels["convolution"] == 1
+    assert card.kernels["_to_copy"] <= 150  # two a norm, and none of weights
     assert sum(card.kernels.values()) <= kernels
 
 
@@ -153,7 +160,7 @@ DRAWN = {"repetition_penalty": 1.1, "do_sample": True, "top_p": 0.9, "seed": 1}
 def test_a_token_of_chat(
     settings: dict[str, Any], kernels: int, qwen3_4b: tuple[VLM, FakeCuda]
 ) -> None:
-    model, card = qwen3_4b if settings else qwen_7b()
+    model, card = qwen3_4b if settings else qwen("qwen7b_chat")
     model.eval()
     engine = ChatEngine(model, lambda image: torch.zeros(3, 224, 224))
     cache, choose = ConversationCache(), TokenChooser(ChatSettings(**settings))
@@ -170,40 +177,45 @@ def test_a_token_of_chat(
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_fits_on_a_card(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = qwen_7b()
+    """At its own packed length, with the recomputation that it chooses."""
     config = load_config(path)
-    run, weights = config.run, sum(p.nbytes for p in model.parameters())
-    assert (config.model.image_size, config.model.training) == (224, model.config.training)
-    tokens = run.max_tokens_per_batch or run.batch_size_train * config.model.max_txt_len
-    count = -(-tokens // config.model.max_txt_len)
+    run, made = config.run, config.model
+    model, _ = qwen(made.model_type)
+    assert (made.image_size, made.training) == (224, model.config.training)
+    weights = sum(p.nbytes for p in model.parameters())
+    held, moving = weights, 0
+    if path.stem in SHARES:  # a slice, a block in use, and the next one on its way
+        held = weights // SHARES[path.stem]
+        moving = 2 * max(sum(p.nbytes for p in b.parameters()) for b in model.shardable_blocks())
+    tokens = run.max_tokens_per_batch or run.batch_size_train * made.max_txt_len
+    count = -(-tokens // made.max_txt_len)
     with monkeypatch.context() as patch:
-        patch.setattr(model, "config", config.model)
-        patch.setattr(lavis.models.compute.memory, "free_memory", lambda device: CARD - weights)
-        schedule = StepSchedule.from_run(run, model)
-    needed = peak(schedule, count, tokens // count, run.amp)
-    if (
-        run.strategy == "fsdp2"
-        or (run.deepspeed_config or {}).get("zero_optimization", {}).get("stage") == 3
-    ):
-        block = max(sum(p.nbytes for p in b.parameters()) for b in model.shardable_blocks())
-        needed += 2 * block - weights * 3 / 4  # of four cards each gathers one block ahead
-    assert needed < CARD
+        patch.setattr(model, "config", made)
+        patch.setattr(lavis.models.compute.memory, "free_memory", lambda device: CARD - held)
+        schedule = StepSchedule.from_run(run, model, reserved=moving)
+    needed = peak(made.model_type, schedule, count, tokens // count)
+    print(
+        "RECIPE",
+        path.stem,
+        count,
+        tokens // count,
+        schedule.recompute,
+        run.amp,
+        (needed - weights + held + moving) / GIB,
+    )
+    assert needed - weights + held + moving < CARD
 
 
 @cache
-def peak(schedule: StepSchedule, count: int, length: int, amp: bool) -> int:
-    """Bytes of forward and backward pass; autocast is for the forward pass alone to see."""
-    model, card = qwen_7b()
+def peak(model_type: str, schedule: StepSchedule, count: int, length: int) -> int:
+    """Bytes of forward and backward pass. Autocast, which casts no weights, changes nothing."""
+    model, card = qwen(model_type)
     model.train().schedule = schedule
     batch = batch_of(model, count, length)
-    highest = 0
     try:
         with card:
-            if amp:
-                forward(model, card, batch, amp=True)
-                highest = card.peak
             forward(model, card, batch).loss_sum.backward()
             model.zero_grad(set_to_none=True)
     finally:
         model.schedule = StepSchedule()
-    return max(highest, card.peak)
+    return card.peak

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from lavis.common import dist
+from lavis.common.config import load_config
 from lavis.common.errors import ConfigError
+from lavis.common.registry import MODELS
 from lavis.common.schema import RunConfig
-from lavis.runners.strategy import DDPStrategy, Strategy
+from lavis.runners.strategy import DDPStrategy, FSDP2Strategy, Strategy
 
 CPU = torch.device("cpu")
 
@@ -57,3 +61,21 @@ def test_whole_copies_generate_without_each_other(monkeypatch: pytest.MonkeyPatc
     model = Model(torch.float32)
     DDPStrategy(RunConfig(), CPU).wrap(model)
     assert (model.uniform_graph, model.sharded) == (True, False)
+
+
+def test_a_sharded_encoder_keeps_its_precision(toy_yaml: Path) -> None:
+    """FSDP2 casts what it gathers, as autocast would: not a frozen encoder in half precision."""
+    options = ["model.vit_precision=bf16", "run.amp=true", "run.autocast_dtype=bf16"]
+    config = load_config(toy_yaml, options)
+    model: Any = MODELS.get(config.model.arch).from_config(
+        config.model, cache_root=config.env.cache_root, device="cpu"
+    )
+    images = torch.rand(2, 3, 56, 56)
+    wanted = model.encode_query(images)
+    with dist.process_group("cpu", always=True):
+        strategy = FSDP2Strategy(config.run, CPU)
+        sharded = strategy.wrap(model)
+        with strategy.micro_batch(last=True):
+            got = sharded.encode_query(images)
+    assert torch.equal(got, wanted)
+    assert sharded.sharded

@@ -106,6 +106,14 @@ class EvaQFormer(nn.Module):
                 )
             yield from known[part]
 
+    @property
+    def keeps_precision(self) -> bool:
+        """Whether autocast leaves it alone: it is frozen, and in half precision already.
+
+        It would be cast anew in every micro-batch, and give other features than in chat.
+        """
+        return not learns(self) and self.visual_encoder.pos_embed.dtype != torch.float32
+
     def blocks(self) -> Iterator[nn.Module]:
         """Parts of like size that are used one after the other."""
         yield from self.visual_encoder.blocks
@@ -141,18 +149,13 @@ class EvaQFormer(nn.Module):
             return vit(pixel_values.to(weight.device, weight.dtype))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, Q, D), what the connector reads.
-
-        Autocast reaches what learns or is in fp32. A frozen encoder in half precision would be
-        cast anew in every micro-batch, and give other features than in chat.
-        """
-        trains, device_type = learns(self), self.query_tokens.device.type
-        half = self.visual_encoder.patch_embed.proj.weight.dtype != torch.float32
+        """(N, 3, H, W) -> (N, Q, D), what the connector reads."""
         with contextlib.ExitStack() as stack:
-            if not trains:
+            if not learns(self):
                 stack.enter_context(torch.no_grad())
-                if half:
-                    stack.enter_context(torch.autocast(device_type, enabled=False))
+            if self.keeps_precision:
+                device_type = self.query_tokens.device.type
+                stack.enter_context(torch.autocast(device_type, enabled=False))
             image = self.encode_vit(pixel_values)
             image = self.ln_vision(image.to(self.ln_vision.weight.dtype))
             queries = self.query_tokens.expand(len(image), -1, -1)
