@@ -103,8 +103,8 @@ class DeepSpeedStrategy(Strategy):
 
         device, half = self.device, self._half
 
-        class Slices(Init):  # type: ignore[misc]
-            def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
+        class Slices(Init):
+            def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
                 for parameter in param_list:
                     if not is_zero_param(parameter):
                         parameter.data = parameter.data.to(half or final_dtype(parameter))

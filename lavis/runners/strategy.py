@@ -247,7 +247,7 @@ class FSDP2Strategy(Strategy):
     def reserved(self) -> float:
         if self.run.fsdp_cpu_offload:
             return float(self._at_once)
-        local = sum(p.to_local().nbytes for p in self.trained)  # type: ignore[attr-defined]
+        local = sum(p.to_local().nbytes for p in self.trained)
         return float(self._at_once + 3 * local)  # a gradient and two moments
 
     def _fill(self, model: nn.Module, held: dict[str, Tensor]) -> None:

@@ -45,7 +45,7 @@ class CausalLM(nn.Module):
             raise ConfigError(f"{name} has no linear output head")
         if not any(_has_layers(m) for m in model.modules()):
             raise ConfigError(f"{name} has no list of decoder layers")
-        if type(head) is nn.Linear and head.bias is None:
+        if type(head) is nn.Linear and "bias" not in dict(head.named_parameters()):
             head.__class__ = OutputHead
         embeddings: Any = model.get_input_embeddings()
         self.vocab_size, self.width = embeddings.weight.shape

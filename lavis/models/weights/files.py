@@ -244,7 +244,7 @@ def set_final_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype | Non
         parameter.final_dtype = dtype or parameter.dtype  # type: ignore[attr-defined]
 
 
-def final_dtype(parameter: nn.Parameter) -> torch.dtype:
+def final_dtype(parameter: Tensor) -> torch.dtype:
     """The type that a parameter has in training, which a mapped one is not in yet."""
     dtype: torch.dtype = getattr(parameter, "final_dtype", parameter.dtype)
     return dtype
