@@ -214,7 +214,7 @@ class ImageTextPretrainTask:
         run = self.config.run
         if not run.evaluate and not getattr(self.config.model, "trains", True):
             raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
-        if run.resume_ckpt_path is not None:
+        if run.resume_ckpt_path not in (None, "auto"):
             path = require_checkpoint(run.resume_ckpt_path, "run.resume_ckpt_path")
             if run.evaluate:
                 open_pth(path)
