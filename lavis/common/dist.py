@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -43,6 +44,7 @@ def process_group(device_type: str, *, always: bool = False) -> Iterator[None]:
         return
     if device_type == "cuda":
         torch.cuda.set_device(local_rank())
+    _check_network()
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)
@@ -53,6 +55,34 @@ def process_group(device_type: str, *, always: bool = False) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def machines() -> int:
+    """Machines of the run, as the launcher's environment has it."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def _check_network() -> None:
+    """Refuse what gloo would do: meet other machines at an address of this machine's own.
+
+    Raises:
+        ConfigError: the name of this machine leads to no address that others could reach.
+    """
+    if machines() == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name, found = socket.gethostname(), "nothing"
+    with suppress(OSError):
+        found = socket.gethostbyname(name)
+        if not found.startswith("127."):
+            with socket.socket() as probe:
+                probe.bind((found, 0))  # an address of one of its interfaces
+            return
+    interfaces = ", ".join(name for _, name in socket.if_nameindex() if name != "lo")
+    raise ConfigError(
+        f"this machine's name, {name}, stands for {found}, where other machines cannot reach it. "
+        "Set the environment variable GLOO_SOCKET_IFNAME to the interface of the network between "
+        f"them, and NCCL_SOCKET_IFNAME alike; there are: {interfaces}"
+    )
 
 
 def world_size() -> int:

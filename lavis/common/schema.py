@@ -276,6 +276,8 @@ class RunConfig:
                 with at(name):
                     user_path(path)
                 object.__setattr__(self, name, os.path.expanduser(path))  # noqa: PTH111
+        if self.evaluate and self.resume_ckpt_path == "auto":
+            raise ConfigError("resume_ckpt_path: auto goes on training; name a file to evaluate")
         if self.evaluate and not (self.test_splits or self.valid_splits):
             raise ConfigError("evaluate: true needs test_splits (or valid_splits) to score")
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lavis.common.device import warn_of_emulation
 from lavis.common.errors import ConfigError
 from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, VISION_ENCODERS, did_you_mean
 from lavis.models.compute.frozen_linear import widen_frozen_linears
@@ -83,12 +84,14 @@ class Assembly:
         model.schedule = StepSchedule(recompute="all" if llm.grad_ckpt else "none")
         if not mapped:
             own_trainable(model)
-        if home == device:
-            widen_frozen_linears(model)
         if path := config.finetuned_path(cache_root):
             model.load_checkpoint(path)
         if llm.device_map == "auto":
             _dispatch(language)
+        weight = language.head.weight
+        warn_of_emulation(weight.device, weight.dtype, f"{config.keys[1]}precision")
+        if home == device:
+            widen_frozen_linears(model)  # where the weights stay: not on a card
         return model.train(False)
 
     @classmethod
@@ -233,8 +236,13 @@ def _dispatch(language: CausalLM) -> None:
         if torch.cuda.is_available():
             llm.to("cuda")
         return
-    from accelerate import dispatch_model, infer_auto_device_map
+    import accelerate
+    from accelerate.utils import get_balanced_memory
 
-    kind = type(next(language.blocks())).__name__
-    device_map = infer_auto_device_map(llm, no_split_module_classes=[kind])
-    dispatch_model(llm, device_map)
+    whole = [type(next(language.blocks())).__name__]
+    # By default the first card would be filled first, with no room left for keys and values.
+    shares = get_balanced_memory(llm, no_split_module_classes=whole)
+    device_map = accelerate.infer_auto_device_map(llm, shares, no_split_module_classes=whole)
+    if "cpu" in device_map.values():
+        logger.warning("the GPUs' memory is short: a part of the language model stays on the CPU")
+    accelerate.dispatch_model(llm, device_map)

@@ -231,6 +231,7 @@ class Generator:
         return text
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # see CausalLM.hidden
     def generate_ids(
         self,
         prompts: Sequence[list[int]],

@@ -200,7 +200,7 @@ class VLM(nn.Module):
             ids, labels = self.encoder.constant_prefix()
             if not ids:  # a template that begins with the user's words
                 return None
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # once: not worth it
+            with torch.no_grad():
                 hidden, keys = self.language.prefix(torch.tensor([ids], device=self.device))
                 output = supervised_loss(self, hidden, torch.tensor([labels]))
             self._prefixes[state] = ConstantPrefix(

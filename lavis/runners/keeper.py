@@ -6,8 +6,14 @@ import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from lavis.common import dist
 from lavis.common.errors import LavisError, WeightsError
+from lavis.common.schema import Config
 from lavis.common.types import Metric
 from lavis.runners.checkpoint import Best, Checkpoint, copy_checkpoint
 
@@ -74,10 +80,44 @@ class CheckpointFolder:
         return [p for _, p in sorted((int(m[1]), p) for m, p in found)]
 
 
-def newest_whole(folder: Path, besides: Path | None = None) -> Path | None:
-    """The checkpoint of a folder that is farthest in training, among those that can be read."""
+def newest_of(config: Config) -> Path | None:
+    """Where ``run.resume_ckpt_path: auto`` goes on: the checkpoint that is farthest in training, of
+    the runs in ``run.output_dir`` with this very configuration; nowhere if there is none.
+
+    Every process calls this, and gets what the main one finds.
+    """
+    found, parent = None, Path(config.run.output_dir)
+    if dist.is_main():
+        runs = [path.parent for path in parent.glob("*/config.yaml")]
+        same = [run for run in runs if _same_settings(run / "config.yaml", config.tree)]
+        found = newest_whole(*same)
+        if found is None:
+            logger.warning(
+                "run.resume_ckpt_path: auto finds no checkpoint of a run of this configuration in "
+                "%s (%d runs of others): it starts from the beginning", parent,
+                len(runs) - len(same),
+            )  # fmt: skip
+    path: Path | None = dist.from_main(found)
+    return path
+
+
+def _same_settings(path: Path, tree: dict[str, Any]) -> bool:
+    """Whether a run's ``config.yaml`` says what ``tree`` says, but for where to go on."""
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError):
+        return False  # of a run that was killed before it began
+    now = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(tree))))
+    for settings in (saved, now):
+        if isinstance(settings, dict) and isinstance(settings.get("run"), dict):
+            settings["run"].pop("resume_ckpt_path", None)
+    return saved == now
+
+
+def newest_whole(*folders: Path, besides: Path | None = None) -> Path | None:
+    """The checkpoint in folders that is farthest in training, among those that can be read."""
     candidates: list[tuple[int, bool, Path]] = []
-    for path in folder.glob("checkpoint_*.pth"):
+    for path in (p for folder in folders for p in folder.glob("checkpoint_*.pth")):
         if path == besides:
             continue
         try:

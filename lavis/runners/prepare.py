@@ -18,7 +18,7 @@ from lavis.datasets.plan import BatchPlan
 from lavis.models.config import PartsConfig
 from lavis.runners.agreement import check_agreement, data_fingerprints, warn_of_another_rate
 from lavis.runners.checkpoint import Checkpoint
-from lavis.runners.keeper import open_checkpoint
+from lavis.runners.keeper import newest_of, open_checkpoint
 from lavis.runners.launch import build_strategy
 from lavis.runners.strategy import Strategy
 
@@ -57,6 +57,8 @@ class RunPlan:
         """
         run, source = config.run, config.run.resume_ckpt_path
         strategy = build_strategy(run, device)
+        if source == "auto":
+            source = newest_of(config)
         before = None if source is None else open_checkpoint(Path(source))
         data = data_fingerprints(config, dataset)
         if before is not None:

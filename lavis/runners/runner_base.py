@@ -338,9 +338,13 @@ class RunnerBase:
         config, path = self.folder / "config.yaml", self.checkpoints.path("latest")
         command = ["python", "train.py", "--cfg-path", str(config)]
         if dist.world_size() > 1:
-            launcher = f"-m torch.distributed.run --nproc_per_node={dist.world_size()}".split()
+            each = dist.world_size() // dist.machines()
+            launcher = f"-m torch.distributed.run --nproc_per_node={each}".split()
             command[1:1] = launcher
-        return "resume with: " + shlex.join([*command, "--options", f"run.resume_ckpt_path={path}"])
+        where = " (on each machine, with its --nnodes and --rdzv options)"
+        return f"resume with{where * (dist.machines() > 1)}: " + shlex.join(
+            [*command, "--options", f"run.resume_ckpt_path={path}"]
+        )
 
 
 def _what_learns(model: nn.Module, run: RunConfig, rates: Mapping[str, PartRate]) -> Iterator[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis.common import dist
+from lavis.common.device import warn_of_emulation
 from lavis.common.errors import ConfigError
 from lavis.common.schema import RunConfig
 from lavis.common.types import DTYPES
@@ -40,6 +41,8 @@ class Strategy:
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         self.run, self.device = run, device
         self.dtype = DTYPES[run.autocast_dtype]
+        if run.amp and dist.is_main():
+            warn_of_emulation(device, self.dtype, "run.autocast_dtype")
         fp16 = run.amp and self.dtype == torch.float16 and run.loss_scale
         self.rescales = fp16  # whether an infinite gradient is part of finding the loss scale
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)

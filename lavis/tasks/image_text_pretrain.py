@@ -230,7 +230,7 @@ class ImageTextPretrainTask:
                 "chat and cannot train it; remove it. A model that is too large for a card trains "
                 "with run.strategy: fsdp2"
             )
-        if run.resume_ckpt_path is not None:
+        if run.resume_ckpt_path not in (None, "auto"):
             path = require_checkpoint(run.resume_ckpt_path, "run.resume_ckpt_path")
             if run.evaluate:
                 open_pth(path)

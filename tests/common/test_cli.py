@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from lavis.common import device
 from lavis.common.cli import run_cli
 from lavis.common.device import pick_device
 from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
@@ -77,6 +79,7 @@ def test_unknown_device(name: str) -> None:
 
 def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ConfigError) as caught:
         pick_device("cuda:2")
@@ -105,3 +108,64 @@ def test_no_device_is_there(monkeypatch: pytest.MonkeyPatch, built: str | None) 
 def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == torch.device("cpu")
+
+
+OLD = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n"
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update"
+
+
+@pytest.fixture()
+def old_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Four cards that NVML counts, and a driver that this PyTorch cannot use."""
+
+    def init() -> None:
+        raise RuntimeError(f"{TOO_OLD}\nmore")
+
+    (tmp_path / "version").write_text(OLD)
+    monkeypatch.setattr(device, "_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+WHY = f"the NVIDIA driver is 535.183.01, this PyTorch is built for CUDA 13.0: {TOO_OLD}"
+
+
+@pytest.mark.usefixtures("old_driver")
+def test_a_driver_too_old_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    assert pick_device("auto", "--device", "--device cpu") == torch.device("cpu")
+    assert caplog.messages == [f"--device: auto is the CPU, though a GPU is there: {WHY}"]
+    with pytest.raises(ConfigError) as caught:
+        pick_device("cuda")
+    assert str(caught.value) == (
+        f"run.device is cuda but 0 CUDA devices are visible. A GPU is there: {WHY}. "
+        "To go without it: --options run.device=cpu"
+    )
+
+
+@pytest.mark.usefixtures("old_driver")
+def test_a_card_and_a_pytorch_without_cuda(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert pick_device("auto") == torch.device("cpu")
+    assert caplog.messages[0].endswith(
+        "the NVIDIA driver is 535.183.01, but this PyTorch is built without CUDA"
+    )
+
+
+@pytest.mark.parametrize(("capability", "slow"), [((7, 5), True), ((8, 6), False)])
+def test_bf16_on_an_older_card_is_pointed_out(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int],
+    slow: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for dtype in (torch.bfloat16, torch.float16):
+        device.warn_of_emulation(torch.device("cuda"), dtype, "run.autocast_dtype")
+    device.warn_of_emulation(torch.device("cpu"), torch.bfloat16, "run.autocast_dtype")
+    assert [m.startswith("run.autocast_dtype is bf16") for m in caplog.messages] == [True] * slow
+    device.is_ampere.cache_clear()

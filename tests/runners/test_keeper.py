@@ -255,6 +255,39 @@ def test_the_newest_is_the_one_farthest_in_training(tmp_path: Path) -> None:
     )
 
 
+def test_auto_goes_on_with_the_same_configuration_only(
+    tmp_path: Path, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that was killed and started again by the same command."""
+    auto = (*SHORT, "run.max_epoch=2", "run.resume_ckpt_path=auto")
+    parent = finished.parent
+    assert prepare(tmp_path, *auto).step == 0
+    assert caplog.messages[-1] == (
+        f"run.resume_ckpt_path: auto finds no checkpoint of a run of this configuration in "
+        f"{tmp_path} (0 runs of others): it starts from the beginning"
+    )
+    shutil.copytree(finished, tmp_path / "first")  # of another output_dir: another configuration
+    assert prepare(tmp_path, *auto, job="second").step == 0
+    assert "(1 runs of others)" in caplog.messages[-1]
+
+    killed = parent / "killed"  # begun without `auto`, at its third step
+    killed.mkdir()
+    shutil.copy(finished / "config.yaml", killed)
+    shutil.copy(finished / "checkpoint_0.pth", killed / "checkpoint_step_3.pth")
+    (parent / "half").mkdir()
+    (parent / "half" / "config.yaml").write_text("run: {task")
+    try:
+        runner = prepare(parent, *auto, job="third")
+        assert runner.step == 6
+        damage(finished / "checkpoint_1.pth", "cut short")
+        damage(finished / "checkpoint_latest.pth", "cut short")
+        assert prepare(parent, *auto, job="fourth").step == 3
+        assert prepare(parent, *auto, "run.seed=1", job="fifth").step == 0
+    finally:
+        for name in ("third", "fourth", "fifth", "killed", "half"):
+            shutil.rmtree(parent / name, ignore_errors=True)
+
+
 # --- a full disk ----------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lavis.common.device import is_ampere
 from lavis.common.errors import ConfigError
 from lavis.models.compute.masks import Documents, KeysAndValues, MaskRule, Masks
 
@@ -160,7 +161,8 @@ def _choose(
         return _square
     half = query.dtype in (torch.float16, torch.bfloat16)
     plain = softmax.fused and not softmax.dropout and masks.plain
-    if query.device.type == "cuda" and half and plain and query.shape[-1] == value.shape[-1]:
+    same = query.shape[-1] == value.shape[-1]
+    if query.device.type == "cuda" and half and plain and same and is_ampere(query.device):
         return _varlen
     return _each
 

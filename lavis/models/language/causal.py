@@ -87,12 +87,16 @@ class CausalLM(nn.Module):
         Raises:
             ConfigError: a prefix is given to a family that cannot take it.
         """
+        if cache is not None:
+            # Compiled layers would be compiled anew for each layer's state of the cache.
+            with torch.compiler.set_stance("force_eager"):
+                return self._forward(embeds, positions, mask, cache)
         if documents is None:
-            return self._forward(embeds, positions, mask, cache)
+            return self._forward(embeds, positions, mask, None)
         if self.packs:
             # With a mask of its own the family does not look for documents in the positions.
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-            return self._forward(embeds, positions, mask, cache, documents=documents)
+            return self._forward(embeds, positions, mask, None, documents=documents)
         if documents.prefix:
             raise ConfigError(f"{type(self.model).__name__} takes no prefix of keys and values")
         rows = (x.split(documents.lengths, dim=1) for x in (embeds, positions))
