@@ -14,48 +14,88 @@ from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedMod
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lavis.common.errors import ConfigError, WeightsError, listed
+from lavis.common.errors import ConfigError, LavisError, WeightsError, listed
 from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import first_line, prove
+from lavis.models.language.quantize import PackedFile, quantize
 from lavis.models.weights.files import open_shards
 
 _CONSTANTS = re.compile(r".*rotary_emb\.inv_freq")  # that old files hold; computed from the config
 
 
-def load_hf(path: Path, *, device: torch.device, dtype: torch.dtype | None) -> CausalLM:
+def load_hf(
+    path: Path, *, device: torch.device, dtype: torch.dtype | None, quantized: str | None = None
+) -> CausalLM:
     """Load a language model and prove what it can do.
 
     Args:
         path: a folder with ``config.json`` and weights, or a ``.gguf`` file.
         dtype: ``None`` keeps the type that most weights are stored in.
+        quantized: how the layers hold their weights: ``nf4``, ``int8``, or ``gguf``, as stored.
 
     Raises:
         WeightsError: a file is missing, damaged, or does not fit.
-        ConfigError: the family is not one of this Transformers, or needs code of its own.
+        ConfigError: the family is not one of this Transformers, or needs code of its own; or it
+            cannot be quantized.
     """
     config = read_config(path)
     family, text = stock_class(config, path)
-    folder, wrong = None, "does not fit"
-    options: dict[str, object] = {"dtype": dtype}
-    if path.suffix == ".gguf":
-        folder, wrong = path.parent, "cannot be read"
-        options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-        options |= {"dtype": dtype or "auto", "local_files_only": True}
-    else:
+    if path.suffix != ".gguf":
         weights = dict(open_shards(path))
         if text is not config:
             weights = _text_part(weights)
         weights = {k: v for k, v in weights.items() if not _CONSTANTS.fullmatch(k)}
-        options |= {"state_dict": weights, "dtype": dtype or _stored_dtype(weights, path)}
+        stored = _stored_dtype(weights, path) if quantized or dtype is None else dtype
+        llm = CausalLM(_build(family, text, path, state_dict=weights, dtype=stored))
+        if quantized:
+            llm = quantize(llm, quantized, device=device, dtype=dtype)
+    elif quantized:
+        with torch.device("meta"):
+            skeleton = CausalLM(family(text))
+        try:
+            packed = PackedFile.read(path, skeleton, dtype or torch.float32)
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        options = {"state_dict": packed.weights, "dtype": dtype or torch.float32}
+        llm = CausalLM(_build(family, text, path, **options))
+        packed.fill(llm)
+    else:
+        options = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+        options |= {"dtype": dtype or "auto", "local_files_only": True}
+        llm = CausalLM(_build(family, text, path, path.parent, **options))
+    llm.eval().to(device)
+    return prove(llm)
+
+
+def _build(
+    family: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    path: Path,
+    folder: Path | None = None,
+    **options: object,
+) -> PreTrainedModel:
+    """A stock model with its weights, every one of which has a place.
+
+    Raises:
+        WeightsError: they do not fit.
+    """
     try:
         model, info = family.from_pretrained(
-            folder, config=text, output_loading_info=True, **options
+            folder, config=config, output_loading_info=True, **options
         )
     except Exception as error:  # a damaged file, or shapes that differ: all kinds
-        raise WeightsError(f"{path} {wrong}: {first_line(error)}") from error
+        if folder is not None:
+            raise _unreadable(path, error) from error
+        raise WeightsError(f"{path} does not fit: {first_line(error)}") from error
     _check(path, info)
-    return prove(CausalLM(model.eval().to(device)))
+    return model
+
+
+def _unreadable(path: Path, error: Exception) -> LavisError:
+    if isinstance(error, LavisError):
+        return error
+    return WeightsError(f"{path} cannot be read: {first_line(error)}")
 
 
 def read_config(path: Path) -> PreTrainedConfig:
