@@ -213,8 +213,8 @@ class LanguageConfig(PartConfig):
             )
         if self.quantize in ("nf4", "int8") and packed:
             raise ConfigError(
-                f"quantize: {self.quantize} would quantize a .gguf file again; quantize: gguf keeps "
-                "its blocks"
+                f"quantize: {self.quantize} would quantize a .gguf file a second time; "
+                "quantize: gguf keeps its blocks"
             )
 
     def check_files(self, cache_root: str, at: str) -> None:

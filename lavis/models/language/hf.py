@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,12 +58,12 @@ def load_hf(
             packed = PackedFile.read(path, skeleton, dtype or torch.float32)
         except Exception as error:
             raise _unreadable(path, error) from error
-        options = {"state_dict": packed.weights, "dtype": dtype or torch.float32}
-        llm = CausalLM(_build(family, text, path, **options))
+        filled = _build(family, text, path, state_dict=packed.weights, dtype=dtype or torch.float32)
+        llm = CausalLM(filled)
         packed.fill(llm)
     else:
-        options = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-        options |= {"dtype": dtype or "auto", "local_files_only": True}
+        options: dict[str, Any] = {"dtype": dtype or "auto", "local_files_only": True}
+        options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
         llm = CausalLM(_build(family, text, path, path.parent, **options))
     llm.eval().to(device)
     return prove(llm)
