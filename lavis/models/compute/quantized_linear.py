@@ -8,6 +8,7 @@ columns that it spares by all tokens of a row.)
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from abc import abstractmethod
 from typing import Any
@@ -115,20 +116,25 @@ class NF4Linear(QuantizedLinear):
         return cls(shape, linear.bias, packed=packed, scale=state.absmax)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        weight: Tensor = _bitsandbytes().functional.dequantize_4bit(self.packed, self._state(dtype))
-        return weight
+        # As one row: on a CPU bitsandbytes takes each row's blocks to begin anew.
+        state = self._state(dtype, (1, self.out_features * self.in_features))
+        weight: Tensor = _bitsandbytes().functional.dequantize_4bit(self.packed, state)
+        return weight.view(self.out_features, self.in_features)
 
     def product(self, x: Tensor) -> Tensor:
+        if self.in_features % _NF4_BLOCK:
+            return super().product(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        state = self._state(x.dtype, (self.out_features, self.in_features))
         # Not its Linear4bit: on some CPUs that repacks the weight for good in a pass without
         # gradients, such as a prefix's, and no gradient goes through it from then on.
-        out: Tensor = _bitsandbytes().matmul_4bit(x, self.packed, self._state(x.dtype), bias=bias)
+        out: Tensor = _bitsandbytes().matmul_4bit(x, self.packed, state, bias=bias)
         return out
 
-    def _state(self, dtype: torch.dtype) -> Any:
+    def _state(self, dtype: torch.dtype, shape: tuple[int, int]) -> Any:
         return _bitsandbytes().functional.QuantState(
             absmax=self.scale.view(torch.float32),
-            shape=torch.Size((self.out_features, self.in_features)),
+            shape=torch.Size(shape),
             blocksize=_NF4_BLOCK,
             quant_type="nf4",
             dtype=dtype,
@@ -165,6 +171,7 @@ def _bitsandbytes() -> Any:
     if "bitsandbytes" not in sys.modules:
         installed = sys.modules.get("kernels")
         sys.modules["kernels"] = None  # type: ignore[assignment]
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # tells so
         try:
             importlib.import_module("bitsandbytes")
         finally:
