@@ -1,8 +1,9 @@
-"""A frozen language model in few bits beside the same one in bf16: memory, speed, loss, gradient.
+"""A frozen language model in few bits beside itself in bf16 and fp32: memory, speed, exactness.
 
-Soft tokens of a linear connector and some text go through the packed row, as in training; the
-connector learns. All models take turns in one process. Memory while loading is measured in a
-process for each.
+As at the start of training, the soft tokens of a random linear connector stand in packed rows
+between texts, and the connector learns. Loss and gradient are compared with those in fp32, of which
+bf16 shows how much rounding alone moves them: very far, were there no text before the soft tokens.
+All models take turns in one process. Memory while loading is measured in a process for each.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
     from lavis.models.language.causal import CausalLM
 
-KINDS = ("bf16", "int8", "nf4", "gguf")
+KINDS = ("fp32", "bf16", "int8", "nf4", "gguf")
 FEATURES = (32, 768)  # of an image
+BEFORE = "Here is a picture, and then a text that describes it."
 TEXTS = (
     "A dog lies under the table and sleeps. There is a red bowl beside it, and the bowl is empty.",
     "The picture shows a street in winter. Two people walk along the houses; one of them carries "
@@ -55,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = {k: in_child(loading, k, paths[k], args.device) for k in kinds}
         models = {k: load(k, paths[k], args.device) for k in kinds}
         steps = compare(models, documents(args.language, models["bf16"]), args.repeats)
+        numbers = {k: numbers[k] | steps[k] for k in kinds}
     for kind in kinds:
-        numbers[kind] |= steps[kind]
-        print(row(kind, numbers[kind], numbers["bf16"]))
+        print(row(kind, numbers[kind], numbers))
     if args.json:
         args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -77,14 +79,15 @@ def unpacked(language: Path, scratch: Path) -> Path:
 
 
 def load(kind: str, path: Path, device: str) -> CausalLM:
-    """One of the models, in bf16 but for its packed weights."""
+    """One of the models; what is not packed is bf16, or fp32 in the model of that name."""
     import torch
 
     from lavis.models.compute.frozen_linear import widen_frozen_linears
     from lavis.models.language.hf import load_hf
 
-    packed = None if kind == "bf16" else kind
-    llm = load_hf(path, device=torch.device(device), dtype=torch.bfloat16, quantized=packed)
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    packed = None if kind in ("fp32", "bf16") else kind
+    llm = load_hf(path, device=torch.device(device), dtype=dtype, quantized=packed)
     widen_frozen_linears(llm.requires_grad_(False))
     return llm
 
@@ -110,7 +113,7 @@ def loading(kind: str, path: Path, device: str) -> dict[str, Any]:
 
 
 def documents(language: Path, llm: CausalLM) -> list[Tensor]:
-    """Ids of some texts; random ones where there is no tokenizer."""
+    """Ids of what stands before an image, and of some texts; random without a tokenizer."""
     import torch
 
     from lavis.common.errors import LavisError
@@ -120,19 +123,19 @@ def documents(language: Path, llm: CausalLM) -> list[Tensor]:
         tokenizer = FastTokenizer.load(language, llm.vocab_size)
     except LavisError:
         draw = torch.Generator().manual_seed(0)
-        return [torch.randint(llm.vocab_size, (n,), generator=draw) for n in (20, 31, 26)]
-    return [torch.tensor(tokenizer.encode(t)) for t in TEXTS]
+        return [torch.randint(llm.vocab_size, (n,), generator=draw) for n in (12, 20, 31, 26)]
+    return [torch.tensor(tokenizer.encode(t)) for t in (BEFORE, *TEXTS)]
 
 
 def compare(
     models: dict[str, CausalLM], texts: list[Tensor], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Loss a token, the connector's gradient beside that in bf16, and tokens/s of a step."""
+    """Loss a token, the connector's gradient beside that in fp32, and tokens/s of a step."""
     import torch
 
     torch.manual_seed(0)
-    llm = models["bf16"]
-    features = torch.randn(len(texts), *FEATURES)
+    llm = models["fp32"]
+    features = torch.randn(len(texts) - 1, *FEATURES)
     connector = torch.nn.Linear(FEATURES[1], llm.width)
     std = float(llm.model.get_input_embeddings().weight.float().std())
     torch.nn.init.normal_(connector.weight, std=std / FEATURES[1] ** 0.5)
@@ -143,8 +146,8 @@ def compare(
             begin = time.perf_counter()
             results[kind] = step(model, connector, features, texts)
             times[kind].append(time.perf_counter() - begin)
-    tokens = sum(len(t) + FEATURES[0] for t in texts)
-    grad = results["bf16"][1]
+    tokens = sum(len(texts[0]) + FEATURES[0] + len(t) for t in texts[1:])
+    grad = results["fp32"][1]
     return {
         kind: {
             "loss": loss,
@@ -167,26 +170,27 @@ def step(
     device = llm.head.weight.device
     connector.to(device).zero_grad(set_to_none=True)
     soft = connector(features.to(device)).to(llm.head.weight.dtype)
-    lengths = tuple(len(t) + FEATURES[0] for t in texts)
-    words = [llm.embed(t[None].to(device))[0] for t in texts]
-    rows = [x for pair in zip(soft, words, strict=True) for x in pair]
+    before, *texts = (t.to(device) for t in texts)
+    first = len(before) + FEATURES[0]
+    lengths = tuple(first + len(t) for t in texts)
+    pairs = zip(soft, texts, strict=True)
+    rows = [x for s, t in pairs for x in (llm.embed(before[None])[0], s, llm.embed(t[None])[0])]
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
     hidden = llm.hidden(torch.cat(rows)[None], positions, documents=Documents(lengths))[0]
-    ends = [h[FEATURES[0] - 1 : -1] for h in hidden.split(lengths)]  # each says the next token
-    loss = llm.loss(torch.cat(ends), torch.cat(texts).to(device)) / sum(map(len, texts))
+    ends = [h[first - 1 : -1] for h in hidden.split(lengths)]  # each says the next token
+    loss = llm.loss(torch.cat(ends), torch.cat(texts)) / sum(map(len, texts))
     loss.backward()
     return loss.item(), connector.weight.grad.flatten().clone()
 
 
-def row(kind: str, numbers: dict[str, Any], plain: dict[str, Any]) -> str:
+def row(kind: str, n: dict[str, Any], numbers: dict[str, dict[str, Any]]) -> str:
     """A line of the table."""
-    n = numbers
-    speed = n["tokens_per_second"] / plain["tokens_per_second"]
+    speed = n["tokens_per_second"] / numbers["bf16"]["tokens_per_second"]
     return (
-        f"{kind:5} {n['layer_bytes'] / 1e6:9.1f} MB of layers {n['bytes'] / 1e6:9.1f} MB in all  "
-        f"loading {n['load_anonymous_bytes'] / 1e6:7.1f} MB  "
-        f"{n['tokens_per_second']:8.1f} tokens/s ({speed:.2f})  loss {n['loss']:.4f} "
-        f"({n['loss'] - plain['loss']:+.4f})  gradient: cosine {n['cosine']:.4f}, "
+        f"{kind:5}{n['layer_bytes'] / 1e6:9.1f} MB of layers{n['bytes'] / 1e6:9.1f} MB in all"
+        f"{n['load_anonymous_bytes'] / 1e6:8.1f} MB to load"
+        f"{n['tokens_per_second']:8.1f} tokens/s ({speed:.2f} of bf16)  loss {n['loss']:.4f} "
+        f"({n['loss'] - numbers['fp32']['loss']:+.4f})  gradient: cosine {n['cosine']:.4f}, "
         f"length {n['gradient_norm']:.3f}"
     )
 
