@@ -23,16 +23,20 @@ def write_gguf(
     path: Path,
     model: PreTrainedModel | None = None,
     tokenizer: tuple[Family, Path, str, str] | None = None,
+    *,
+    blocks: str = "F32",
+    architecture: str = "qwen2",
 ) -> Path:
     """Write what is given; skips the test without the ``gguf`` package.
 
     Args:
-        model: a Qwen2; its tensors keep their type.
+        model: a Qwen2, or what ``architecture`` says; its tensors keep their type.
+        blocks: type of the layers' matrices, such as ``Q8_0``.
         tokenizer: a family, the folder it was saved in, and GGUF's names for the kind of model
             (``gpt2``, ``llama``) and for how texts are split.
     """
     gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(str(path), "llama" if model is None else "qwen2")
+    writer = gguf.GGUFWriter(str(path), "llama" if model is None else architecture)
     rows = 0
     if model is not None:
         config = model.config
@@ -50,7 +54,11 @@ def write_gguf(
             name = key
             for theirs, ours in NAMES.items():
                 name = name.replace(theirs, ours)
-            writer.add_tensor(name, tensor.numpy())
+            kind = gguf.GGMLQuantizationType[
+                blocks if tensor.dim() > 1 and "blk" in name else "F32"
+            ]
+            data = gguf.quantize(tensor.numpy(), kind)
+            writer.add_tensor(name, data, raw_dtype=kind)
     if tokenizer is not None:
         family, folder, kind, splits = tokenizer
         state = json.loads((folder / "tokenizer.json").read_text())

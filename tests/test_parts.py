@@ -220,6 +220,45 @@ def test_a_gguf_file_is_the_folder_it_was_made_of(
     assert sum("lora_" in name for name in state(adapted.train())) == 2 * 2 * 7
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "gguf"])
+def test_adapters_and_connector_learn_beside_packed_weights(
+    home: Path, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    path = language(home, "llama")
+    if kind == "gguf":
+        folder = save_language(tmp_path / "whole", "qwen2", "chatml", intermediate_size=64)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        words = (FAMILIES["chatml"], folder, "gpt2", "qwen2")
+        file = write_gguf(tmp_path / "x.gguf", model, words, blocks="Q8_0")
+        path = f"model.language.path={file}"
+    lora = "{lora: {r: 4, targets: all}, lr: 1e-2}"
+    options = [path, f"model.train={{connector: {{}}, language: {lora}}}", "run.seed=3"]
+    options += [f"run.output_dir={tmp_path}", "run.grad_norm_clip=1"]
+    plain = prepare(home, *options, job="plain")
+    options.append(f"model.language.quantize={kind}")
+    runner = prepare(home, *options)
+    assert runner.model.training_flops(10, 1) == plain.model.training_flops(10, 1)
+    packed = {n: b.clone() for n, b in runner.model.named_buffers() if b.dtype == torch.uint8}
+    before = loss(runner)
+    saved = runner.train()
+    assert loss(runner) < before
+    adapters = [k for k in state(saved) if "lora_" in k]
+    assert len(adapters) == 2 * 2 * 7  # two layers of seven, a pair of each
+    assert all(t.dtype == torch.float32 for t in state(saved).values())
+    assert sum(float(state(saved)[k].abs().sum()) > 0 for k in adapters) == len(adapters)
+    assert not any("packed" in k for k in state(saved))
+    for name, buffer in packed.items():
+        assert torch.equal(dict(runner.model.named_buffers())[name], buffer), name
+    later = ("model.load_finetuned=true", f"model.finetuned={saved}")
+    again = prepare(home, *options, *later, job="again")
+    assert loss(again) == loss(runner)
+    with caplog.at_level("WARNING"):
+        prepare(home, *options[:-1], *later, job="unpacked")
+    assert f"model.language.quantize was {kind}, now None" in caplog.text
+
+
 def test_a_gguf_file_that_is_none(home: Path, gguf_file: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(gguf_file.read_bytes()[:-4000])
@@ -366,6 +405,23 @@ def test_a_trained_qformer_is_loaded_but_neither_cached_nor_exported(
             "model.train={language: {lora: {r: 4, targets: [q_pro]}}}",
             "model.train.language.lora.targets: no layer q_pro.*did you mean 'q_proj'",
         ),
+        (
+            "model.language.quantize=nf4 run.model.train={language: 1e-4}",
+            "model.train.language: weights do not train under language.quantize: nf4",
+        ),
+        (
+            "model.language.quantize=int4",
+            "model.language.quantize: 'int4' is not one of nf4, int8, gguf",
+        ),
+        ("model.language.quantize=gguf", "model.language.quantize: gguf keeps the blocks of a"),
+        (
+            "model.language.quantize=nf4 run.model.language.path=x.gguf",
+            "model.language.quantize: nf4 would quantize a .gguf file a second time",
+        ),
+        (
+            "model.language={name: qwen1, from_scratch: true, quantize: int8}",
+            "model.language.quantize: a language model from scratch",
+        ),
         ("model.language.path=''", "model.language.path is missing"),
         ("model.language.path=nowhere", "model.language.path: .*nowhere"),
         ("model.language.path=HOME/unknown", "model_type 'nope' is unknown"),
@@ -393,7 +449,7 @@ def test_told_before_a_weight_is_read(
         monkeypatch.setattr(f"lavis.models.vision.eva_qformer.{name}", read)
     monkeypatch.setattr("lavis.models.language.hf.open_shards", read)
     options = option.replace("HOME", str(home)).split(" run.")
-    options[1:] = [f"run.{o}" for o in options[1:]]
+    options[1:] = [o if o[:6] == "model." else f"run.{o}" for o in options[1:]]
     with pytest.raises(LavisError, match=told.replace("HOME", str(home))):
         prepare(home, *options)
 

@@ -200,6 +200,22 @@ class LanguageConfig(PartConfig):
     precision: Precision = "auto"  # auto: as stored
     grad_ckpt: bool = False
     device_map: Literal["cpu", "auto"] = "cpu"  # auto: spread over the visible GPUs
+    quantize: Literal["nf4", "int8", "gguf"] | None = (
+        None  # of the layers' weights; gguf: as they are
+    )
+
+    def __post_init__(self) -> None:
+        packed = self.path.endswith(".gguf")
+        if self.quantize == "gguf" and not packed:
+            raise ConfigError(
+                "quantize: gguf keeps the blocks of a .gguf file, which path does not name; "
+                "nf4 and int8 quantize a folder's weights"
+            )
+        if self.quantize in ("nf4", "int8") and packed:
+            raise ConfigError(
+                f"quantize: {self.quantize} would quantize a .gguf file a second time; "
+                "quantize: gguf keeps its blocks"
+            )
 
     def check_files(self, cache_root: str, at: str) -> None:
         """Check every file before any weight is read; ``at`` names the block in messages.
@@ -217,6 +233,11 @@ class Qwen1Config(LanguageConfig):
     config: dict[str, Any] | None = None  # over its config.json
     embedding_std: float | None = None  # from scratch; default: initializer_range
     from_scratch: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantize and self.from_scratch:
+            raise ConfigError("quantize: a language model from scratch has no weights to quantize")
 
     def check_files(self, cache_root: str, at: str) -> None:
         """As its base says."""
@@ -240,6 +261,7 @@ class HfConfig(LanguageConfig):
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("path is missing: a language model's folder or .gguf file")
+        super().__post_init__()
 
     def check_files(self, cache_root: str, at: str) -> None:
         """As its base says."""
@@ -338,6 +360,8 @@ class PartsConfig(ModelConfig):
         language = self.parts[2]
         if self.lora is not None:
             check_packages("lora", "low-rank adapters")
+        if language.quantize == "nf4":
+            check_packages("quantize", f"{self.keys[1]}quantize: nf4")
         if language.device_map == "auto":
             check_packages("multi-gpu-chat", "a language model spread over several GPUs")
         for path in self.vision_files(cache_root):
@@ -362,7 +386,12 @@ class VlmConfig(PartsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        eyes, learn = self.parts[0], self.training.get("vision")
+        (eyes, _, llm), learn = self.parts, self.training.get("vision")
+        if llm.quantize and "language" in self.training and self.lora is None:
+            raise ConfigError(
+                f"train.language: weights do not train under language.quantize: {llm.quantize}; "
+                "train adapters beside them (train.language.lora), or leave quantize out"
+            )
         vit = learn is not None and (not learn.parts or {"vit", "pos_embed"} & set(learn.parts))
         if vit and eyes.vit_precision == "fp16":
             raise ConfigError(

@@ -14,6 +14,7 @@ from lavis.common.errors import ConfigError, DataError
 from lavis.common.types import NO_FEATURES, Batch
 from lavis.models.compute.head import autocast_dtype
 from lavis.models.compute.prefix import ConstantPrefix
+from lavis.models.compute.quantized_linear import QuantizedLinear
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import PartsConfig, PartTraining
 from lavis.models.generation import Generator, History
@@ -281,10 +282,10 @@ class VLM(nn.Module):
         """
 
         def cost(module: nn.Module, *, backward: bool) -> float:
-            each = sum(
-                p.numel() * (2 + 2 * backward + 2 * p.requires_grad) for p in module.parameters()
-            )
-            return float(each)
+            frozen = 2 + 2 * backward
+            each = sum(p.numel() * (frozen + 2 * p.requires_grad) for p in module.parameters())
+            packed = (m for m in module.modules() if isinstance(m, QuantizedLinear))
+            return float(each + frozen * sum(m.in_features * m.out_features for m in packed))
 
         vision = "vision" in self.config.training
         per_image = self.features[0] * cost(self.connector, backward=vision)

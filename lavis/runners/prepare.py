@@ -55,10 +55,9 @@ class RunPlan:
             ConfigError: the strategy, the ratios, the token budget or the schedule does not fit.
             WeightsError: the checkpoint to resume from is damaged or belongs to another run.
         """
-        run, source = config.run, config.run.resume_ckpt_path
+        run = config.run
         strategy = build_strategy(run, device)
-        if source == "auto":
-            source = newest_of(config)
+        source = newest_of(config) if run.resume_ckpt_path == "auto" else run.resume_ckpt_path
         before = None if source is None else open_checkpoint(Path(source))
         data = data_fingerprints(config, dataset)
         if before is not None:

@@ -118,8 +118,12 @@ def close(got: Tensor, wanted: Tensor) -> None:
 
 @cache
 def alone(name: str) -> tuple[float, Tensor]:
+    return alone_by(stock(name))
+
+
+def alone_by(model: PreTrainedModel) -> tuple[float, Tensor]:
     """Loss of what follows the prefix, and the gradient of the embeddings, by the stock model."""
-    model, loss, grads = stock(name), 0.0, []
+    loss, grads = 0.0, []
     for ids in documents():
         embeds = model.get_input_embeddings()(ids).clone()
         after = embeds[:, P:].requires_grad_()

@@ -51,13 +51,18 @@ class FrozenLinear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
+def slow_in_bf16() -> bool:
+    """Whether this CPU has no bf16 instructions."""
+    return torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+
+
 def widen_frozen_linears(module: nn.Module) -> int:
     """Replace frozen bf16 linear layers in place, on a CPU without bf16 instructions.
 
     Returns:
         How many were replaced; none on other devices and newer CPUs.
     """
-    if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2"):
+    if not slow_in_bf16():
         return 0
     chosen = [
         m

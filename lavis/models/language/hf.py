@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +15,23 @@ from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedMod
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lavis.common.errors import ConfigError, WeightsError, listed
+from lavis.common.errors import ConfigError, LavisError, WeightsError, listed
 from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import first_line, prove
+from lavis.models.language.quantize import PackedFile, quantize
 from lavis.models.weights.files import open_shards, set_final_dtype
 
 _CONSTANTS = re.compile(r".*rotary_emb\.inv_freq")  # that old files hold; computed from the config
 
 
 def load_hf(
-    path: Path, *, device: torch.device, dtype: torch.dtype | None, mapped: bool = False
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    mapped: bool = False,
+    quantized: str | None = None,
 ) -> CausalLM:
     """Load a language model and prove what it can do.
 
@@ -33,40 +40,84 @@ def load_hf(
         dtype: ``None`` keeps the type that most weights are stored in.
         mapped: leave weights in their files, and the proof to who shards the model. What fp32
             makes of half precision is then left to :func:`final_dtype`.
+        quantized: how the layers hold their weights: ``nf4``, ``int8``, or ``gguf``, as stored.
 
     Raises:
         WeightsError: a file is missing, damaged, or does not fit.
-        ConfigError: the family is not one of this Transformers, or needs code of its own.
+        ConfigError: the family is not one of this Transformers, or needs code of its own; or it
+            cannot be quantized.
     """
     config = read_config(path)
     family, text = stock_class(config, path)
-    folder, wrong, widens = None, "does not fit", False
-    options: dict[str, object] = {"dtype": dtype}
-    if path.suffix == ".gguf":
-        folder, wrong = path.parent, "cannot be read"
-        options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-        options |= {"dtype": dtype or "auto", "local_files_only": True}
-    else:
+    widens = False
+    if path.suffix != ".gguf":
         weights = dict(open_shards(path))
         if text is not config:
             weights = _text_part(weights)
         weights = {k: v for k, v in weights.items() if not _CONSTANTS.fullmatch(k)}
         widens = mapped and dtype == torch.float32 and len(_floats(weights)) == 1
-        stored = _stored_dtype(weights, path) if widens or dtype is None else dtype
-        options |= {"state_dict": weights, "dtype": stored}
-    try:
-        model, info = family.from_pretrained(
-            folder, config=text, output_loading_info=True, **options
-        )
-    except Exception as error:  # a damaged file, or shapes that differ: all kinds
-        raise WeightsError(f"{path} {wrong}: {first_line(error)}") from error
-    _check(path, info)
-    llm = CausalLM(model.eval().to(device))
+        as_stored = quantized or widens or dtype is None
+        stored = _stored_dtype(weights, path) if as_stored else dtype
+        llm = CausalLM(_build(family, text, path, state_dict=weights, dtype=stored))
+        if quantized:
+            llm = quantize(llm, quantized, device=device, dtype=dtype)
+    elif quantized:
+        llm = _load_packed(path, family, text, dtype or torch.float32)
+    else:
+        options: dict[str, Any] = {"dtype": dtype or "auto", "local_files_only": True}
+        options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+        llm = CausalLM(_build(family, text, path, path.parent, **options))
+    llm.eval().to(device)
     if not mapped:
         return prove(llm)
     llm.proven = False
     set_final_dtype(llm.parameters(), torch.float32 if widens else None)
     return llm
+
+
+def _load_packed(
+    path: Path, family: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+) -> CausalLM:
+    """The model of a ``.gguf`` file, whose layers keep their blocks as they are stored."""
+    with torch.device("meta"):
+        skeleton = CausalLM(family(config))
+    try:
+        packed = PackedFile.read(path, skeleton, dtype)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    llm = CausalLM(_build(family, config, path, state_dict=packed.weights, dtype=dtype))
+    packed.fill(llm)
+    return llm
+
+
+def _build(
+    family: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    path: Path,
+    folder: Path | None = None,
+    **options: object,
+) -> PreTrainedModel:
+    """A stock model with its weights, every one of which has a place.
+
+    Raises:
+        WeightsError: they do not fit.
+    """
+    try:
+        model, info = family.from_pretrained(
+            folder, config=config, output_loading_info=True, **options
+        )
+    except Exception as error:  # a damaged file, or shapes that differ: all kinds
+        if folder is not None:
+            raise _unreadable(path, error) from error
+        raise WeightsError(f"{path} does not fit: {first_line(error)}") from error
+    _check(path, info)
+    return model
+
+
+def _unreadable(path: Path, error: Exception) -> LavisError:
+    if isinstance(error, LavisError):
+        return error
+    return WeightsError(f"{path} cannot be read: {first_line(error)}")
 
 
 def read_config(path: Path) -> PreTrainedConfig:

@@ -14,6 +14,7 @@ from lavis.common.types import DTYPES
 from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
 from lavis.models.language.causal import CausalLM, context_of
 from lavis.models.language.hf import load_hf, read_config, stock_class
+from lavis.models.language.quantize import quantize
 from lavis.models.language.qwen1 import load_llm, new_llm, read_spec
 from lavis.models.weights.original import QWEN, KeyMap, Rule
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML
@@ -98,6 +99,9 @@ class Qwen1(LanguagePart):
 
     def load(self, device: torch.device, *, mapped: bool = False) -> CausalLM:
         dtype = DTYPES.get(self.config.precision)
+        if kind := self.config.quantize:
+            stored = load_llm(self.spec, self.path, device=torch.device("cpu"), dtype=None)
+            return quantize(CausalLM(stored), kind, device=device, dtype=dtype)
         if not self.config.from_scratch:
             llm = load_llm(self.spec, self.path, device=device, dtype=dtype, mapped=mapped)
             return CausalLM(llm)
@@ -132,8 +136,8 @@ class Hf(LanguagePart):
             logger.info("%s: %s", self.path.name, note)
 
     def load(self, device: torch.device, *, mapped: bool = False) -> CausalLM:
-        dtype = DTYPES.get(self.config.precision)
-        return load_hf(self.path, device=device, dtype=dtype, mapped=mapped)
+        dtype, packed = DTYPES.get(self.config.precision), self.config.quantize
+        return load_hf(self.path, device=device, dtype=dtype, mapped=mapped, quantized=packed)
 
     def _check_system(self) -> None:
         if self.system is None:

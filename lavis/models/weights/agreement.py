@@ -27,6 +27,7 @@ _REFUSED_OF_PARTS = (
 )  # fmt: skip
 _WARNED_OF_PARTS = (
     "path",
+    "quantize",
     "system",
     "thinking",
     "template",
