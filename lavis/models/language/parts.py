@@ -15,7 +15,7 @@ from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
 from lavis.models.language.causal import CausalLM, context_of
 from lavis.models.language.hf import load_hf, read_config, stock_class
 from lavis.models.language.qwen1 import load_llm, new_llm, read_spec
-from lavis.models.weights.original import QWEN, KeyMap, Rule
+from lavis.models.weights.original import QWEN, SAME_NAMES, KeyMap
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML
 from lavis.processors.contracts import ChatTemplate, Kind, Tokenizer, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
@@ -24,7 +24,6 @@ from lavis.processors.templates import TokenizerTemplate
 from lavis.processors.tokenizer import QwenTokenizer
 
 logger = logging.getLogger(__name__)
-OTHER_NAMES = KeyMap((Rule("*", ("*",)),))
 
 
 class LanguagePart:
@@ -44,7 +43,7 @@ class LanguagePart:
     template: ChatTemplate
     system: str | None = None
     context: int
-    keys: KeyMap = OTHER_NAMES
+    keys: KeyMap = SAME_NAMES
 
     def __init__(self, config: LanguageConfig, cache_root: str, at: str) -> None:
         self.config, self.path, self.at = config, cache_path(config.path, cache_root), at
@@ -76,7 +75,7 @@ class Qwen1(LanguagePart):
 
     config: Qwen1Config
     family = Qwen2ForCausalLM
-    keys = KeyMap((*QWEN.rules, *OTHER_NAMES.rules))  # others: adapters
+    keys = KeyMap((*QWEN.rules, *SAME_NAMES.rules))  # the same: adapters
     system = SYSTEM_PROMPT
 
     def __init__(self, config: Qwen1Config, cache_root: str, at: str) -> None:

@@ -53,14 +53,6 @@ class QwenSpec:
     context: int
     original: dict[str, Any]
 
-    def require_room(self, new_tokens: int, key: str) -> None:
-        """Refuse a setting by which an answer leaves no room for a question."""
-        if new_tokens >= self.context:
-            raise ConfigError(
-                f"{key} {new_tokens} leaves no room for a question in this language model's "
-                f"context of {self.context} tokens"
-            )
-
 
 def read_spec(folder: Path, overrides: dict[str, Any] | None, *, need_file: bool) -> QwenSpec:
     """Read ``config.json`` and apply ``model.llm_config``.

@@ -121,8 +121,11 @@ def _weight_and_bias(source: str, target: str) -> tuple[Rule, Rule]:
     )
 
 
+SAME_NAMES = KeyMap((Rule("*", ("*",)),))
+"""For files whose names are the model's own."""
+
 VIT = KeyMap(
-    rules=(Rule("*", ("*",)),),
+    rules=SAME_NAMES.rules,
     # The final norm and head of the pretraining task, which BLIP-2 does without.
     dropped=(r"(norm|fc_norm|head)\..*",),
 )

@@ -14,14 +14,12 @@ from lavis.common.registry import did_you_mean
 from lavis.common.schema import ModelConfig
 from lavis.models.weights.agreement import check_settings
 from lavis.models.weights.files import WeightFile, final_dtype, load_pickle, state_dict_in
-from lavis.models.weights.original import KeyMap, Rule
-
-_SAME_NAMES = KeyMap((Rule("*", ("*",)),))
+from lavis.models.weights.original import SAME_NAMES, KeyMap
 
 
 def _key_map(model: nn.Module) -> KeyMap:
     """How a model's names relate to those in its files: its ``key_map``, if it has one."""
-    return getattr(model, "key_map", _SAME_NAMES)
+    return getattr(model, "key_map", SAME_NAMES)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
