@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +17,12 @@ from lavis.common.errors import ConfigError, WeightsError, listed
 from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import first_line, prove
-from lavis.models.weights.files import open_shards, set_final_dtype
+from lavis.models.weights.files import (
+    open_shards,
+    require_float,
+    set_final_dtype,
+    usual_dtype,
+)
 
 _CONSTANTS = re.compile(r".*rotary_emb\.inv_freq")  # that old files hold; computed from the config
 
@@ -35,7 +39,7 @@ def load_hf(
             makes of half precision is then left to :func:`final_dtype`.
 
     Raises:
-        WeightsError: a file is missing, damaged, or does not fit.
+        WeightsError: a file is missing, damaged, quantized, or does not fit.
         ConfigError: the family is not one of this Transformers, or needs code of its own.
     """
     config = read_config(path)
@@ -51,8 +55,12 @@ def load_hf(
         if text is not config:
             weights = _text_part(weights)
         weights = {k: v for k, v in weights.items() if not _CONSTANTS.fullmatch(k)}
-        widens = mapped and dtype == torch.float32 and len(_floats(weights)) == 1
-        stored = _stored_dtype(weights, path) if widens or dtype is None else dtype
+        for name, tensor in weights.items():
+            if name.endswith("weight"):  # not the masks and positions that old files hold
+                require_float(str(path), name, tensor)
+        floats = {t.dtype for t in weights.values() if t.is_floating_point()}
+        widens = mapped and dtype == torch.float32 and len(floats) == 1
+        stored = usual_dtype(str(path), weights.values()) if widens or dtype is None else dtype
         options |= {"state_dict": weights, "dtype": stored}
     try:
         model, info = family.from_pretrained(
@@ -132,30 +140,6 @@ def _text_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             known = name.startswith(("model.", "lm_head."))
             part[name if known else f"model.{name}"] = tensor
     return part
-
-
-def _floats(weights: dict[str, Tensor]) -> Counter[torch.dtype]:
-    """How many numbers there are of each floating-point type."""
-    numbers: Counter[torch.dtype] = Counter()
-    for tensor in weights.values():
-        if tensor.is_floating_point():
-            numbers[tensor.dtype] += tensor.numel()
-    return numbers
-
-
-def _stored_dtype(weights: dict[str, Tensor], path: Path) -> torch.dtype:
-    """The type that most numbers have.
-
-    Raises:
-        ConfigError: types that nothing is computed in.
-    """
-    numbers = _floats(weights)
-    dtype = max(numbers, key=lambda d: numbers[d], default=torch.float32)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ConfigError(
-            f"{path}: the weights are stored as {dtype}; set model.language.precision"
-        )
-    return dtype
 
 
 def _check(path: Path, info: dict[str, Iterable[str]]) -> None:
