@@ -10,7 +10,7 @@ from torch import nn
 
 from lavis.common.errors import ConfigError
 from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, VISION_ENCODERS, did_you_mean
-from lavis.models.compute.frozen_linear import widen_frozen_linears
+from lavis.models.compute.cpu import widen_frozen_linears
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import LoraConfig, PartsConfig, VlmConfig
 from lavis.models.language.causal import CausalLM
