@@ -80,7 +80,7 @@ class Assembly:
         if config.lora is not None:
             add_lora(language, config.lora)
             language.to(home)
-        model.schedule = StepSchedule(recompute="all" if llm.grad_ckpt else "none")
+        model.set_schedule(StepSchedule(recompute="all" if llm.grad_ckpt else "none"))
         if not mapped:
             own_trainable(model)
         if home == device:

@@ -38,6 +38,7 @@ class VLM(nn.Module):
         encoder: makes ids and labels of conversations.
         key_map: how names in a checkpoint relate to the model's.
         features: (Q, D), the shape of an image's features.
+        schedule: how a training step is computed; see :meth:`set_schedule`.
         uniform_graph: whether every batch calls the same parts, images or not: what processes that
             wait for each other inside a layer need. Strategies set it.
         vis_processor: makes tensors of pictures and files, if the model was loaded with it.
@@ -65,7 +66,7 @@ class VLM(nn.Module):
         self.uniform_graph = False
         self.vis_processor: Callable[[Image.Image], Tensor] | None = None
         self._prefixes: dict[tuple[Any, ...], ConstantPrefix | None] = {}
-        self._schedule = StepSchedule()
+        self.schedule = StepSchedule()
 
     @property
     def device(self) -> torch.device:
@@ -197,18 +198,12 @@ class VLM(nn.Module):
             )
         return self._prefixes[state]
 
-    @property
-    def schedule(self) -> StepSchedule:
-        """How a training step is computed."""
-        return self._schedule
-
-    @schedule.setter
-    def schedule(self, schedule: StepSchedule) -> None:
-        self._schedule = schedule
-        every = schedule.recompute_every
+    def set_schedule(self, schedule: StepSchedule) -> None:
+        """Compute steps so from now on: has layers recomputed, and compiles them, as it says."""
+        self.schedule = schedule
         llm = self.language.model
         llm.activation_checkpointing_disable()
-        if every:
+        if every := schedule.recompute_every:
             llm.activation_checkpointing_enable({"use_reentrant": False}, every)
         if schedule.compile:
             for layer in self.language.blocks():

@@ -99,7 +99,8 @@ class RunnerBase:
         if self.strategy.shards:
             self.strategy.prove(model)
             reserved = self.strategy.reserved()
-            model.schedule = StepSchedule.from_run(self.run, model, self.device, reserved)
+            schedule = StepSchedule.from_run(self.run, model, self.device, reserved)
+            model.set_schedule(schedule)
         if before is not None:
             self._load_optimizer(before)
         self.folder = Path(self.run.output_dir) / job_id

@@ -160,8 +160,8 @@ class ImageTextPretrainTask:
             self.cache_features(data, device)
             options["vision"] = False
         model = MODELS.get(config.arch).from_config(config, **options)
-        if hasattr(model, "schedule") and not mapped:  # the runner knows what memory is left
-            model.schedule = StepSchedule.from_run(run, model)
+        if hasattr(model, "set_schedule") and not mapped:  # the runner knows what memory is left
+            model.set_schedule(StepSchedule.from_run(run, model))
         return model
 
     def validate(self, module: nn.Module, splits: Splits, device: torch.device) -> dict[str, float]:
