@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.packages import check_packages
 from lavis.common.paths import cache_path, require
-from lavis.common.registry import did_you_mean
+from lavis.common.registry import (
+    CONNECTORS,
+    LANGUAGE_MODELS,
+    VISION_ENCODERS,
+    Registry,
+    did_you_mean,
+)
 from lavis.common.schema import ModelConfig, PartConfig, RunConfig
 from lavis.common.typed import require_range
 from lavis.models.weights.shards import check_download, find_shards, llm_files
 
-Part = Literal["vit", "qformer", "llm"]
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
 
 
@@ -114,6 +120,52 @@ class PartTraining:
         return replace(run, **rates | given)
 
 
+Key = Callable[[str], str]
+"""Says what the user calls a key of a part's block, for messages."""
+
+
+@dataclass(frozen=True)
+class VisionConfig(PartConfig):
+    """What every vision encoder's block may hold, and what it says before a weight is read.
+
+    Attributes:
+        PARTS: what ``train.vision.parts`` may name.
+        image_size: pixels of a side that it reads.
+        enable_autocast: whether ``run.amp`` reaches it.
+    """
+
+    REGISTRY: ClassVar[Registry[Any]] = VISION_ENCODERS
+    PARTS: ClassVar[tuple[str, ...]] = ()
+
+    image_size: int = 224
+    enable_autocast: bool = True
+
+    @property
+    def depth(self) -> int:
+        """Blocks that ``run.lr_layer_decay`` tells apart, of ``visual_encoder.blocks``."""
+        return 0
+
+    @property
+    def random_parts(self) -> tuple[str, ...]:
+        """What starts from random weights."""
+        return ()
+
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
+        """The weight files, checked.
+
+        Raises:
+            WeightsError: one is missing.
+        """
+        return iter(())
+
+    def check_training(self, parts: tuple[str, ...]) -> None:
+        """Check that these of :attr:`PARTS` can learn; without any, the whole encoder.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+
+
 @dataclass(frozen=True)
 class EvaQFormerKeys:
     """EVA ViT-g, a LayerNorm and the Q-Former, by the original's keys."""
@@ -129,8 +181,7 @@ class EvaQFormerKeys:
     bert_config: str = "ckpt/bert-base-uncased/config.json"
     qformer_config: QFormerConfig = QFormerConfig()
     num_query_token: int = 32
-    from_scratch: tuple[Part, ...] = ()
-    enable_autocast: bool = True  # whether run.amp reaches the vision encoder
+    enable_autocast: bool = True
 
     def __post_init__(self) -> None:
         if self.image_size % self.vit_config.patch_size:
@@ -141,29 +192,50 @@ class EvaQFormerKeys:
         require_range(self, 1, "image_size", "num_query_token")
         require_range(self, 0, "drop_path_rate", below=1)
 
-    def is_from_scratch(self, part: Part) -> bool:
-        """Whether a part starts from random weights."""
-        return part in self.from_scratch
 
-    def files(self, cache_root: str, at: str) -> Iterator[Path]:
-        """The weight files, checked; ``at`` is what stands before a key in messages.
+@dataclass(frozen=True)
+class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
+    """``vision: {name: eva_qformer, ...}``."""
+
+    PARTS: ClassVar[tuple[str, ...]] = ("vit", "pos_embed", "qformer", "queries")
+
+    from_scratch: tuple[Literal["vit", "qformer"], ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the ViT."""
+        return self.vit_config.depth
+
+    @property
+    def random_parts(self) -> tuple[str, ...]:
+        """What starts from random weights."""
+        return self.from_scratch
+
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
+        """The weight files, checked.
 
         Raises:
             WeightsError: one is missing.
         """
-        if not self.is_from_scratch("vit"):
-            yield require(self.path("vit_weights", cache_root), f"{at}vit_weights", WeightsError)
-        if not self.is_from_scratch("qformer"):
-            yield require(self.path("pretrained", cache_root), f"{at}pretrained", WeightsError)
+        for part, name in (("vit", "vit_weights"), ("qformer", "pretrained")):
+            if part not in self.from_scratch:
+                yield require(self.path(name, cache_root), key(name), WeightsError)
 
-    def path(self, key: str, cache_root: str) -> Path:
+    def path(self, name: str, cache_root: str) -> Path:
         """The path that a key names."""
-        return cache_path(getattr(self, key), cache_root)
+        return cache_path(getattr(self, name), cache_root)
 
+    def check_training(self, parts: tuple[str, ...]) -> None:
+        """Check that these parts can learn.
 
-@dataclass(frozen=True)
-class EvaQFormerConfig(EvaQFormerKeys, PartConfig):
-    """``vision: {name: eva_qformer, ...}``."""
+        Raises:
+            ConfigError: the ViT's weights are too short.
+        """
+        if self.vit_precision == "fp16" and {"vit", "pos_embed"} & set(parts or self.PARTS):
+            raise ConfigError(
+                "train.vision needs vision.vit_precision: fp32 (fp16 weights do not train: their "
+                "updates round away); run.amp gives the speed of half precision"
+            )
 
 
 @dataclass(frozen=True)
@@ -173,6 +245,8 @@ class ConnectorConfig(PartConfig):
     ``init`` is how large its output is before training: ``embeddings`` makes it as large as the
     language model's token embeddings, for features of variance 1; ``pytorch`` leaves PyTorch's.
     """
+
+    REGISTRY: ClassVar[Registry[Any]] = CONNECTORS
 
     init: Literal["embeddings", "pytorch"] = "embeddings"
 
@@ -196,13 +270,15 @@ class MlpConfig(ConnectorConfig):
 class LanguageConfig(PartConfig):
     """What every language model's block may hold."""
 
+    REGISTRY: ClassVar[Registry[Any]] = LANGUAGE_MODELS
+
     path: str = ""
     precision: Precision = "auto"  # auto: as stored
     grad_ckpt: bool = False
     device_map: Literal["cpu", "auto"] = "cpu"  # auto: spread over the visible GPUs
 
-    def check_files(self, cache_root: str, at: str) -> None:
-        """Check every file before any weight is read; ``at`` names the block in messages.
+    def check_files(self, cache_root: str, key: Key) -> None:
+        """Check every file before any weight is read.
 
         Raises:
             WeightsError: one is missing or not complete.
@@ -218,10 +294,10 @@ class Qwen1Config(LanguageConfig):
     embedding_std: float | None = None  # from scratch; default: initializer_range
     from_scratch: bool = False
 
-    def check_files(self, cache_root: str, at: str) -> None:
+    def check_files(self, cache_root: str, key: Key) -> None:
         """As its base says."""
         folder = cache_path(self.path, cache_root)
-        for path in llm_files(folder, weights=not self.from_scratch):
+        for path in llm_files(folder, key("path"), weights=not self.from_scratch):
             check_download(path)
 
 
@@ -241,16 +317,16 @@ class HfConfig(LanguageConfig):
         if not self.path:
             raise ConfigError("path is missing: a language model's folder or .gguf file")
 
-    def check_files(self, cache_root: str, at: str) -> None:
+    def check_files(self, cache_root: str, key: Key) -> None:
         """As its base says."""
         path = cache_path(self.path, cache_root)
         if path.suffix == ".gguf":
-            check_packages("gguf", f"{at}path: {self.path}")
-            check_download(require(path, f"{at}path", WeightsError))
+            check_packages("gguf", f"{key('path')}: {self.path}")
+            check_download(require(path, key("path"), WeightsError))
             return
-        require(path, f"{at}path", WeightsError, directory=True)
-        check_download(require(path / "config.json", f"{at}path", WeightsError))
-        for shard in find_shards(path, f"{at}path"):
+        require(path, key("path"), WeightsError, directory=True)
+        check_download(require(path / "config.json", key("path"), WeightsError))
+        for shard in find_shards(path, key("path")):
             check_download(shard)
 
 
@@ -261,7 +337,11 @@ class PartsConfig(ModelConfig):
     Attributes:
         vision, connector, language: the parts.
         train: how each part learns that does; what is not named is frozen.
+        WITHOUT_LORA: what to do about adapters that should not be, for messages.
     """
+
+    LEARNS_BY: ClassVar[str] = "model.train"
+    WITHOUT_LORA: ClassVar[str] = "remove model.train.language.lora"
 
     model_type: str = ""
     load_finetuned: bool = False
@@ -274,18 +354,26 @@ class PartsConfig(ModelConfig):
         if self.load_finetuned and not self.finetuned:
             raise ConfigError("load_finetuned is true but finetuned names no checkpoint")
         for part, training in self.training.items():
-            for key in ("lr", "weight_decay"):
-                if not 0 <= (getattr(training, key) or 0) < math.inf:
-                    got = getattr(training, key)
-                    raise ConfigError(f"train.{part}.{key} must be at least 0, not {got}")
-            if part not in ("vision", "connector", "language"):
-                near = did_you_mean(part, ("vision", "connector", "language"))
-                raise ConfigError(f"train.{part}: there is no such part{near}")
-            if training.lora is not None and part != "language":
-                raise ConfigError(f"train.{part}.lora: only the language model takes adapters")
+            self._check_training(part, training)
+
+    def _check_training(self, part: str, training: PartTraining) -> None:
+        known = ("vision", "connector", "language")
+        if part not in known:
+            raise ConfigError(f"train.{part}: there is no such part{did_you_mean(part, known)}")
+        for key in ("lr", "weight_decay"):
+            if not 0 <= (getattr(training, key) or 0) < math.inf:
+                got = getattr(training, key)
+                raise ConfigError(f"train.{part}.{key} must be at least 0, not {got}")
+        if training.lora is not None and part != "language":
+            raise ConfigError(f"train.{part}.lora: only the language model takes adapters")
+        inner = self.parts[0].PARTS if part == "vision" else ()
+        if unknown := [name for name in training.parts if name not in inner]:
+            has = f"known: {', '.join(inner)}" if inner else "it learns as a whole: remove the key"
+            near = did_you_mean(unknown[0], inner)
+            raise ConfigError(f"train.{part}.parts: unknown {unknown[0]!r}{near} ({has})")
 
     @property
-    def parts(self) -> tuple[EvaQFormerKeys, ConnectorConfig, LanguageConfig]:
+    def parts(self) -> tuple[VisionConfig, ConnectorConfig, LanguageConfig]:
         """Vision encoder, connector and language model."""
         raise NotImplementedError
 
@@ -294,10 +382,9 @@ class PartsConfig(ModelConfig):
         """How each part learns that does."""
         raise NotImplementedError
 
-    @property
-    def keys(self) -> tuple[str, str]:
-        """What stands before a key of the vision encoder and of the language model in messages."""
-        return "model.vision.", "model.language."
+    def key(self, part: str, name: str) -> str:
+        """What the user calls a setting of a part."""
+        return f"model.{part}.{name}"
 
     @property
     def image_size(self) -> int:
@@ -326,7 +413,7 @@ class PartsConfig(ModelConfig):
         Raises:
             WeightsError: one is missing.
         """
-        return self.parts[0].files(cache_root, self.keys[0])
+        return self.parts[0].files(cache_root, partial(self.key, "vision"))
 
     def check_files(self, cache_root: str) -> None:
         """Check every path, and the packages that some settings need, before any weight is read.
@@ -342,7 +429,7 @@ class PartsConfig(ModelConfig):
             check_packages("multi-gpu-chat", "a language model spread over several GPUs")
         for path in self.vision_files(cache_root):
             check_download(path)
-        language.check_files(cache_root, self.keys[1])
+        language.check_files(cache_root, partial(self.key, "language"))
         if self.finetuned_path(cache_root) is not None:
             require(cache_path(self.finetuned or "", cache_root), "model.finetuned", WeightsError)
 
@@ -355,27 +442,19 @@ class PartsConfig(ModelConfig):
 class VlmConfig(PartsConfig):
     """``arch: vlm``: parts by one line each."""
 
-    language: PartConfig = field(kw_only=True)
-    vision: PartConfig = EvaQFormerConfig("eva_qformer")
-    connector: PartConfig = LinearConfig("linear")
+    language: LanguageConfig = field(kw_only=True)
+    vision: VisionConfig = EvaQFormerConfig("eva_qformer")
+    connector: ConnectorConfig = LinearConfig("linear")
     train: dict[str, float | PartTraining] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        eyes, learn = self.parts[0], self.training.get("vision")
-        vit = learn is not None and (not learn.parts or {"vit", "pos_embed"} & set(learn.parts))
-        if vit and eyes.vit_precision == "fp16":
-            raise ConfigError(
-                "train.vision needs vision.vit_precision: fp32 (fp16 weights do not train: their "
-                "updates round away); run.amp gives the speed of half precision"
-            )
+        if (learn := self.training.get("vision")) is not None:
+            self.vision.check_training(learn.parts)
 
     @property
-    def parts(self) -> tuple[EvaQFormerKeys, ConnectorConfig, LanguageConfig]:
+    def parts(self) -> tuple[VisionConfig, ConnectorConfig, LanguageConfig]:
         """Vision encoder, connector and language model."""
-        assert isinstance(self.vision, EvaQFormerKeys)
-        assert isinstance(self.connector, ConnectorConfig)
-        assert isinstance(self.language, LanguageConfig)
         return self.vision, self.connector, self.language
 
     @property

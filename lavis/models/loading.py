@@ -12,7 +12,6 @@ from lavis.common.packages import check_packages
 from lavis.common.paths import REPOSITORY, TOYBOX, require_checkpoint
 from lavis.common.registry import MODELS, PROCESSORS
 from lavis.common.schema import SplitProcessors
-from lavis.models.config import PartsConfig
 
 if TYPE_CHECKING:
     import torch
@@ -74,8 +73,7 @@ def load_model_and_preprocess(
     check_packages()
     config = default_model_config(name, model_type, options, cfg_path)
     if llm_device_map is not None:
-        key = f"{config.model.keys[1]}device_map" if isinstance(config.model, PartsConfig) else ""
-        options = [f"{key or 'model.llm_device_map'}={llm_device_map}", *options]
+        options = [f"{config.model.key('language', 'device_map')}={llm_device_map}", *options]
         config = default_model_config(name, model_type, options, cfg_path)
     root = config.env.cache_root
     if cfg_path is None and model_type == "toybox" and root == str(REPOSITORY):

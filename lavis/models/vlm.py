@@ -15,11 +15,11 @@ from lavis.models.compute.head import autocast_dtype
 from lavis.models.compute.prefix import ConstantPrefix
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import PartsConfig, PartTraining
+from lavis.models.contracts import VisionEncoder
 from lavis.models.generation import Generator, History
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import prove
 from lavis.models.step import LossOutput, packed_loss, supervised_loss
-from lavis.models.vision.eva_qformer import EvaQFormer
 from lavis.models.weights.original import KeyMap
 from lavis.models.weights.trained import load_model_state
 from lavis.processors.conversation import ConversationEncoder
@@ -47,7 +47,7 @@ class VLM(nn.Module):
     def __init__(
         self,
         config: PartsConfig,
-        vision: EvaQFormer | None,
+        vision: VisionEncoder | None,
         connector: nn.Module,
         language: CausalLM,
         encoder: ConversationEncoder,
@@ -133,7 +133,9 @@ class VLM(nn.Module):
             if self.vision is None:
                 images = self.connect(torch.zeros(1, *self.features, device=self.device))[:0]
             else:
-                images = self.encode_image(self.vision.blank())[:0]
+                side = self.config.image_size
+                blank = torch.zeros(1, 3, side, side, device=self.device)
+                images = self.encode_image(blank)[:0]
         if not len(word_ids):
             return images
         words = self.embed_words(word_ids)

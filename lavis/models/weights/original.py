@@ -215,6 +215,7 @@ def full_model(language: KeyMap) -> KeyMap:
         rules=(
             *VIT.under("visual_encoder.", "vision.visual_encoder.").rules,
             *QFORMER.under("", "vision.").rules,
+            Rule("vision.*", ("vision.*",)),  # of other encoders
             *_weight_and_bias("llm_proj", "connector"),
             Rule("connector.*", ("connector.*",)),  # of more than one layer
             *language.under("llm_model.", "language.model.").rules,
