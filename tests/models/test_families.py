@@ -376,6 +376,19 @@ def test_stored_types(tmp_path: Path, dtype: torch.dtype | None) -> None:
         load_hf(tmp_path, device=torch.device("cpu"), dtype=dtype)
 
 
+def test_what_cannot_be_computed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no kernel\nand more")
+
+    monkeypatch.setattr("lavis.models.language.proof._stock", refuse)
+    with pytest.raises(ConfigError) as caught:
+        load_hf(_folder(tmp_path), device=torch.device("cpu"), dtype=None)
+    assert str(caught.value) == (
+        f"model.language.path: {tmp_path}: LlamaForCausalLM does not run here: RuntimeError: no "
+        "kernel; take a language model of another family"
+    )
+
+
 def test_the_language_model_inside_a_larger_one(tmp_path: Path) -> None:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 

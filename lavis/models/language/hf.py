@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedModel, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lavis.common.errors import ConfigError, WeightsError, listed
+from lavis.common.errors import ConfigError, WeightsError, at, listed
 from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import first_line, prove
@@ -40,7 +40,8 @@ def load_hf(
 
     Raises:
         WeightsError: a file is missing, damaged, quantized, or does not fit.
-        ConfigError: the family is not one of this Transformers, or needs code of its own.
+        ConfigError: the family is not one of this Transformers, needs code of its own, or computes
+            in a way that is not known here.
     """
     config = read_config(path)
     family, text = stock_class(config, path)
@@ -69,9 +70,10 @@ def load_hf(
     except Exception as error:  # a damaged file, or shapes that differ: all kinds
         raise WeightsError(f"{path} {wrong}: {first_line(error)}") from error
     _check(path, info)
-    llm = CausalLM(model.eval().to(device))
-    if not mapped:
-        return prove(llm)
+    with at(f"model.language.path: {path}"):
+        llm = CausalLM(model.eval().to(device))
+        if not mapped:
+            return prove(llm)
     llm.proven = False
     set_final_dtype(llm.parameters(), torch.float32 if widens else None)
     return llm
@@ -109,8 +111,12 @@ def _check_config(file: Path) -> None:
     except (ValueError, AttributeError) as error:
         raise WeightsError(f"{file} is not a JSON object: {error}") from error
     if kind not in CONFIG_MAPPING_NAMES:
-        own = " It would need the folder's own code, which is never run." * ("auto_map" in given)
-        raise ConfigError(f"{file}: model_type {kind!r} is unknown to Transformers.{own}")
+        way = "a newer one may know it (pip install -U transformers)"
+        if "auto_map" in given:
+            way = "it would need the folder's own code, which is never run: take another model"
+        raise ConfigError(
+            f"{file}: model_type {kind!r} is unknown to Transformers {__version__}; {way}"
+        )
     if given.get("quantization_config"):
         raise ConfigError(f"{file}: the weights are quantized; use the full-precision folder")
 
@@ -125,7 +131,9 @@ def stock_class(
     """
     text = getattr(config, "text_config", None) or config
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"{path}: {config.model_type} is no causal language model")
+        raise ConfigError(
+            f"{path}: {config.model_type} is no causal language model; name one that writes text"
+        )
     family: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
     return family, text
 
