@@ -92,7 +92,7 @@ def build_model(shape: Shape, device: torch.device) -> VLM:
     from lavis.models.build import MiniGPT4Qwen
     from lavis.models.compute.cpu import widen_frozen_linears
     from lavis.models.compute.memory import free_memory
-    from lavis.models.config import QFormerConfig, ViTConfig
+    from lavis.models.vision.config import QFormerConfig, ViTConfig
 
     folder = vocabulary().parent
     config = MiniGPT4QwenConfig(

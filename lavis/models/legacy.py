@@ -10,8 +10,6 @@ from lavis.common.errors import ConfigError
 from lavis.common.typed import only, require_range
 from lavis.models.config import (
     ConnectorConfig,
-    EvaQFormerConfig,
-    EvaQFormerKeys,
     LanguageConfig,
     LinearConfig,
     LoraConfig,
@@ -19,8 +17,8 @@ from lavis.models.config import (
     PartTraining,
     Precision,
     Qwen1Config,
-    VisionConfig,
 )
+from lavis.models.vision.config import EvaQFormerConfig, EvaQFormerKeys, VisionConfig
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from lavis.common.errors import WeightsError
-from lavis.models.config import EvaQFormerConfig
+from lavis.models.vision.config import EvaQFormerConfig
 from lavis.models.weights.files import load_weights, open_pth
 from lavis.models.weights.original import VIT
 

@@ -17,7 +17,7 @@ from transformers import Blip2QFormerConfig
 from lavis.common.errors import DataError
 from lavis.common.hashing import file_digest
 from lavis.common.types import DTYPES
-from lavis.models.config import EvaQFormerConfig
+from lavis.models.vision.config import EvaQFormerConfig
 from lavis.models.vision.eva import build_vit, load_vit
 from lavis.models.vision.qformer import build_qformer, qformer_config
 from lavis.models.weights.files import load_weights, open_pth
