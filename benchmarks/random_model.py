@@ -90,9 +90,9 @@ def build_model(shape: Shape, device: torch.device) -> VLM:
 
     from lavis.models import MiniGPT4QwenConfig
     from lavis.models.build import MiniGPT4Qwen
-    from lavis.models.compute.frozen_linear import widen_frozen_linears
+    from lavis.models.compute.cpu import widen_frozen_linears
     from lavis.models.compute.memory import free_memory
-    from lavis.models.config import QFormerConfig, ViTConfig
+    from lavis.models.vision.config import QFormerConfig, ViTConfig
 
     folder = vocabulary().parent
     config = MiniGPT4QwenConfig(

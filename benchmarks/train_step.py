@@ -101,7 +101,7 @@ class Bench:
 
         for layer in self.model.language.model.model.layers:
             layer._compiled_call_impl = None
-        self.model.schedule = StepSchedule(**rung.schedule)
+        self.model.set_schedule(StepSchedule(**rung.schedule))
         if not rung.recompute:
             self.model.language.model.activation_checkpointing_disable()
         if not self.model.schedule.reference:

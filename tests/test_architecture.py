@@ -12,18 +12,16 @@ import pytest
 
 from lavis.common.schema import BuildInfo, DatasetConfig, RunConfig
 from lavis.models.config import (
-    EvaQFormerConfig,
     HfConfig,
     LinearConfig,
     LoraConfig,
     MlpConfig,
     PartTraining,
-    QFormerConfig,
     Qwen1Config,
-    ViTConfig,
     VlmConfig,
 )
 from lavis.models.legacy import MiniGPT4QwenConfig
+from lavis.models.vision.config import EvaQFormerConfig, QFormerConfig, ViTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "lavis").rglob("*.py"))

@@ -20,7 +20,7 @@ from tests.processors.families import FAMILIES
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "extend.md").read_text(encoding="utf-8")
 
 
-def _write(folder: Path, monkeypatch: Any) -> None:
+def write_page(folder: Path, monkeypatch: Any) -> None:
     """Write the page's modules, under another package's name: other tests have a my_pkg too."""
     package = folder / "extend_page"
     package.mkdir()
@@ -30,7 +30,7 @@ def _write(folder: Path, monkeypatch: Any) -> None:
 
 
 def test_template_is_that_of_chatml(tmp_path: Path, monkeypatch: Any) -> None:
-    _write(tmp_path, monkeypatch)
+    write_page(tmp_path, monkeypatch)
     folder = FAMILIES["chatml"].save(tmp_path / "llm")
     tokenizer = FastTokenizer.load(folder, 1000)
     config = HfConfig("hf", path=str(folder), template="extend_page.my_module:MyTemplate")
@@ -47,7 +47,7 @@ def test_template_is_that_of_chatml(tmp_path: Path, monkeypatch: Any) -> None:
 
 
 def test_connector_gives_as_many_tokens_as_it_says(tmp_path: Path, monkeypatch: Any) -> None:
-    _write(tmp_path, monkeypatch)
+    write_page(tmp_path, monkeypatch)
     __import__("extend_page.pool")
     kind = CONNECTORS.get("pool")
     config = CONNECTORS.config("pool")("pool", of=4)

@@ -6,13 +6,16 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import evaluate
@@ -22,17 +25,21 @@ from examples.toybox.world.__main__ import write_split
 from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
-from lavis.common.registry import RUNNERS, TASKS
+from lavis.common.registry import LANGUAGE_MODELS, RUNNERS, TASKS
 from lavis.common.types import DTYPES
 from lavis.models import load_model_and_preprocess
 from lavis.models.build import Assembly
+from lavis.models.config import HfConfig
 from lavis.models.generation import Generator
+from lavis.models.language.parts import Hf
+from lavis.models.weights.agreement import check_settings
 from lavis.processors.contracts import Piece, Turn
 from lavis.processors.templates import TokenizerTemplate
 from lavis.tools.export import export
 from tests.conftest import REPO
 from tests.gguf_files import write_gguf
 from tests.processors.families import FAMILIES
+from tests.test_extend import write_page
 
 TOYBOX = REPO / "examples" / "toybox"
 SIZES = {
@@ -306,6 +313,13 @@ def test_each_part_at_its_rate(
     assert loss(other) != loss(runner)
     other.model.load_checkpoint(path)
     assert loss(other) == loss(runner)
+    names = ["up_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    written = ADAPTED.replace("targets: all", f"targets: [{', '.join(names)}]")
+    by_name = prepare(home, written, *options[1:], f"run.resume_ckpt_path={path}", job="by name")
+    assert loss(by_name) == loss(runner)
+    fewer = prepare(home, written.replace("up_proj, ", ""), *options[1:], job="fewer")
+    with pytest.raises(WeightsError, match=r"4 tensors that are not part .*up_proj\.lora_A"):
+        fewer.model.load_checkpoint(path)
     with pytest.raises(WeightsError, match=r"set model\.train\.language\.lora\.alpha: 32"):
         prepare(home).model.load_checkpoint(path)
 
@@ -390,6 +404,85 @@ def test_a_trained_qformer_is_loaded_but_neither_cached_nor_exported(
     assert not (tmp_path / "out").exists()
 
 
+# --- parts of one's own ---------------------------------------------------------------------
+
+
+def test_a_vision_encoder_of_ones_own(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of docs/extend.md, with keys that no built-in one has: all that a run does with it."""
+    write_page(tmp_path, monkeypatch)
+    torch.manual_seed(3)
+    vit = timm.create_model("test_vit", img_size=64, num_classes=0)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    content = yaml.safe_load((home / "run.yaml").read_text(encoding="utf-8"))
+    content["imports"] = ["extend_page.eyes"]
+    weights = str(tmp_path / "vit.safetensors")
+    eyes = {"name": "eyes", "weights": weights, "model": "test_vit", "image_size": 64}
+    content["model"] |= {"vision": eyes, "train": {"connector": 1e-3}}
+    for processor in content["preprocess"]["vis_processor"].values():
+        processor["image_size"] = 64
+    content["run"] |= {"output_dir": str(tmp_path), "max_epoch": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+    learn = "model.train.vision={lr: 1e-4}"
+    runner = prepare(tmp_path, learn)
+    assert runner.model.features == (17, 64)
+    vit.eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(runner.model.encode_query(images), vit.forward_features(images))
+    before = loss(runner)
+    path = runner.train()
+    trained = {"llm_proj.weight", "llm_proj.bias", *(f"vision.vit.{n}" for n in vit.state_dict())}
+    assert state(path).keys() == trained
+    other = prepare(tmp_path, learn, job="other")
+    other.model.load_checkpoint(path)
+    assert loss(other) == loss(runner) < before
+    config = runner.config.model
+    changed = replace(config, vision=replace(config.vision, model="test_vit2"))
+    with pytest.raises(WeightsError, match=r"set model\.vision\.model: test_vit \(now test_vit2\)"):
+        check_settings(path, torch.load(path, weights_only=True), changed)
+
+    cached = ["run.feature_cache.enabled=true", f"run.feature_cache.dir={tmp_path / 'features'}"]
+    frozen = prepare(tmp_path, *cached, job="cached")
+    assert (frozen.model.vision, frozen.model.features) == (None, (17, 64))
+    frozen.train()
+    with pytest.raises(WeightsError, match=r"^model\.vision\.weights: .*nowhere"):
+        prepare(tmp_path, "model.vision.weights=nowhere")
+    with pytest.raises(
+        ConfigError, match=r"train\.vision\.parts: unknown 'vit' \(it learns as a w"
+    ):
+        prepare(tmp_path, "model.train={vision: {parts: [vit]}}")
+
+
+@dataclass(frozen=True)
+class MineConfig(HfConfig):
+    """A language model's, with a key of its own."""
+
+    depth: int = 1
+
+
+@dataclass(frozen=True)
+class BareConfig:
+    """Derived from nothing."""
+
+    name: str
+
+
+def test_a_language_model_of_ones_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, config in (("mine", MineConfig), ("bare", BareConfig)):
+        monkeypatch.setitem(LANGUAGE_MODELS._targets, name, Hf)
+        monkeypatch.setitem(LANGUAGE_MODELS._configs, name, config)
+    runner = prepare(home, "model.language.name=mine", "model.language.depth=2")
+    assert runner.model.config.language == MineConfig("mine", path=str(home / "llama"), depth=2)
+    with pytest.raises(ConfigError) as caught:
+        prepare(home, "model.language={name: bare}")
+    assert str(caught.value) == (
+        "--options: model.language.name: BareConfig, the configuration of 'bare', must be derived "
+        "from lavis.models.config.LanguageConfig"
+    )
+
+
 # --- late faults ----------------------------------------------------------------------------
 
 
@@ -397,6 +490,11 @@ def test_a_trained_qformer_is_loaded_but_neither_cached_nor_exported(
     ("option", "told"),
     [
         ("model.train={connecter: 1e-3}", "model.train.connecter: .*did you mean 'connector'"),
+        (
+            "model.train={vision: {parts: [qfomer]}}",
+            r"^--options: model\.train\.vision\.parts: unknown 'qfomer'; did you mean 'qformer'",
+        ),
+        ("model.train={connector: {parts: [last]}}", "train.connector.parts: unknown 'last'"),
         ("model.train={connector: -1}", "model.train.connector.lr must be at least 0, not -1"),
         ("model.train={connector: {lr: -1}}", "model.train.connector.lr must be at least 0"),
         ("model.train={connector: {rate: 1}}", "unknown key 'model.train.connector.rate'"),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavis.common.cli import whole_number
-from lavis.common.config import add_config_arguments, default_model_config
+from lavis.common.config import add_config_arguments
 from lavis.common.errors import ConfigError, DataError
-from lavis.common.paths import REPOSITORY, TOYBOX, require_checkpoint
+from lavis.common.paths import REPOSITORY, TOYBOX
+from lavis.models.loading import find_model
 
 if TYPE_CHECKING:
     from lavis.chat.engine import ChatEngine
@@ -96,36 +96,24 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
         DataError: the configuration has no image processor for chat.
     """
     toybox = choose_model(args)
-    args.checkpoint = str(require_checkpoint(args.checkpoint))
-    arch = "" if args.cfg_path else "minigpt4qwen"  # a YAML says which
-    config = default_model_config(arch, args.model_type, args.options, args.cfg_path)
-    processor = config.preprocess.vis_processor.eval
+    found = find_model(
+        "" if args.cfg_path else "minigpt4qwen",  # a YAML says which
+        args.model_type,
+        checkpoint=args.checkpoint,
+        cfg_path=args.cfg_path,
+        options=args.options,
+        llm_device_map=args.llm_device_map,
+    )
+    processor = found.config.preprocess.vis_processor.eval
     if processor is None:
         raise DataError("the configuration's preprocess.vis_processor has no `eval`")
-    config.check_image_size("preprocess.vis_processor.eval", processor)
-    config.model.check_files(config.env.cache_root)
+    found.config.check_image_size("preprocess.vis_processor.eval", processor)
+    found.require_room(args.max_new_tokens, "--max-new-tokens")
 
     from lavis.chat.engine import ChatEngine
     from lavis.chat.settings import ChatSettings
-    from lavis.common.device import pick_device
-    from lavis.common.registry import MODELS
-    from lavis.models import load_model_and_preprocess
-    from lavis.models.weights.files import open_pth
 
-    open_pth(Path(args.checkpoint))
-    if describe := getattr(MODELS.get(config.model.arch), "describe", None):
-        _, language, _ = describe(config.model, config.env.cache_root)
-        language.require_room(args.max_new_tokens, "--max-new-tokens")
     logger.info("loading %s with %s", args.cfg_path or args.model_type, args.checkpoint)
     settings = ChatSettings(max_new_tokens=args.max_new_tokens, seed=args.seed)
-    model, processors, _ = load_model_and_preprocess(
-        arch,
-        args.model_type,
-        is_eval=True,
-        device=pick_device(args.device, "--device", "--device cpu"),
-        llm_device_map=args.llm_device_map,
-        cfg_path=args.cfg_path,
-        options=args.options,
-    )
-    model.load_checkpoint(args.checkpoint)
+    model, processors, _ = found.load(args.device, "--device", "--device cpu")
     return ChatEngine(model, processors["eval"]), settings, toybox

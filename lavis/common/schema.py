@@ -7,20 +7,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lavis.common.errors import ConfigError, at
 from lavis.common.paths import cache_path, user_cache, user_path
 from lavis.common.registry import (
     BUILDERS,
-    CONNECTORS,
-    LANGUAGE_MODELS,
     LR_SCHEDULERS,
     MODELS,
     PROCESSORS,
     RUNNERS,
     TASKS,
-    VISION_ENCODERS,
     Registry,
 )
 from lavis.common.typed import Where, convert, only, require_range
@@ -108,27 +105,46 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class PartConfig:
-    """Base of the configuration of a model's part; ``name`` selects the subclass."""
+    """Base of the configuration of a model's part; ``name`` selects the subclass.
+
+    Attributes:
+        REGISTRY: where the names are.
+    """
+
+    REGISTRY: ClassVar[Registry[Any]]
 
     name: str
 
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
-        return _selected(_PARTS[path.rpartition(".")[2]], "name", data, path, where)
-
-
-_PARTS = {"vision": VISION_ENCODERS, "connector": CONNECTORS, "language": LANGUAGE_MODELS}
+        selected = _selected(cls.REGISTRY, "name", data, path, where)
+        if not issubclass(selected, cls):
+            raise ConfigError(
+                f"{where(path)}: {path}.name: {selected.__qualname__}, the configuration of "
+                f"{data['name']!r}, must be derived from {cls.__module__}.{cls.__qualname__}"
+            )
+        return selected
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Base of every model's configuration; ``arch`` selects the subclass."""
+    """Base of every model's configuration; ``arch`` selects the subclass.
+
+    Attributes:
+        LEARNS_BY: the keys that say what learns, for messages.
+    """
+
+    LEARNS_BY: ClassVar[str] = "model"
 
     arch: str
 
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
         return _selected(MODELS, "arch", data, path, where)
+
+    def key(self, part: str, name: str) -> str:
+        """What the user calls a setting of a part, ``vision``, ``connector`` or ``language``."""
+        return f"model.{name}"
 
     def check_files(self, cache_root: str) -> None:
         """Check that every file the model is built from exists, before any weight is read.
@@ -317,8 +333,8 @@ class Config:
         size = getattr(processor, "image_size", wanted)
         if size != wanted:
             raise ConfigError(
-                f"{self.source}: {path}.image_size is {size}, but model.image_size is {wanted}; "
-                "they must be equal"
+                f"{self.source}: {path}.image_size is {size}, but "
+                f"{self.model.key('vision', 'image_size')} is {wanted}; they must be equal"
             )
 
     def __post_init__(self) -> None:
@@ -339,8 +355,12 @@ def _selected(
 ) -> type:
     """The class that types a block, named by one of the block's keys."""
     if data.get(key) is None:
-        known = ", ".join(registry.names())
-        raise ConfigError(f"{where(path)}: {path}.{key} is missing (known: {known})")
+        known, source = ", ".join(registry.names()), where(path)
+        add = f"--options {path}.{key}=..." if source == "--options" else f"`{key}: ...` to {path}"
+        raise ConfigError(
+            f"{source}: {path}.{key} is missing (known: {known}); it says which {registry.kind} "
+            f"the other keys are of: add {add}"
+        )
     path = f"{path}.{key}"
     name = convert(str, data[key], path, where)
     with at(f"{where(path)}: {path}"):

@@ -33,7 +33,7 @@ from lavis.common.errors import DataError, listed
 from lavis.common.images import refuse_address
 from lavis.common.paths import is_file
 from lavis.common.types import IMAGE_PLACEHOLDER, BadSample
-from lavis.processors.conversation import IMAGE, SYSTEM_PROMPT, Turn
+from lavis.processors.conversation import IMAGE, Turn
 
 logger = logging.getLogger(__name__)
 _NOT_JSON = (ValueError, RecursionError)  # what `json.loads` raises
@@ -88,7 +88,10 @@ class Record:
 
 
 def read_annotations(
-    path: Path, media_root: Path | None, record_format: str
+    path: Path,
+    media_root: Path | None,
+    record_format: str,
+    check_system: Callable[[str], None],
 ) -> Iterator[Record | BadSample]:
     """Yield every record of a JSON list or a JSON-lines file.
 
@@ -96,6 +99,8 @@ def read_annotations(
         path: ``.json`` (a list of objects) or ``.jsonl`` (an object a line).
         media_root: folder that image and video names are relative to.
         record_format: ``minigpt4qwen`` or ``llava``.
+        check_system: raises :class:`DataError` for a system prompt that would be lost, as
+            :meth:`lavis.processors.conversation.ConversationEncoder.check_system`.
 
     Raises:
         DataError: if the file as a whole cannot be read.
@@ -111,6 +116,8 @@ def read_annotations(
             continue
         try:
             unread.update(_check_keys(_object(raw), record_format))
+            for system in _systems(raw):
+                check_system(system)
             yield to_record(sample_id, raw, media_root)
         except DataError as error:
             yield BadSample(sample_id, str(error))
@@ -193,12 +200,24 @@ def _check_keys(raw: dict[str, Any], record_format: str) -> list[str]:
             f"`{turns[0]}` must be {_TURNS[record_format]}, not None; the record has "
             f"{_names(raw) or 'no keys'}, format {record_format} reads {_names(known)}"
         )
-    if raw.get("system") not in (None, "", SYSTEM_PROMPT):
-        raise DataError(
-            f"has a `system` prompt of its own, but every conversation begins with "
-            f"{SYSTEM_PROMPT!r}; write it into the question"
-        )
     return unread
+
+
+def _systems(raw: dict[str, Any]) -> Iterator[str]:
+    """The system prompts of a record: its own key's, and a first message's."""
+    if raw.get("system") not in (None, ""):
+        if not isinstance(raw["system"], str):
+            raise DataError(f"`system` must be a text, not {raw['system']!r:.60}")
+        yield raw["system"]
+    if _has_system_message(raw.get("conversations")):
+        yield raw["conversations"][0]["value"]
+
+
+def _has_system_message(messages: Any) -> bool:
+    first = messages[0] if isinstance(messages, list) and len(messages) > 1 else None
+    if not isinstance(first, dict):
+        return False
+    return first.get("from") == "system" and isinstance(first.get("value"), str)
 
 
 def _names(keys: Iterable[str]) -> str:
@@ -236,13 +255,13 @@ def _from_llava(sample_id: str, raw: dict[str, Any], root: Path | None) -> Recor
         raise DataError(f"`conversations` must be {_TURNS['llava']}")
     marks = "<image>" if raw.get("image") or raw.get("images") else "<image>|<video>"
     turns: list[Turn] = []
-    for i, message in enumerate(messages):
+    for i, message in enumerate(messages[_has_system_message(messages) :]):
         expected = "human" if i % 2 == 0 else "gpt"
         source, text = _object(message).get("from"), _object(message).get("value")
         if source != expected or not isinstance(text, str):
             why = ""
             if source == "system":
-                why = f"; every conversation begins with {SYSTEM_PROMPT!r}, remove the message"
+                why = "; a system prompt stands first, or in `system`"
             elif "role" in message or "content" in message:
                 why = "; it has `role` and `content`: rename them"
             raise DataError(

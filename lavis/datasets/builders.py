@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from lavis.common.errors import ConfigError, DataError, in_lines
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import PROCESSORS, did_you_mean
 from lavis.common.schema import DatasetConfig, PreprocessConfig, ProcessorConfig
-from lavis.common.types import BadSample, Encoded
+from lavis.common.types import BadSample
 from lavis.datasets.annotations import Record, read_annotations
 from lavis.datasets.collate import report_bad
 from lavis.datasets.features import CachedFeatures
@@ -93,7 +93,7 @@ class InstructionBuilder:
             seed,
             features=None if views is None else CachedFeatures(images, seed, views),
         )
-        good, bad = self._read(split, dataset.encode)
+        good, bad = self._read(split, dataset)
         report_bad(
             bad,
             on_bad,
@@ -117,14 +117,16 @@ class InstructionBuilder:
         )
 
     def _read(
-        self, split: str, encode: Callable[[Record], Encoded]
+        self, split: str, dataset: InstructionDataset
     ) -> tuple[list[tuple[Record, Length]], list[BadSample]]:
         good: list[tuple[Record, Length]] = []
         bad: list[BadSample] = []
+        check_system = cache(dataset.encoder.check_system)
+        root, kind = self._media_root, self.config.format
         for path in self._annotation_files(split):
-            records = list(read_annotations(path, self._media_root, self.config.format))
+            records = list(read_annotations(path, root, kind, check_system))
             readable = [r for r in records if isinstance(r, Record)]
-            counts = iter(count_tokens(readable, encode, path.name))
+            counts = iter(count_tokens(readable, dataset.encode, path.name))
             for record in records:
                 if isinstance(record, BadSample):
                     bad.append(record)

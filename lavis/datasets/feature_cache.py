@@ -210,7 +210,9 @@ def _draw(views: Sequence[_View]) -> list[Tensor | str]:
 def _padded(encode: Callable[[Tensor], Tensor], pixels: list[Tensor]) -> Tensor:
     """(N, Q, D) of at most ``_BATCH`` images; rows past them are filler."""
     if len({p.shape for p in pixels}) > 1:
-        raise DataError("image processors give images of different sizes; model.image_size")
+        raise DataError(
+            "image processors give images of different sizes; set their image_size to the model's"
+        )
     return encode(torch.stack(pixels + pixels[-1:] * (_BATCH - len(pixels))))
 
 

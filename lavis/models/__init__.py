@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, MODELS, VISION_ENCODERS
 from lavis.models.config import (
-    EvaQFormerConfig,
     HfConfig,
     LinearConfig,
     MlpConfig,
@@ -14,6 +13,7 @@ from lavis.models.config import (
     VlmConfig,
 )
 from lavis.models.legacy import MiniGPT4QwenConfig
+from lavis.models.vision.config import EvaQFormerConfig
 
 if TYPE_CHECKING:
     from lavis.models.loading import load_model, load_model_and_preprocess

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,13 +12,13 @@ from torch import nn
 from lavis.common.device import warn_of_emulation
 from lavis.common.errors import ConfigError
 from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, VISION_ENCODERS, did_you_mean
-from lavis.models.compute.frozen_linear import widen_frozen_linears
+from lavis.models.compute.cpu import widen_frozen_linears
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import LoraConfig, PartsConfig, VlmConfig
+from lavis.models.contracts import VisionEncoder
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.parts import LanguagePart
 from lavis.models.legacy import MiniGPT4QwenConfig
-from lavis.models.vision.eva_qformer import EvaQFormer, resolve_qformer
 from lavis.models.vlm import VLM
 from lavis.models.weights.files import own_trainable
 from lavis.models.weights.original import full_model
@@ -81,7 +82,7 @@ class Assembly:
         if config.lora is not None:
             add_lora(language, config.lora)
             language.to(home)
-        model.schedule = StepSchedule(recompute="all" if llm.grad_ckpt else "none")
+        model.set_schedule(StepSchedule(recompute="all" if llm.grad_ckpt else "none"))
         if not mapped:
             own_trainable(model)
         if path := config.finetuned_path(cache_root):
@@ -89,7 +90,7 @@ class Assembly:
         if llm.device_map == "auto":
             _dispatch(language)
         weight = language.head.weight
-        warn_of_emulation(weight.device, weight.dtype, f"{config.keys[1]}precision")
+        warn_of_emulation(weight.device, weight.dtype, config.key("language", "precision"))
         if home == device:
             widen_frozen_linears(model)  # where the weights stay: not on a card
         return model.train(False)
@@ -104,15 +105,17 @@ class Assembly:
             WeightsError, ConfigError: as :meth:`from_config`; no weight has been read.
         """
         eyes, connector, llm = config.parts
-        described: LanguagePart = LANGUAGE_MODELS.get(llm.name)(llm, cache_root, config.keys[1])
+        described: LanguagePart = LANGUAGE_MODELS.get(llm.name)(
+            llm, cache_root, partial(config.key, "language")
+        )
         if config.max_txt_len > described.context:
             raise ConfigError(
                 f"model.max_txt_len {config.max_txt_len} is past this language model's context of "
-                f"{described.context} (seq_length), where it would need dynamic NTK scaling"
+                f"{described.context}{described.past_context}"
             )
         if config.lora is not None:
             lora_targets(described.outline(), config.lora)
-        features = (eyes.num_query_token, int(resolve_qformer(eyes, cache_root).hidden_size))
+        features = VISION_ENCODERS.get(eyes.name).shape(eyes, cache_root)
         encoder = ConversationEncoder(
             described.tokenizer,
             described.template,
@@ -136,16 +139,17 @@ class Assembly:
         cache_root: str,
         device: torch.device,
         home: torch.device | None = None,
-    ) -> EvaQFormer:
-        """The vision encoder alone, frozen, in evaluation mode; ``home`` as in its class.
+    ) -> VisionEncoder:
+        """The vision encoder alone, frozen, in evaluation mode; ``home`` as in its contract.
 
         Raises:
             WeightsError: a file is missing, damaged, or unfit.
         """
         eyes = config.parts[0]
-        name = getattr(eyes, "name", "eva_qformer")
-        vision: EvaQFormer = VISION_ENCODERS.get(name)(eyes, cache_root, device, home=home)
-        return vision.requires_grad_(False).eval()
+        kind = VISION_ENCODERS.get(eyes.name)
+        vision: VisionEncoder = kind(eyes, cache_root, device, home=home)
+        vision.requires_grad_(False).eval()
+        return vision
 
     @classmethod
     def describe_vision(
@@ -165,7 +169,9 @@ class Assembly:
         """
         for _ in config.vision_files(cache_root):
             pass
-        return EvaQFormer.describe(config.parts[0], cache_root=cache_root, device=device)
+        eyes = config.parts[0]
+        kind = VISION_ENCODERS.get(eyes.name)
+        return kind.fingerprint(eyes, cache_root, device), kind.shape(eyes, cache_root)
 
 
 class MiniGPT4Qwen(Assembly):

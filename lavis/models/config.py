@@ -5,62 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.packages import check_packages
 from lavis.common.paths import cache_path, require
-from lavis.common.registry import did_you_mean
+from lavis.common.registry import (
+    CONNECTORS,
+    LANGUAGE_MODELS,
+    Registry,
+    did_you_mean,
+)
 from lavis.common.schema import ModelConfig, PartConfig, RunConfig
 from lavis.common.typed import require_range
+from lavis.models.vision.config import EvaQFormerConfig, Key, VisionConfig
 from lavis.models.weights.shards import check_download, find_shards, llm_files
 
-Part = Literal["vit", "qformer", "llm"]
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """``model.vit_config``: sizes of the vision encoder, EVA-CLIP ViT-g/14 by default."""
-
-    embed_dim: int = 1408
-    depth: int = 39
-    num_heads: int = 16
-    mlp_ratio: float = 4.3637
-    patch_size: int = 14
-    initializer_range: float = 0.02  # of the matrices, from scratch
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size")
-        require_range(self, 0, "initializer_range")
-        if self.embed_dim % self.num_heads:
-            raise ConfigError(
-                f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}"
-            )
-
-
-@dataclass(frozen=True)
-class QFormerConfig:
-    """``model.qformer_config``: what is not given comes from ``bert_config``, or is BERT-base."""
-
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    intermediate_size: int | None = None
-    hidden_dropout_prob: float | None = None
-    attention_probs_dropout_prob: float | None = None
-    layer_norm_eps: float | None = None
-    cross_attention_frequency: int | None = None
-    initializer_range: float | None = None
-
-    def __post_init__(self) -> None:
-        require_range(
-            self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads",
-            "intermediate_size", "cross_attention_frequency",
-        )  # fmt: skip
-        require_range(self, 0, "hidden_dropout_prob", "attention_probs_dropout_prob", below=1)
-        require_range(self, 0, "initializer_range", "layer_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -115,64 +78,14 @@ class PartTraining:
 
 
 @dataclass(frozen=True)
-class EvaQFormerKeys:
-    """EVA ViT-g, a LayerNorm and the Q-Former, by the original's keys."""
-
-    pretrained: str = "ckpt/blip2/blip2_pretrained_flant5xxl.pth"
-    vit_model: Literal["eva_clip_g"] = "eva_clip_g"
-    vit_weights: str = "ckpt/eva/eva_vit_g.pth"
-    vit_config: ViTConfig = ViTConfig()
-    image_size: int = 224
-    drop_path_rate: float = 0.0
-    use_grad_checkpoint: bool = False
-    vit_precision: Literal["fp16", "bf16", "fp32"] = "fp16"
-    bert_config: str = "ckpt/bert-base-uncased/config.json"
-    qformer_config: QFormerConfig = QFormerConfig()
-    num_query_token: int = 32
-    from_scratch: tuple[Part, ...] = ()
-    enable_autocast: bool = True  # whether run.amp reaches the vision encoder
-
-    def __post_init__(self) -> None:
-        if self.image_size % self.vit_config.patch_size:
-            raise ConfigError(
-                f"image_size {self.image_size} is not divisible by vit_config.patch_size "
-                f"{self.vit_config.patch_size}"
-            )
-        require_range(self, 1, "image_size", "num_query_token")
-        require_range(self, 0, "drop_path_rate", below=1)
-
-    def is_from_scratch(self, part: Part) -> bool:
-        """Whether a part starts from random weights."""
-        return part in self.from_scratch
-
-    def files(self, cache_root: str, at: str) -> Iterator[Path]:
-        """The weight files, checked; ``at`` is what stands before a key in messages.
-
-        Raises:
-            WeightsError: one is missing.
-        """
-        if not self.is_from_scratch("vit"):
-            yield require(self.path("vit_weights", cache_root), f"{at}vit_weights", WeightsError)
-        if not self.is_from_scratch("qformer"):
-            yield require(self.path("pretrained", cache_root), f"{at}pretrained", WeightsError)
-
-    def path(self, key: str, cache_root: str) -> Path:
-        """The path that a key names."""
-        return cache_path(getattr(self, key), cache_root)
-
-
-@dataclass(frozen=True)
-class EvaQFormerConfig(EvaQFormerKeys, PartConfig):
-    """``vision: {name: eva_qformer, ...}``."""
-
-
-@dataclass(frozen=True)
 class ConnectorConfig(PartConfig):
     """What every connector's block may hold.
 
     ``init`` is how large its output is before training: ``embeddings`` makes it as large as the
     language model's token embeddings, for features of variance 1; ``pytorch`` leaves PyTorch's.
     """
+
+    REGISTRY: ClassVar[Registry[Any]] = CONNECTORS
 
     init: Literal["embeddings", "pytorch"] = "embeddings"
 
@@ -196,6 +109,8 @@ class MlpConfig(ConnectorConfig):
 class LanguageConfig(PartConfig):
     """What every language model's block may hold."""
 
+    REGISTRY: ClassVar[Registry[Any]] = LANGUAGE_MODELS
+
     path: str = ""
     precision: Precision = "auto"  # auto: as stored
     grad_ckpt: bool = False
@@ -217,8 +132,8 @@ class LanguageConfig(PartConfig):
                 "quantize: gguf keeps its blocks"
             )
 
-    def check_files(self, cache_root: str, at: str) -> None:
-        """Check every file before any weight is read; ``at`` names the block in messages.
+    def check_files(self, cache_root: str, key: Key) -> None:
+        """Check every file before any weight is read.
 
         Raises:
             WeightsError: one is missing or not complete.
@@ -239,10 +154,10 @@ class Qwen1Config(LanguageConfig):
         if self.quantize and self.from_scratch:
             raise ConfigError("quantize: a language model from scratch has no weights to quantize")
 
-    def check_files(self, cache_root: str, at: str) -> None:
+    def check_files(self, cache_root: str, key: Key) -> None:
         """As its base says."""
         folder = cache_path(self.path, cache_root)
-        for path in llm_files(folder, weights=not self.from_scratch):
+        for path in llm_files(folder, key("path"), weights=not self.from_scratch):
             check_download(path)
 
 
@@ -263,16 +178,16 @@ class HfConfig(LanguageConfig):
             raise ConfigError("path is missing: a language model's folder or .gguf file")
         super().__post_init__()
 
-    def check_files(self, cache_root: str, at: str) -> None:
+    def check_files(self, cache_root: str, key: Key) -> None:
         """As its base says."""
         path = cache_path(self.path, cache_root)
         if path.suffix == ".gguf":
-            check_packages("gguf", f"{at}path: {self.path}")
-            check_download(require(path, f"{at}path", WeightsError))
+            check_packages("gguf", f"{key('path')}: {self.path}")
+            check_download(require(path, key("path"), WeightsError))
             return
-        require(path, f"{at}path", WeightsError, directory=True)
-        check_download(require(path / "config.json", f"{at}path", WeightsError))
-        for shard in find_shards(path, f"{at}path"):
+        require(path, key("path"), WeightsError, directory=True)
+        check_download(require(path / "config.json", key("path"), WeightsError))
+        for shard in find_shards(path, key("path")):
             check_download(shard)
 
 
@@ -283,7 +198,11 @@ class PartsConfig(ModelConfig):
     Attributes:
         vision, connector, language: the parts.
         train: how each part learns that does; what is not named is frozen.
+        WITHOUT_LORA: what to do about adapters that should not be, for messages.
     """
+
+    LEARNS_BY: ClassVar[str] = "model.train"
+    WITHOUT_LORA: ClassVar[str] = "remove model.train.language.lora"
 
     model_type: str = ""
     load_finetuned: bool = False
@@ -296,18 +215,26 @@ class PartsConfig(ModelConfig):
         if self.load_finetuned and not self.finetuned:
             raise ConfigError("load_finetuned is true but finetuned names no checkpoint")
         for part, training in self.training.items():
-            for key in ("lr", "weight_decay"):
-                if not 0 <= (getattr(training, key) or 0) < math.inf:
-                    got = getattr(training, key)
-                    raise ConfigError(f"train.{part}.{key} must be at least 0, not {got}")
-            if part not in ("vision", "connector", "language"):
-                near = did_you_mean(part, ("vision", "connector", "language"))
-                raise ConfigError(f"train.{part}: there is no such part{near}")
-            if training.lora is not None and part != "language":
-                raise ConfigError(f"train.{part}.lora: only the language model takes adapters")
+            self._check_training(part, training)
+
+    def _check_training(self, part: str, training: PartTraining) -> None:
+        known = ("vision", "connector", "language")
+        if part not in known:
+            raise ConfigError(f"train.{part}: there is no such part{did_you_mean(part, known)}")
+        for key in ("lr", "weight_decay"):
+            if not 0 <= (getattr(training, key) or 0) < math.inf:
+                got = getattr(training, key)
+                raise ConfigError(f"train.{part}.{key} must be at least 0, not {got}")
+        if training.lora is not None and part != "language":
+            raise ConfigError(f"train.{part}.lora: only the language model takes adapters")
+        inner = self.parts[0].PARTS if part == "vision" else ()
+        if unknown := [name for name in training.parts if name not in inner]:
+            has = f"known: {', '.join(inner)}" if inner else "it learns as a whole: remove the key"
+            near = did_you_mean(unknown[0], inner)
+            raise ConfigError(f"train.{part}.parts: unknown {unknown[0]!r}{near} ({has})")
 
     @property
-    def parts(self) -> tuple[EvaQFormerKeys, ConnectorConfig, LanguageConfig]:
+    def parts(self) -> tuple[VisionConfig, ConnectorConfig, LanguageConfig]:
         """Vision encoder, connector and language model."""
         raise NotImplementedError
 
@@ -316,10 +243,9 @@ class PartsConfig(ModelConfig):
         """How each part learns that does."""
         raise NotImplementedError
 
-    @property
-    def keys(self) -> tuple[str, str]:
-        """What stands before a key of the vision encoder and of the language model in messages."""
-        return "model.vision.", "model.language."
+    def key(self, part: str, name: str) -> str:
+        """What the user calls a setting of a part."""
+        return f"model.{part}.{name}"
 
     @property
     def image_size(self) -> int:
@@ -348,7 +274,7 @@ class PartsConfig(ModelConfig):
         Raises:
             WeightsError: one is missing.
         """
-        return self.parts[0].files(cache_root, self.keys[0])
+        return self.parts[0].files(cache_root, partial(self.key, "vision"))
 
     def check_files(self, cache_root: str) -> None:
         """Check every path, and the packages that some settings need, before any weight is read.
@@ -361,12 +287,12 @@ class PartsConfig(ModelConfig):
         if self.lora is not None:
             check_packages("lora", "low-rank adapters")
         if language.quantize == "nf4":
-            check_packages("quantize", f"{self.keys[1]}quantize: nf4")
+            check_packages("quantize", f"{self.key('language', 'quantize')}: nf4")
         if language.device_map == "auto":
             check_packages("multi-gpu-chat", "a language model spread over several GPUs")
         for path in self.vision_files(cache_root):
             check_download(path)
-        language.check_files(cache_root, self.keys[1])
+        language.check_files(cache_root, partial(self.key, "language"))
         if self.finetuned_path(cache_root) is not None:
             require(cache_path(self.finetuned or "", cache_root), "model.finetuned", WeightsError)
 
@@ -379,32 +305,25 @@ class PartsConfig(ModelConfig):
 class VlmConfig(PartsConfig):
     """``arch: vlm``: parts by one line each."""
 
-    language: PartConfig = field(kw_only=True)
-    vision: PartConfig = EvaQFormerConfig("eva_qformer")
-    connector: PartConfig = LinearConfig("linear")
+    language: LanguageConfig = field(kw_only=True)
+    vision: VisionConfig = EvaQFormerConfig("eva_qformer")
+    connector: ConnectorConfig = LinearConfig("linear")
     train: dict[str, float | PartTraining] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        (eyes, _, llm), learn = self.parts, self.training.get("vision")
-        if llm.quantize and "language" in self.training and self.lora is None:
+        if self.language.quantize and "language" in self.training and self.lora is None:
             raise ConfigError(
-                f"train.language: weights do not train under language.quantize: {llm.quantize}; "
-                "train adapters beside them (train.language.lora), or leave quantize out"
+                f"train.language: weights do not train under language.quantize: "
+                f"{self.language.quantize}; train adapters beside them (train.language.lora), or "
+                "leave quantize out"
             )
-        vit = learn is not None and (not learn.parts or {"vit", "pos_embed"} & set(learn.parts))
-        if vit and eyes.vit_precision == "fp16":
-            raise ConfigError(
-                "train.vision needs vision.vit_precision: fp32 (fp16 weights do not train: their "
-                "updates round away); run.amp gives the speed of half precision"
-            )
+        if (learn := self.training.get("vision")) is not None:
+            self.vision.check_training(learn.parts)
 
     @property
-    def parts(self) -> tuple[EvaQFormerKeys, ConnectorConfig, LanguageConfig]:
+    def parts(self) -> tuple[VisionConfig, ConnectorConfig, LanguageConfig]:
         """Vision encoder, connector and language model."""
-        assert isinstance(self.vision, EvaQFormerKeys)
-        assert isinstance(self.connector, ConnectorConfig)
-        assert isinstance(self.language, LanguageConfig)
         return self.vision, self.connector, self.language
 
     @property

@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 
 from lavis.models.compute.masks import Documents, KeysAndValues
+
+
+class VisionEncoder(Protocol):
+    """A module that encodes images.
+
+    It is made with its configuration, the cache root, the device where it computes, and ``home``:
+    where its weights are until then if a strategy is going to shard them, else ``None``.
+    """
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) as the image processor makes them -> (N, Q, D) features.
+
+        Raises:
+            DataError: images of another shape.
+        """
+
+    @staticmethod
+    def shape(config: Any, cache_root: str) -> tuple[int, int]:
+        """(Q, D), the shape of an image's features; reads no weight."""
+
+    @staticmethod
+    def fingerprint(config: Any, cache_root: str, device: torch.device) -> str:
+        """A hash of weights, settings and precision: features of one are those of the other.
+
+        Loads nothing. ``run.feature_cache`` alone asks for it.
+        """
+
+    def learning(self, parts: Sequence[str]) -> Iterable[nn.Module | nn.Parameter]:
+        """What learns if these of the configuration's ``PARTS`` do; without any, all of it."""
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """Parts of like size that are used one after the other, for sharding."""
+
+    def flops(self, cost: Callable[[nn.Module], float]) -> float:
+        """Floating-point operations of an image, given those of a module's use on one token."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As a module has them."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
+        """As a module has it."""
 
 
 class LanguageModel(Protocol):

@@ -17,7 +17,7 @@ from lavis.common.images import as_image
 from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, NO_WORDS
 from lavis.models.generation_settings import generation_options
 from lavis.processors.contracts import Kind
-from lavis.processors.conversation import SYSTEM_PROMPT, ConversationEncoder, Turn, place_images
+from lavis.processors.conversation import ConversationEncoder, Turn, place_images
 
 if TYPE_CHECKING:
     from lavis.models.vlm import VLM
@@ -117,7 +117,7 @@ class Generator:
         options = generation_options(generation_config, overrides)
         if not isinstance(query, str) or not query.strip():
             raise DataError(f"the question is no text: {query!r}")
-        pairs, system = _read_history(history, system)
+        pairs, system = _read_history(history, system, self.encoder.system)
         encoder = self.encoder if system is None else replace(self.encoder, system=system)
         prompt, _ = fit_window(encoder, pairs, query, options, self.model.context)
         images = self.pixels(image_tensor)
@@ -323,8 +323,14 @@ def fit_window(
     return prompt, dropped
 
 
-def _read_history(history: object, system: str | None) -> tuple[list[tuple[str, str]], str | None]:
-    """(question, answer) pairs, and the system prompt: the history's own, if it has one."""
+def _read_history(
+    history: object, system: str | None, default: str | None
+) -> tuple[list[tuple[str, str]], str | None]:
+    """(question, answer) pairs, and the system prompt: the history's own, if it has one.
+
+    Args:
+        default: the model's, which callers of the original give at every call.
+    """
     turns: list[tuple[object, object]] = []
     if not isinstance(history, list | tuple | None):
         history = [history]
@@ -343,7 +349,7 @@ def _read_history(history: object, system: str | None) -> tuple[list[tuple[str, 
         raise DataError(f"{_HISTORY}; this one has {found}")
     if has_system:
         said = texts.pop(0)
-        if system not in (None, SYSTEM_PROMPT, said):
+        if system not in (None, default, said):
             raise DataError("the system prompt is given twice: in the history and as `system`")
         system = said
     return list(zip(texts[::2], texts[1::2], strict=True)), system

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from lavis.common.errors import ConfigError
 from lavis.common.typed import only, require_range
 from lavis.models.config import (
     ConnectorConfig,
-    EvaQFormerKeys,
     LanguageConfig,
     LinearConfig,
     LoraConfig,
-    Part,
     PartsConfig,
     PartTraining,
     Precision,
     Qwen1Config,
 )
+from lavis.models.vision.config import EvaQFormerConfig, EvaQFormerKeys, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,11 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
         "toybox": "minigpt4qwen_toybox.yaml",
     }
 
+    LEARNS_BY: ClassVar[str] = "freeze_*"
+    WITHOUT_LORA: ClassVar[str] = "set model.get_lora: false"
+
     model_type: str = "qwen7b_chat"
+    from_scratch: tuple[Literal["vit", "qformer", "llm"], ...] = ()
     load_pretrained: bool = True  # false: the Q-Former from scratch
     freeze_vit: bool = True
     unfreeze_pos_embed: bool = False
@@ -73,13 +76,15 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
                 "round away); run.amp gives the speed of half precision"
             )
 
-    def is_from_scratch(self, part: Part) -> bool:
-        """Whether a part starts from random weights."""
-        return part in self.from_scratch or (part == "qformer" and not self.load_pretrained)
-
     @property
-    def parts(self) -> tuple[EvaQFormerKeys, ConnectorConfig, LanguageConfig]:
+    def parts(self) -> tuple[VisionConfig, ConnectorConfig, LanguageConfig]:
         """Vision encoder, connector and language model."""
+        scratch = {*self.from_scratch, *(() if self.load_pretrained else ("qformer",))}
+        vision = EvaQFormerConfig(
+            "eva_qformer",
+            from_scratch=tuple(part for part in ("vit", "qformer") if part in scratch),
+            **{f.name: getattr(self, f.name) for f in fields(EvaQFormerKeys)},
+        )
         language = Qwen1Config(
             "qwen1",
             path=self.llm_model,
@@ -88,14 +93,15 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
             device_map=self.llm_device_map,
             config=self.llm_config,
             embedding_std=self.llm_embedding_std,
-            from_scratch=self.is_from_scratch("llm"),
+            from_scratch="llm" in scratch,
         )
-        return self, LinearConfig("linear", init="pytorch"), language
+        return vision, LinearConfig("linear", init="pytorch"), language
 
-    @property
-    def keys(self) -> tuple[str, str]:
-        """What stands before a key of the vision encoder and of the language model in messages."""
-        return "model.", "model.llm_"
+    def key(self, part: str, name: str) -> str:
+        """What the user calls a setting of a part."""
+        if part != "language" or name == "from_scratch":
+            return f"model.{name}"
+        return "model.llm_model" if name == "path" else f"model.llm_{name}"
 
     @property
     def training(self) -> Mapping[str, PartTraining]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,7 @@ from lavis.common.errors import WeightsError
 from lavis.common.packages import check_packages
 from lavis.common.paths import REPOSITORY, TOYBOX, require_checkpoint
 from lavis.common.registry import MODELS, PROCESSORS
-from lavis.common.schema import SplitProcessors
-from lavis.models.config import PartsConfig
+from lavis.common.schema import Config, SplitProcessors
 
 if TYPE_CHECKING:
     import torch
@@ -71,11 +71,91 @@ def load_model_and_preprocess(
     Returns:
         The model, image processors and text processors; the latter two by ``train`` and ``eval``.
     """
+    found = find_model(
+        name,
+        model_type,
+        checkpoint=checkpoint,
+        cfg_path=cfg_path,
+        options=options,
+        llm_device_map=llm_device_map,
+        is_eval=is_eval,
+    )
+    return found.load(device, "device", 'device="cpu"')
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model whose files are there; nothing large has been read.
+
+    Attributes:
+        config: its configuration, with the processors.
+        checkpoint: what was trained, if there is any.
+        is_eval: whether it is loaded in evaluation mode.
+    """
+
+    config: Config
+    checkpoint: Path | None
+    is_eval: bool
+
+    def require_room(self, new_tokens: int, key: str) -> None:
+        """Refuse a setting ``key`` by which an answer leaves no room for a question.
+
+        Raises:
+            WeightsError, ConfigError: also, what the small files beside the weights say.
+        """
+        model = self.config.model
+        if describe := getattr(MODELS.get(model.arch), "describe", None):
+            _, language, _ = describe(model, self.config.env.cache_root)
+            language.require_room(new_tokens, key)
+
+    def load(
+        self, device: str | torch.device, key: str, without: str
+    ) -> tuple[VLM, Processors, Processors]:
+        """Load it, as :func:`load_model_and_preprocess` returns it.
+
+        Args:
+            key: what the user calls the device, for messages.
+            without: what to give in its place on a machine without a GPU.
+        """
+        from lavis.common.device import pick_device
+        from lavis.models.weights.files import open_pth
+
+        config = self.config
+        target = pick_device(str(device), key, without)
+        if self.checkpoint is not None:
+            open_pth(self.checkpoint)  # its table of contents, before the weights of the parts
+        model = MODELS.get(config.model.arch).from_config(
+            config.model, cache_root=config.env.cache_root, device=target
+        )
+        vis_processors = _processors(config.preprocess.vis_processor)
+        model.vis_processor = vis_processors.get("eval")
+        if self.checkpoint is not None:
+            model.load_checkpoint(self.checkpoint)
+        text_processors = _processors(config.preprocess.text_processor)
+        return model.train(not self.is_eval), vis_processors, text_processors
+
+
+def find_model(
+    name: str,
+    model_type: str | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    cfg_path: str | Path | None = None,
+    options: Sequence[str] = (),
+    llm_device_map: str | None = None,
+    is_eval: bool = True,
+) -> FoundModel:
+    """Find what a model is built from; arguments as :func:`load_model_and_preprocess`.
+
+    Does not import PyTorch.
+
+    Raises:
+        ConfigError, WeightsError: with what to mend.
+    """
     check_packages()
     config = default_model_config(name, model_type, options, cfg_path)
     if llm_device_map is not None:
-        key = f"{config.model.keys[1]}device_map" if isinstance(config.model, PartsConfig) else ""
-        options = [f"{key or 'model.llm_device_map'}={llm_device_map}", *options]
+        options = [f"{config.model.key('language', 'device_map')}={llm_device_map}", *options]
         config = default_model_config(name, model_type, options, cfg_path)
     root = config.env.cache_root
     if cfg_path is None and model_type == "toybox" and root == str(REPOSITORY):
@@ -86,19 +166,9 @@ def load_model_and_preprocess(
             )
         if is_eval and checkpoint is None:
             checkpoint = TOYBOX / "checkpoint.pth"
-    config.model.check_files(root)  # before PyTorch is imported
-    if checkpoint is not None:
-        require_checkpoint(checkpoint)
-    from lavis.common.device import pick_device
-
-    target = pick_device(str(device), "device", 'device="cpu"')
-    model_class = MODELS.get(config.model.arch)
-    model = model_class.from_config(config.model, cache_root=root, device=target)
-    vis_processors = _processors(config.preprocess.vis_processor)
-    model.vis_processor = vis_processors.get("eval")
-    if checkpoint is not None:
-        model.load_checkpoint(checkpoint)
-    return model.train(not is_eval), vis_processors, _processors(config.preprocess.text_processor)
+    config.model.check_files(root)
+    found = None if checkpoint is None else require_checkpoint(checkpoint)
+    return FoundModel(config, found, is_eval)
 
 
 def _processors(split: SplitProcessors) -> Processors:

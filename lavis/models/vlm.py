@@ -17,11 +17,11 @@ from lavis.models.compute.prefix import ConstantPrefix
 from lavis.models.compute.quantized_linear import QuantizedLinear
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import PartsConfig, PartTraining
+from lavis.models.contracts import VisionEncoder
 from lavis.models.generation import Generator, History
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import prove
 from lavis.models.step import LossOutput, packed_loss, supervised_loss
-from lavis.models.vision.eva_qformer import EvaQFormer
 from lavis.models.weights.original import KeyMap
 from lavis.models.weights.trained import load_model_state
 from lavis.processors.conversation import ConversationEncoder
@@ -40,6 +40,7 @@ class VLM(nn.Module):
         encoder: makes ids and labels of conversations.
         key_map: how names in a checkpoint relate to the model's.
         features: (Q, D), the shape of an image's features.
+        schedule: how a training step is computed; see :meth:`set_schedule`.
         uniform_graph: whether every batch calls the same parts, images or not: what processes that
             wait for each other inside a layer need. Strategies set it.
         sharded: whether processes hold parts of each other's layers, and so must generate together.
@@ -50,7 +51,7 @@ class VLM(nn.Module):
     def __init__(
         self,
         config: PartsConfig,
-        vision: EvaQFormer | None,
+        vision: VisionEncoder | None,
         connector: nn.Module,
         language: CausalLM,
         encoder: ConversationEncoder,
@@ -69,7 +70,7 @@ class VLM(nn.Module):
         self.uniform_graph = self.sharded = False
         self.vis_processor: Callable[[Image.Image], Tensor] | None = None
         self._prefixes: dict[tuple[Any, ...], ConstantPrefix | None] = {}
-        self._schedule = StepSchedule()
+        self.schedule = StepSchedule()
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +144,9 @@ class VLM(nn.Module):
             if self.vision is None:
                 images = self.connect(torch.zeros(1, *self.features, device=self.device))[:0]
             else:
-                images = self.encode_image(self.vision.blank())[:0]
+                side = self.config.image_size
+                blank = torch.zeros(1, 3, side, side, device=self.device)
+                images = self.encode_image(blank)[:0]
         if not len(word_ids):
             return images
         words = self.embed_words(word_ids)
@@ -209,18 +212,12 @@ class VLM(nn.Module):
             )
         return self._prefixes[state]
 
-    @property
-    def schedule(self) -> StepSchedule:
-        """How a training step is computed."""
-        return self._schedule
-
-    @schedule.setter
-    def schedule(self, schedule: StepSchedule) -> None:
-        self._schedule = schedule
-        every = schedule.recompute_every
+    def set_schedule(self, schedule: StepSchedule) -> None:
+        """Compute steps so from now on: has layers recomputed, and compiles them, as it says."""
+        self.schedule = schedule
         llm = self.language.model
         llm.activation_checkpointing_disable()
-        if every:
+        if every := schedule.recompute_every:
             llm.activation_checkpointing_enable({"use_reentrant": False}, every)
         if schedule.compile:
             for layer in self.language.blocks():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
-from lavis.common.errors import DataError
+from lavis.common.errors import DataError, LavisError
 from lavis.common.types import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML, text_pieces
 from lavis.processors.contracts import ChatTemplate, Ids, Kind, Piece, Tokenizer, Turn
@@ -106,6 +107,25 @@ class ConversationEncoder:
         same = takewhile(lambda column: len(set(column)) == 1, zip(*probes, strict=False))
         prefix = self.tokenizer.settled([column[0] for column in same])
         return prefix.ids, self._labels(prefix)
+
+    def check_system(self, system: str) -> None:
+        """Refuse a record's system prompt unless every conversation begins with it anyway.
+
+        The template decides: its own prompt may be part of its markup.
+
+        Raises:
+            DataError: it would be lost.
+        """
+        own = self.prompt([Turn("user", "?")])
+        with suppress(LavisError):  # the template takes none
+            same = replace(self, system=system).prompt([Turn("user", "?")]) == own
+            if same and system.strip() in self.tokenizer.decode(own):
+                return
+        begin = self.tokenizer.decode(self.constant_prefix()[0])
+        raise DataError(
+            "has a `system` prompt of its own, but every conversation begins with "
+            f"{begin!r:.300}; write it into the question"
+        )
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids of a conversation that ends with a question, up to where the answer begins."""

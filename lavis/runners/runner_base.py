@@ -83,12 +83,14 @@ class RunnerBase:
         self.data, self.step = plan.data, plan.step  # optimizer steps done
         self._rates = rates = plan.rates
         parts = config.model.parts if isinstance(config.model, PartsConfig) else None
-        depth = parts[0].vit_config.depth if parts else 0
+        depth = parts[0].depth if parts else 0
         decay, by_layer = self.run.weight_decay, self.run.lr_layer_decay
         above = partial(layers_above, depth=depth)
         groups = parameter_groups(model.named_parameters(), decay, by_layer, above, rates)
         if not any(group["params"] for group in groups):
-            raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
+            raise ConfigError(
+                f"nothing to train: every part of the model is frozen ({config.model.LEARNS_BY})"
+            )
         for line in _what_learns(model, self.run, rates):
             logger.info("%s", line)
         before = plan.before
@@ -99,7 +101,8 @@ class RunnerBase:
         if self.strategy.shards:
             self.strategy.prove(model)
             reserved = self.strategy.reserved()
-            model.schedule = StepSchedule.from_run(self.run, model, self.device, reserved)
+            schedule = StepSchedule.from_run(self.run, model, self.device, reserved)
+            model.set_schedule(schedule)
         if before is not None:
             self._load_optimizer(before)
         self.folder = Path(self.run.output_dir) / job_id
@@ -321,7 +324,7 @@ class RunnerBase:
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise LavisError(
                     f"{before.path}: its optimizer belongs to other trainable parameters "
-                    f"({error}); the freeze_* settings differ"
+                    f"({error}); {self.config.model.LEARNS_BY} differs"
                 ) from error
         else:
             logger.warning("%s holds no optimizer state: AdamW starts afresh", before.path)

@@ -160,8 +160,8 @@ class ImageTextPretrainTask:
             self.cache_features(data, device)
             options["vision"] = False
         model = MODELS.get(config.arch).from_config(config, **options)
-        if hasattr(model, "schedule") and not mapped:  # the runner knows what memory is left
-            model.schedule = StepSchedule.from_run(run, model)
+        if hasattr(model, "set_schedule") and not mapped:  # the runner knows what memory is left
+            model.set_schedule(StepSchedule.from_run(run, model))
         return model
 
     def validate(self, module: nn.Module, splits: Splits, device: torch.device) -> dict[str, float]:
@@ -216,19 +216,20 @@ class ImageTextPretrainTask:
         return self._answered if run.evaluate else (*run.valid_splits, *run.test_splits)
 
     def _check_run(self) -> None:
-        run = self.config.run
-        if not run.evaluate and not getattr(self.config.model, "trains", True):
-            raise ConfigError("nothing to train: every part of the model is frozen (freeze_*)")
-        model = self.config.model
+        run, model = self.config.run, self.config.model
+        if not run.evaluate and not getattr(model, "trains", True):
+            raise ConfigError(
+                f"nothing to train: every part of the model is frozen ({model.LEARNS_BY})"
+            )
         if (
             not run.evaluate
             and isinstance(model, PartsConfig)
             and model.parts[2].device_map == "auto"
         ):
             raise ConfigError(
-                f"{model.keys[1]}device_map is auto, which spreads a language model over cards for "
-                "chat and cannot train it; remove it. A model that is too large for a card trains "
-                "with run.strategy: fsdp2"
+                f"{model.key('language', 'device_map')} is auto, which spreads a language model "
+                "over cards for chat and cannot train it; remove it. A model that is too large for "
+                "a card trains with run.strategy: fsdp2"
             )
         if run.resume_ckpt_path not in (None, "auto"):
             path = require_checkpoint(run.resume_ckpt_path, "run.resume_ckpt_path")

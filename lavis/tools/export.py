@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from lavis.common.cli import output_folder, run_cli, setup_logging
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, WeightsError
-from lavis.common.paths import require, require_checkpoint
+from lavis.common.paths import cache_path, require, require_checkpoint
 from lavis.common.types import DTYPES
 from lavis.models.language.qwen1 import read_spec
 from lavis.models.legacy import MiniGPT4QwenConfig
@@ -61,10 +62,11 @@ def export(checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
         )
     trained = state_dict_in(checkpoint, load_pickle(checkpoint))
     llm = _under(trained, "llm_model.")
-    source = config.model.path("llm_model", config.env.cache_root)
+    source = cache_path(config.model.llm_model, config.env.cache_root)
     if llm:  # before anything is written
         require(source / "qwen.tiktoken", "model.llm_model", WeightsError)
-        original = read_spec(source, config.model.llm_config, need_file=False).original
+        key = partial(config.model.key, "language")
+        spec = read_spec(source, config.model.llm_config, need_file=False, key=key)
     state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in trained.items()}
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -75,7 +77,7 @@ def export(checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
         written.append(out / "blip2.pth")
         torch.save({"model": qformer}, written[-1])
     if llm:
-        written += _write_llm(_under(state, "llm_model."), original, source, out / "llm")
+        written += _write_llm(_under(state, "llm_model."), spec.original, source, out / "llm")
     if not written:
         raise WeightsError(f"{checkpoint} holds neither a vision encoder, a Q-Former nor an LLM")
     return written

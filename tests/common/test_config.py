@@ -226,6 +226,19 @@ def test_wrong_model_section(write: Any, text: str, message: str) -> None:
     assert refusal(path).startswith(f"{path}: {message}")
 
 
+def test_keys_of_a_part_without_its_name(write: Any) -> None:
+    """The default part would have other keys than a user's may: the name is asked for."""
+    path = write("model: {arch: vlm, language: {name: hf, path: x}, vision: {image_size: 84}}")
+    missing, says = "model.vision.name is missing (known: ", "it says which vision encoder"
+    told = refusal(path)
+    assert told.startswith(f"{path}: {missing}")
+    assert told.endswith(f"{says} the other keys are of: add `name: ...` to model.vision")
+    path = write("model: {arch: vlm, language: {name: hf, path: x}}")
+    told = refusal(path, ["model.vision.image_size=84"])
+    assert told.startswith(f"--options: {missing}")
+    assert told.endswith(f"{says} the other keys are of: add --options model.vision.name=...")
+
+
 def test_numbers_as_yaml_spells_them(write: Any) -> None:
     run = load_config(write(MODEL + "run: {max_epoch: 2e1, init_lr: 3e-4, min_lr: 0}\n")).run
     assert (run.max_epoch, run.init_lr, run.min_lr) == (20, 3e-4, 0.0)

@@ -12,7 +12,9 @@ from PIL import Image
 from lavis.common.errors import DataError
 from lavis.common.types import BadSample
 from lavis.datasets.annotations import Record, read_annotations
-from lavis.processors.conversation import Turn
+from lavis.processors.conversation import SYSTEM_PROMPT, ChatML, ConversationEncoder, Turn
+from lavis.processors.tokenizer import QwenTokenizer
+from tests.conftest import TOY
 
 ASK = "<Img><ImageHere></Img> What?"
 
@@ -27,6 +29,12 @@ def media(tmp_path: Path) -> Path:
     return folder
 
 
+def check_system(system: str) -> None:
+    """As a first-generation Qwen does."""
+    tokenizer = QwenTokenizer(TOY / "cache/ckpt/Qwen7B-chat/qwen.tiktoken")
+    ConversationEncoder(tokenizer, ChatML(tokenizer), 1, system=SYSTEM_PROMPT).check_system(system)
+
+
 def read(
     media: Path | None, content: Any, record_format: str = "minigpt4qwen", name: str = "ann.json"
 ) -> list[Record | BadSample]:
@@ -37,7 +45,7 @@ def read(
     else:
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         path.write_text(text, encoding="utf-8")
-    return list(read_annotations(path, media, record_format))
+    return list(read_annotations(path, media, record_format, check_system))
 
 
 def reason(media: Path, record: Any, record_format: str = "minigpt4qwen") -> str:
@@ -84,7 +92,7 @@ def test_several_turns_and_images(media: Path) -> None:
 def test_text_only_needs_no_folder(media: Path) -> None:
     path = media.parent / "ann.json"
     path.write_text('[{"instruction": "q", "output": "a"}]')
-    (record,) = read_annotations(path, None, "minigpt4qwen")
+    (record,) = read_annotations(path, None, "minigpt4qwen", check_system)
     assert record == Record("ann.json[0]", (Turn("user", "q"), Turn("assistant", "a")))
 
 
@@ -235,7 +243,7 @@ def test_image_that_is_not_there(media: Path, name: str) -> None:
 def test_image_without_a_folder(media: Path) -> None:
     path = media.parent / "ann.json"
     path.write_text(json.dumps([{"image": "a.png", "instruction": ASK, "output": "a"}]))
-    (bad,) = read_annotations(path, None, "minigpt4qwen")
+    (bad,) = read_annotations(path, None, "minigpt4qwen", check_system)
     assert bad == BadSample(
         "ann.json[0]", "has an image, but the data set has no build_info.images.storage"
     )
@@ -272,7 +280,7 @@ def test_unreadable_file(media: Path, content: bytes, message: str) -> None:
 
 def test_a_file_that_the_system_does_not_give(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.json cannot be read: .*No such file"):
-        list(read_annotations(tmp_path / "none.json", None, "llava"))
+        list(read_annotations(tmp_path / "none.json", None, "llava", check_system))
 
 
 def test_empty_list(media: Path) -> None:
@@ -332,6 +340,7 @@ def test_alpaca(media: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ({"system": ["You translate."]}, "`system` must be a text, not ['You translate.']"),
         ({"system": "You translate."}, "has a `system` prompt of its own, but every conversation "),
         ({"messages": [{"role": "user"}]}, "`messages` (turns with `role` and `content`) is not "),
         ({"conversations": [1]}, "`conversations` (turns) is not read in format minigpt4qwen and "),
@@ -368,8 +377,10 @@ def test_a_record_of_another_format_lists_what_it_has(
 @pytest.mark.parametrize(
     ("talk", "more", "message"),
     [
-        ([("system", "Be kind."), ("human", "q"), ("gpt", "a")], {}, "message 0 must have `from: "
-         "human` and a text `value`, not from 'system'; every conversation begins with 'You are "),
+        ([("system", "Be kind."), ("human", "q"), ("gpt", "a")], {}, "has a `system` prompt of its "
+         "own, but every conversation begins with '<|im_start|>system\\nYou are a helpful assis"),
+        ([("human", "q"), ("system", "Be kind."), ("gpt", "a")], {}, "message 1 must have `from: "
+         "gpt` and a text `value`, not from 'system'; a system prompt stands first, "),
         ([("human", "q"), ("gpt", "a")], {"image": "a.png"}, "0 <image> placeholders in the "
          "questions but 1 image; the numbers must be equal"),
         ([("human", "<image> q"), ("gpt", "a")], {}, "1 <image> placeholder in the questions but 0 "
@@ -382,6 +393,14 @@ def test_a_record_of_another_format_lists_what_it_has(
 def test_llava_speaks_of_its_own_marks(media: Path, talk: Any, more: Any, message: str) -> None:
     said = [{"from": role, "value": text} for role, text in talk]
     assert reason(media, {"conversations": said, **more}, "llava").startswith(message)
+
+
+def test_a_first_message_with_the_models_system_prompt(media: Path) -> None:
+    said = [("system", SYSTEM_PROMPT), ("human", "q"), ("gpt", "a")]
+    messages = [{"from": role, "value": text} for role, text in said]
+    (record,) = read(media, [{"conversations": messages}], "llava")
+    assert isinstance(record, Record)
+    assert record.turns == (Turn("user", "q"), Turn("assistant", "a"))
 
 
 @pytest.mark.parametrize("names", [None, "a.png"])

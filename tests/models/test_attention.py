@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen2Config
+from transformers.masking_utils import causal_mask_function
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from lavis.models.compute import attention
 from lavis.models.compute.attention import PACKED, Documents, packed_attention
+from lavis.models.compute.masks import MaskRule
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
@@ -74,8 +76,12 @@ def test_a_turn_of_chat(dtype: torch.dtype, new: int, padding: int, room: int) -
     roomy = F.pad(v, (0, 0, 0, room), value=7.0)
     mask = torch.ones(batch, 1, new, length, dtype=torch.bool).tril_(length - new)
     mask[0, ..., :padding] = False
-    module, given = torch.nn.Identity(), None if new == 1 and not padding else mask
-    got, _ = packed_attention(module, q, along, roomy, given, scaling=0.25, row_length=length)
+    rule = MaskRule(
+        batch_size=batch, q_length=new, kv_length=length, q_offset=length - new,
+        mask_function=causal_mask_function, attention_mask=mask[:, 0, -1] if padding else None,
+    )  # fmt: skip
+    assert (rule.whole is None) == (new == 1 and not padding)
+    got, _ = packed_attention(torch.nn.Identity(), q, along, roomy, rule, scaling=0.25)
     wanted = F.scaled_dot_product_attention(
         q.float(), k.float(), v.float(), attn_mask=mask, scale=0.25
     )

@@ -17,7 +17,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from lavis.common import device
 from lavis.models import build
 from lavis.models.compute import attention
-from lavis.models.compute.frozen_linear import FrozenLinear
+from lavis.models.compute.cpu import FrozenLinear
 from lavis.models.compute.masks import Documents
 from lavis.models.language.causal import CausalLM
 from tests.models.conftest import Load

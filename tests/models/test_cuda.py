@@ -49,7 +49,7 @@ def test_the_step_equals_the_reference(data: Path) -> None:
     model = model.cuda()
     results: list[Any] = []
     for schedule in (REFERENCE, StepSchedule(), StepSchedule(recompute="all")):
-        model.schedule = schedule
+        model.set_schedule(schedule)
         results.append(step(model, batch))
     for loss, count, grads in results[1:]:
         assert (loss, count) == (pytest.approx(results[0][0], abs=1e-4), results[0][1])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -363,6 +364,33 @@ def test_a_folder_that_does_not_fit(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(error, match=says):
         load_hf(tmp_path, device=torch.device("cpu"), dtype=None)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_stored_types(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """Most numbers say which one is kept; what would need a scale is refused whatever is asked."""
+    file = _folder(tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    save_file({k: t.double() if t.ndim > 1 else t for k, t in weights.items()}, file)
+    llm = load_hf(tmp_path, device=torch.device("cpu"), dtype=dtype)
+    assert {p.dtype for p in llm.parameters()} == {dtype or torch.float32}
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].to(torch.int8)}, file)
+    with pytest.raises(WeightsError, match=rf"{name} is stored as torch\.int8: quantized"):
+        load_hf(tmp_path, device=torch.device("cpu"), dtype=dtype)
+
+
+def test_what_cannot_be_computed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no kernel\nand more")
+
+    monkeypatch.setattr("lavis.models.language.proof._stock", refuse)
+    with pytest.raises(ConfigError) as caught:
+        load_hf(_folder(tmp_path), device=torch.device("cpu"), dtype=None)
+    assert str(caught.value) == (
+        f"model.language.path: {tmp_path}: LlamaForCausalLM does not run here: RuntimeError: no "
+        "kernel; take a language model of another family"
+    )
 
 
 def test_the_language_model_inside_a_larger_one(tmp_path: Path) -> None:

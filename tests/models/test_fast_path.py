@@ -64,11 +64,11 @@ def step(model: Any, batch: Batch) -> tuple[float, int, dict[str, torch.Tensor]]
 
 
 def check(model: Any, batch: Batch, schedules: dict[str, StepSchedule]) -> None:
-    model.schedule = REFERENCE
+    model.set_schedule(REFERENCE)
     loss, count, grads = step(model, batch)
     assert count == batch.num_supervised
     for name, schedule in schedules.items():
-        model.schedule = schedule
+        model.set_schedule(schedule)
         got_loss, got_count, got = step(model, batch)
         assert got_count == count, name
         assert got_loss == pytest.approx(loss, abs=1e-5), name
@@ -87,7 +87,7 @@ def test_each_switch_on_the_originals_numbers(toy_model: Any, expected: dict[str
     batch = collate(parity_samples(toy_model, expected))
     toy_model.train()
     check(toy_model, batch, SWITCHES)
-    toy_model.schedule = StepSchedule()
+    toy_model.set_schedule(StepSchedule())
     loss, _, grads = step(toy_model, batch)
     assert loss == pytest.approx(expected["loss"], abs=1e-5)
     for name in ("weight", "bias"):
@@ -127,7 +127,7 @@ def test_text_only_and_an_empty_question(toy_model: Any) -> None:
     ):
         losses = []
         for schedule in (REFERENCE, StepSchedule()):
-            toy_model.schedule = schedule
+            toy_model.set_schedule(schedule)
             losses.append(toy_model(collate(some)).loss_sum.item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 

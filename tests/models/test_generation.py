@@ -413,8 +413,8 @@ def test_image_of_another_shape(model: Any, shape: tuple[int, ...]) -> None:
         model.chat("<ImageHere>", None, torch.rand(shape))
     batch = shape if len(shape) == 4 else (1, *shape)
     assert str(caught.value) == (
-        f"images have the shape {batch}, not (N, 3, 56, 56) as model.image_size wants; check "
-        "vis_processor.image_size"
+        f"images have the shape {batch}, not (N, 3, 56, 56) as the vision encoder's image_size "
+        "says; check vis_processor.image_size"
     )
 
 

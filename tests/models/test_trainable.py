@@ -104,7 +104,9 @@ def test_recomputation_changes_neither_loss_nor_gradient(load: Load, lora: bool)
     def run(*extra: str) -> tuple[Tensor, dict[str, Tensor], int]:
         torch.manual_seed(3)
         model = load(*options, *extra, checkpoint=None).train()
-        model.schedule = replace(model.schedule, prefix_cache=False)  # which calls the layers, too
+        model.set_schedule(
+            replace(model.schedule, prefix_cache=False)
+        )  # which calls the layers, too
         calls = 0
 
         def count(*_: Any) -> None:

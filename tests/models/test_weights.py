@@ -679,7 +679,8 @@ def test_bad_llm_config(load: Load, option: str, message: str) -> None:
 def test_vocabulary_larger_than_the_language_model(ckpt: Path, load: Load) -> None:
     edit_json(ckpt / LLM / "config.json", vocab_size=1407)
     assert refusal(load) == (
-        "model.llm_model: the vocabulary has 1408 tokens, the language model only 1407"
+        "model.llm_model: the vocabulary has 1408 tokens, the language model only 1407: "
+        "its files do not belong together"
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from lavis.common.errors import DataError
 from lavis.common.types import IGNORE_INDEX
+from lavis.processors.contracts import Kind, Piece
 from lavis.processors.conversation import ConversationEncoder, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
 from lavis.processors.templates import TokenizerTemplate
@@ -79,3 +80,45 @@ def test_markup_of_a_prompt(family: tuple[FastTokenizer, TokenizerTemplate]) -> 
     encoder = ConversationEncoder(tokenizer, template, 3)
     markup = "".join(p.text for p in template.pieces(turns, ask=True))
     assert encoder.prompt_from_markup(markup) == encoder.prompt(turns)
+
+
+class Deaf:
+    """A template of one's own that leaves the system prompt out."""
+
+    stops = (0,)
+
+    def pieces(self, turns: Any, *, system: str | None, ask: bool) -> list[Piece]:
+        return [Piece(text, Kind.TEXT) for _, text in turns]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "system", "kept"),
+    [
+        ("qwen2.5", None, "You are a helpful assistant.", True),  # its template's own
+        ("qwen2.5", None, "Be brief.", False),
+        ("qwen2.5", "Be brief.", "Be brief.", True),
+        ("qwen2.5", "Be brief.", "You are a helpful assistant.", False),
+        ("qwen2.5", "Be brief. Please.", "Be brief.", False),
+        ("chatml", None, "You are a helpful assistant.", False),  # it begins with the question
+        ("llama2-first", "Be brief.", "Be brief.", True),
+        ("gemma2", None, "You are a helpful assistant.", False),  # takes none
+        ("deaf", None, "You are a helpful assistant.", False),
+    ],
+)
+def test_a_records_system_prompt(
+    tmp_path: Path, name: str, own: str | None, system: str, kept: bool
+) -> None:
+    folder = FAMILIES["chatml" if name == "deaf" else name].save(tmp_path)
+    tokenizer = FastTokenizer.load(folder, 700)
+    template = Deaf() if name == "deaf" else TokenizerTemplate(tokenizer)
+    encoder = ConversationEncoder(tokenizer, template, 3, system=own)
+    if kept:
+        encoder.check_system(system)
+        return
+    with pytest.raises(DataError) as caught:
+        encoder.check_system(system)
+    begin = tokenizer.decode(encoder.constant_prefix()[0])
+    assert str(caught.value) == (
+        "has a `system` prompt of its own, but every conversation begins with "
+        f"{begin!r}; write it into the question"
+    )

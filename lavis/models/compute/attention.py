@@ -6,7 +6,6 @@ queries are not part of the row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +18,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lavis.common.device import is_ampere
 from lavis.common.errors import ConfigError
+from lavis.models.compute import cpu
 from lavis.models.compute.masks import Documents, KeysAndValues, MaskRule, Masks
 
 __all__ = ["PACKED", "Documents", "KeysAndValues", "packed_attention"]
 
 PACKED = "lavis_packed"
 """Name of the implementation, for ``config._attn_implementation``."""
-
-_SHORT = 512  # tokens; longer documents' probabilities would take too much memory
-_FEW = 64  # queries of a turn of chat; with more, the fused kernel wins
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,6 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     documents: Documents | None = None,
-    row_length: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
@@ -79,8 +75,8 @@ def packed_attention(
 
     Args:
         query: (1, heads, T, head_dim), the row's documents end to end; key and value alike.
-        row_length: how many keys and values there are, if room for more follows them: zeros, or
-            what was there before. A :class:`MaskRule` says it, too.
+        attention_mask: a :class:`MaskRule` also says how many keys and values there are, if room
+            for more follows them: zeros, or what was there before.
         softcap: see :class:`Softmax`.
         s_aux: the sinks there.
 
@@ -92,8 +88,9 @@ def packed_attention(
     """
     softmax = Softmax(scaling, dropout, softcap, s_aux)
     if documents is None:
-        length = attention_mask.length if isinstance(attention_mask, MaskRule) else row_length
-        length = key.shape[2] if length is None else length
+        length = key.shape[2]
+        if isinstance(attention_mask, MaskRule):
+            length = attention_mask.length
         return _attend_all(module, query, key, value, attention_mask, softmax, length, kwargs), None
     _refuse(kwargs, {"is_causal"} if kwargs.get("is_causal") else set())
     if isinstance(attention_mask, Tensor) or (
@@ -141,8 +138,8 @@ def _attend_all(
     mask = mask.whole if isinstance(mask, MaskRule) else mask
     scaling, dropout = softmax.scaling, softmax.dropout
     plain = kwargs.get("position_bias") is None
-    if _is_turn(query, key, mask) and plain and scaling is not None and not dropout:
-        return _turn(query, key, value, mask, scaling, length)
+    if cpu.is_turn(query, key, mask) and plain and scaling is not None and not dropout:
+        return cpu.turn(query, key, value, mask, scaling, length)
     key, value = key[:, :, :length], value[:, :, :length]
     out, _ = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
@@ -196,19 +193,13 @@ def _each(
     for q, k, v in zip(*parts, strict=True):
         k, v = _after(prefix, k, v)
         n, scaling = q.shape[2], softmax.scaling
-        by_products = _is_short(q) and softmax.fused and not softmax.dropout
+        by_products = cpu.is_short(q) and softmax.fused and not softmax.dropout
         if by_products and scaling is not None:
-            rows.append(_products(q, k, v, masks.of(n, q.device), scaling))
+            rows.append(cpu.products(q, k, v, masks.of(n, q.device), scaling))
         else:
             needed = prefix is not None or not masks.plain or not softmax.fused
             rows.append(_sdpa(q, k, v, masks.of(n, q.device) if needed else None, softmax))
     return torch.cat(rows, dim=2).transpose(1, 2)
-
-
-def _is_short(query: Tensor) -> bool:
-    """Whether a document's attention is quicker as products than fused."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.device.type == "cpu" and half and query.shape[2] <= _SHORT
 
 
 def _varlen(
@@ -250,52 +241,6 @@ def _after(prefix: KeysAndValues | None, key: Tensor, value: Tensor) -> KeysAndV
     if prefix is None:
         return key, value
     return torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
-
-
-def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Attention as two matrix products, for short documents in half precision on a CPU.
-
-    There PyTorch's fused kernel takes twice as long, most of it in the backward pass
-    (``benchmarks/train_step.py``). The probabilities are kept: N x (P + N) for each head.
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-    hidden.masked_fill_(~mask, -math.inf)
-    scores = torch.baddbmm(
-        hidden.expand(query.shape[1], -1, -1), query[0], key[0].transpose(1, 2), alpha=scaling
-    )
-    return (scores.softmax(-1) @ value[0])[None]
-
-
-def _is_turn(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    """Whether few queries look at what came before, in half precision on a CPU."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    few = query.shape[2] == 1 or (query.shape[2] <= _FEW and mask is not None)
-    same_heads = query.shape[1] == key.shape[1]
-    return query.device.type == "cpu" and half and few and same_heads and not query.requires_grad
-
-
-def _turn(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, length: int
-) -> Tensor:
-    """(B, N, heads, head_dim) of N new tokens, as two matrix products.
-
-    PyTorch's fused kernel takes two and a half times as long for 40 queries on 2,800 keys, and four
-    times for one query, if the keys lie as :mod:`lavis.chat.cache` keeps them. The room after the
-    keys takes part: products of sizes that return need no new code and no copies.
-    """
-    scores = (query * scaling) @ key.transpose(2, 3)
-    scores[..., length:] = -math.inf
-    if mask is not None:
-        # Without padding, only new tokens are hidden, from those before them.
-        first = length - query.shape[2] if bool(mask[..., : -query.shape[2]].all()) else 0
-        # The smallest number, not minus infinity: a row of padding sees nothing, and its NaN would
-        # spread through its keys and values.
-        hidden = torch.finfo(scores.dtype).min
-        scores[..., first:length].masked_fill_(~mask[..., first:], hidden)
-    return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
 def _sdpa(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.gguf.dequant import dequantize as unpack
 
-from lavis.models.compute.frozen_linear import slow_in_bf16
+from lavis.models.compute.cpu import slow_in_bf16
 
 _UNPACKED = 2**20  # weights of a .gguf file that are unpacked at a time, through fp32
 _NF4_BLOCK = 64  # weights that share a scale (Dettmers et al. 2023)

@@ -18,6 +18,9 @@ from lavis.models.compute.masks import Documents, KeysAndValues
 
 logger = logging.getLogger(__name__)
 
+OTHER = "take a language model of another family"
+"""What to do about a family that cannot be computed here."""
+
 
 class CausalLM(nn.Module):
     """A :class:`lavis.models.contracts.LanguageModel` around a stock ``...ForCausalLM``.
@@ -42,9 +45,9 @@ class CausalLM(nn.Module):
         name = type(model).__name__
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            raise ConfigError(f"{name} has no linear output head")
+            raise ConfigError(f"{name} has no linear output head; {OTHER}")
         if not any(_has_layers(m) for m in model.modules()):
-            raise ConfigError(f"{name} has no list of decoder layers")
+            raise ConfigError(f"{name} has no list of decoder layers; {OTHER}")
         if type(head) is nn.Linear and "bias" not in dict(head.named_parameters()):
             head.__class__ = OutputHead
         embeddings: Any = model.get_input_embeddings()

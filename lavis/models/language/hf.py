@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedModel, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lavis.common.errors import ConfigError, LavisError, WeightsError, listed
+from lavis.common.errors import ConfigError, LavisError, WeightsError, at, listed
 from lavis.common.packages import check_packages
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import first_line, prove
 from lavis.models.language.quantize import PackedFile, quantize
-from lavis.models.weights.files import open_shards, set_final_dtype
+from lavis.models.weights.files import (
+    open_shards,
+    require_float,
+    set_final_dtype,
+    usual_dtype,
+)
 
 _CONSTANTS = re.compile(r".*rotary_emb\.inv_freq")  # that old files hold; computed from the config
 
@@ -43,9 +47,9 @@ def load_hf(
         quantized: how the layers hold their weights: ``nf4``, ``int8``, or ``gguf``, as stored.
 
     Raises:
-        WeightsError: a file is missing, damaged, or does not fit.
-        ConfigError: the family is not one of this Transformers, or needs code of its own; or it
-            cannot be quantized.
+        WeightsError: a file is missing, damaged, quantized, or does not fit.
+        ConfigError: the family is not one of this Transformers, needs code of its own, computes
+            in a way that is not known here, or cannot be quantized.
     """
     config = read_config(path)
     family, text = stock_class(config, path)
@@ -55,10 +59,16 @@ def load_hf(
         if text is not config:
             weights = _text_part(weights)
         weights = {k: v for k, v in weights.items() if not _CONSTANTS.fullmatch(k)}
-        widens = mapped and dtype == torch.float32 and len(_floats(weights)) == 1
+        for name, tensor in weights.items():
+            if name.endswith("weight"):  # not the masks and positions that old files hold
+                require_float(str(path), name, tensor)
+        floats = {t.dtype for t in weights.values() if t.is_floating_point()}
+        widens = mapped and dtype == torch.float32 and len(floats) == 1
         as_stored = quantized or widens or dtype is None
-        stored = _stored_dtype(weights, path) if as_stored else dtype
-        llm = CausalLM(_build(family, text, path, state_dict=weights, dtype=stored))
+        stored = usual_dtype(str(path), weights.values()) if as_stored else dtype
+        model = _build(family, text, path, state_dict=weights, dtype=stored)
+        with at(f"model.language.path: {path}"):
+            llm = CausalLM(model)
         if quantized:
             llm = quantize(llm, quantized, device=device, dtype=dtype)
     elif quantized:
@@ -69,7 +79,8 @@ def load_hf(
         llm = CausalLM(_build(family, text, path, path.parent, **options))
     llm.eval().to(device)
     if not mapped:
-        return prove(llm)
+        with at(f"model.language.path: {path}"):
+            return prove(llm)
     llm.proven = False
     set_final_dtype(llm.parameters(), torch.float32 if widens else None)
     return llm
@@ -152,8 +163,12 @@ def _check_config(file: Path) -> None:
     except (ValueError, AttributeError) as error:
         raise WeightsError(f"{file} is not a JSON object: {error}") from error
     if kind not in CONFIG_MAPPING_NAMES:
-        own = " It would need the folder's own code, which is never run." * ("auto_map" in given)
-        raise ConfigError(f"{file}: model_type {kind!r} is unknown to Transformers.{own}")
+        way = "a newer one may know it (pip install -U transformers)"
+        if "auto_map" in given:
+            way = "it would need the folder's own code, which is never run: take another model"
+        raise ConfigError(
+            f"{file}: model_type {kind!r} is unknown to Transformers {__version__}; {way}"
+        )
     if given.get("quantization_config"):
         raise ConfigError(f"{file}: the weights are quantized; use the full-precision folder")
 
@@ -168,7 +183,9 @@ def stock_class(
     """
     text = getattr(config, "text_config", None) or config
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"{path}: {config.model_type} is no causal language model")
+        raise ConfigError(
+            f"{path}: {config.model_type} is no causal language model; name one that writes text"
+        )
     family: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
     return family, text
 
@@ -183,30 +200,6 @@ def _text_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             known = name.startswith(("model.", "lm_head."))
             part[name if known else f"model.{name}"] = tensor
     return part
-
-
-def _floats(weights: dict[str, Tensor]) -> Counter[torch.dtype]:
-    """How many numbers there are of each floating-point type."""
-    numbers: Counter[torch.dtype] = Counter()
-    for tensor in weights.values():
-        if tensor.is_floating_point():
-            numbers[tensor.dtype] += tensor.numel()
-    return numbers
-
-
-def _stored_dtype(weights: dict[str, Tensor], path: Path) -> torch.dtype:
-    """The type that most numbers have.
-
-    Raises:
-        ConfigError: types that nothing is computed in.
-    """
-    numbers = _floats(weights)
-    dtype = max(numbers, key=lambda d: numbers[d], default=torch.float32)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ConfigError(
-            f"{path}: the weights are stored as {dtype}; set model.language.precision"
-        )
-    return dtype
 
 
 def _check(path: Path, info: dict[str, Iterable[str]]) -> None:

@@ -16,7 +16,8 @@ from lavis.models.language.causal import CausalLM, context_of
 from lavis.models.language.hf import load_hf, read_config, stock_class
 from lavis.models.language.quantize import quantize
 from lavis.models.language.qwen1 import load_llm, new_llm, read_spec
-from lavis.models.weights.original import QWEN, KeyMap, Rule
+from lavis.models.vision.config import Key
+from lavis.models.weights.original import QWEN, SAME_NAMES, KeyMap
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML
 from lavis.processors.contracts import ChatTemplate, Kind, Tokenizer, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
@@ -25,7 +26,6 @@ from lavis.processors.templates import TokenizerTemplate
 from lavis.processors.tokenizer import QwenTokenizer
 
 logger = logging.getLogger(__name__)
-OTHER_NAMES = KeyMap((Rule("*", ("*",)),))
 
 
 class LanguagePart:
@@ -36,7 +36,9 @@ class LanguagePart:
         tokenizer, template: make ids of conversations.
         system: the system prompt; ``None`` is the template's own.
         context: longest sequence, in tokens.
+        past_context: why not longer, for messages.
         keys: how the names in a checkpoint relate to the model's.
+        key: what the user calls a key of the block, for messages.
     """
 
     family: type[PreTrainedModel]
@@ -45,10 +47,11 @@ class LanguagePart:
     template: ChatTemplate
     system: str | None = None
     context: int
-    keys: KeyMap = OTHER_NAMES
+    past_context: str = ""
+    keys: KeyMap = SAME_NAMES
 
-    def __init__(self, config: LanguageConfig, cache_root: str, at: str) -> None:
-        self.config, self.path, self.at = config, cache_path(config.path, cache_root), at
+    def __init__(self, config: LanguageConfig, cache_root: str, key: Key) -> None:
+        self.config, self.path, self.key = config, cache_path(config.path, cache_root), key
 
     def load(self, device: torch.device, *, mapped: bool = False) -> CausalLM:
         """The model, each tensor straight to its final place, or left in its mapped file."""
@@ -77,24 +80,26 @@ class Qwen1(LanguagePart):
 
     config: Qwen1Config
     family = Qwen2ForCausalLM
-    keys = KeyMap((*QWEN.rules, *OTHER_NAMES.rules))  # others: adapters
+    keys = KeyMap((*QWEN.rules, *SAME_NAMES.rules))  # the same: adapters
     system = SYSTEM_PROMPT
+    past_context = " (seq_length), where it would need dynamic NTK scaling"
 
-    def __init__(self, config: Qwen1Config, cache_root: str, at: str) -> None:
+    def __init__(self, config: Qwen1Config, cache_root: str, key: Key) -> None:
         """Read vocabulary and sizes.
 
         Raises:
             WeightsError, ConfigError: a file is missing, or belongs to another kind of model.
         """
-        super().__init__(config, cache_root, at)
+        super().__init__(config, cache_root, key)
         tokenizer = QwenTokenizer(self.path / "qwen.tiktoken")
         self.tokenizer, self.template = tokenizer, ChatML(tokenizer)
-        self.spec = read_spec(self.path, config.config, need_file=not config.from_scratch)
+        need = not config.from_scratch
+        self.spec = read_spec(self.path, config.config, need_file=need, key=key)
         self.sizes, self.context = self.spec.config, self.spec.context
         if tokenizer.vocab_size > self.sizes.vocab_size:
             raise ConfigError(
-                f"model.llm_model: the vocabulary has {tokenizer.vocab_size} tokens, the language "
-                f"model only {self.sizes.vocab_size}"
+                f"{key('path')}: the vocabulary has {tokenizer.vocab_size} tokens, the language "
+                f"model only {self.sizes.vocab_size}: its files do not belong together"
             )
 
     def load(self, device: torch.device, *, mapped: bool = False) -> CausalLM:
@@ -112,7 +117,7 @@ class Qwen1(LanguagePart):
 class Hf(LanguagePart):
     """Any causal language model of Transformers, with its tokenizer's own chat template."""
 
-    def __init__(self, config: HfConfig, cache_root: str, at: str) -> None:
+    def __init__(self, config: HfConfig, cache_root: str, key: Key) -> None:
         """Read vocabulary, template and sizes, and prove the template.
 
         Raises:
@@ -120,7 +125,7 @@ class Hf(LanguagePart):
             ConfigError: the family is unknown, the template cannot be followed exactly, or it
                 takes no system prompt and one is set.
         """
-        super().__init__(config, cache_root, at)
+        super().__init__(config, cache_root, key)
         self.family, self.sizes = stock_class(read_config(self.path), self.path)
         self.context, self.system = context_of(self.sizes), config.system
         self.tokenizer = tokenizer = FastTokenizer.load(self.path, int(self.sizes.vocab_size))
@@ -129,7 +134,7 @@ class Hf(LanguagePart):
             self._check_system()
             notes = prove(template, self.system)
         else:
-            self.template = _own_template(config.template, tokenizer, f"{at}template")
+            self.template = _own_template(config.template, tokenizer, key("template"))
             self._check_system()
             notes = check(self.template, tokenizer, self.system)
         for note in notes:
@@ -145,9 +150,9 @@ class Hf(LanguagePart):
         try:
             pieces = self.template.pieces([Turn("user", "?")], system=self.system, ask=True)
         except LavisError as error:
-            raise ConfigError(f"{self.at}system: {error}") from error
+            raise ConfigError(f"{self.key('system')}: {error}") from error
         if self.system.strip() not in "".join(p.text for p in pieces if p.kind is Kind.TEXT):
-            raise ConfigError(f"{self.at}system: the chat template leaves it out; give none")
+            raise ConfigError(f"{self.key('system')}: the chat template leaves it out; give none")
 
 
 def _own_template(name: str, tokenizer: Tokenizer, key: str) -> ChatTemplate:

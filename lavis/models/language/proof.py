@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from lavis.common.errors import ConfigError
 from lavis.models.compute.attention import PACKED
 from lavis.models.compute.masks import Documents
-from lavis.models.language.causal import CausalLM
+from lavis.models.language.causal import OTHER, CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def prove(llm: CausalLM, device: torch.device | None = None) -> CausalLM:
         wanted = _stock(llm, documents)
     except Exception as error:  # whatever a family that nobody tried may raise
         raise ConfigError(
-            f"{type(llm.model).__name__} does not run here: {first_line(error)}"
+            f"{type(llm.model).__name__} does not run here: {first_line(error)}; {OTHER}"
         ) from error
     after = torch.cat([h[:, _PREFIX:] for h in wanted.split(_LENGTHS, dim=1)], dim=1)
     if not llm.packs:
@@ -75,7 +75,7 @@ def prove(llm: CausalLM, device: torch.device | None = None) -> CausalLM:
     if not llm.packs and (reason := _wrong(llm, lambda: _packed(llm, documents), wanted)):
         raise ConfigError(
             f"{type(llm.model).__name__} cannot be used: read as embeddings, a text gives another "
-            f"result than read as tokens ({reason})"
+            f"result than read as tokens ({reason}); {OTHER}"
         )
     _set_head(llm, documents[-1])
     llm.proven = True
@@ -156,7 +156,7 @@ def _set_head(llm: CausalLM, ids: Tensor) -> None:
     else:
         raise ConfigError(
             f"{type(llm.model).__name__} computes its logits in a way that is not known here: "
-            "neither scaled nor capped"
+            f"neither scaled nor capped; {OTHER}"
         )
     if not llm.chunked:
         logger.info(

@@ -12,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.registry import did_you_mean
 from lavis.models.compute.attention import PACKED
+from lavis.models.vision.config import Key
 from lavis.models.weights.files import load_weights, open_shards
 from lavis.models.weights.original import QWEN
 from lavis.models.weights.shards import read_json
@@ -53,17 +54,18 @@ class QwenSpec:
     context: int
     original: dict[str, Any]
 
-    def require_room(self, new_tokens: int, key: str) -> None:
-        """Refuse a setting by which an answer leaves no room for a question."""
-        if new_tokens >= self.context:
-            raise ConfigError(
-                f"{key} {new_tokens} leaves no room for a question in this language model's "
-                f"context of {self.context} tokens"
-            )
 
+def read_spec(
+    folder: Path,
+    overrides: dict[str, Any] | None,
+    *,
+    need_file: bool,
+    key: Key = "model.language.{}".format,
+) -> QwenSpec:
+    """Read ``config.json`` and apply what the configuration sets over it.
 
-def read_spec(folder: Path, overrides: dict[str, Any] | None, *, need_file: bool) -> QwenSpec:
-    """Read ``config.json`` and apply ``model.llm_config``.
+    Args:
+        key: names the settings ``path`` and ``config`` in messages.
 
     Raises:
         WeightsError: the file is missing or not JSON.
@@ -74,18 +76,19 @@ def read_spec(folder: Path, overrides: dict[str, Any] | None, *, need_file: bool
     if path.is_file():
         original |= read_json(path)
     elif need_file:
-        raise WeightsError(f"model.llm_model: no file {path}")
-    for key in overrides or {}:
-        if key not in original:
-            raise ConfigError(f"model.llm_config: unknown key {key!r}{did_you_mean(key, original)}")
+        raise WeightsError(f"{key('path')}: no file {path}")
+    for name in overrides or {}:
+        if name not in original:
+            near = did_you_mean(name, original)
+            raise ConfigError(f"{key('config')}: unknown key {name!r}{near}")
     original |= overrides or {}
-    _check_types(original, path)
+    _check_types(original, f"{path} and {key('config')}" if overrides else str(path))
     if overrides and "kv_channels" not in overrides:
         original["kv_channels"] = original["hidden_size"] // original["num_attention_heads"]
-    for key in _FIXED:
-        if original[key] != (value := _QWEN_DEFAULTS[key]):
+    for name in _FIXED:
+        if original[name] != (value := _QWEN_DEFAULTS[name]):
             raise ConfigError(
-                f"{path}: {key} is {original[key]!r}; only {value!r} is supported "
+                f"{path}: {name} is {original[name]!r}; only {value!r} is supported "
                 "(a first-generation Qwen such as Qwen-7B-Chat or Qwen-14B-Chat)"
             )
     heads, width = original["num_attention_heads"], original["hidden_size"]
@@ -113,16 +116,16 @@ def read_spec(folder: Path, overrides: dict[str, Any] | None, *, need_file: bool
     return QwenSpec(config, original["seq_length"], original)
 
 
-def _check_types(original: dict[str, Any], path: Path) -> None:
-    for key, default in _QWEN_DEFAULTS.items():
-        value, kind = original[key], type(default)
+def _check_types(original: dict[str, Any], where: str) -> None:
+    for name, default in _QWEN_DEFAULTS.items():
+        value, kind = original[name], type(default)
         is_bool = isinstance(value, bool)
         fits = isinstance(value, int | float if kind is float else kind) and is_bool == (
             kind is bool
         )
         if not fits or (kind in (int, float) and value <= 0):
             wanted = "a positive number" if kind in (int, float) else f"of type {kind.__name__}"
-            raise ConfigError(f"{path} and model.llm_config: {key} must be {wanted}, not {value!r}")
+            raise ConfigError(f"{where}: {name} must be {wanted}, not {value!r}")
 
 
 def load_llm(

@@ -13,7 +13,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from lavis.common.errors import WeightsError
-from lavis.models.config import EvaQFormerKeys
+from lavis.models.vision.config import EvaQFormerConfig
 from lavis.models.weights.files import load_weights, open_pth
 from lavis.models.weights.original import VIT
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
-def build_vit(config: EvaQFormerKeys, device: torch.device, dtype: torch.dtype) -> Eva:
+def build_vit(config: EvaQFormerConfig, device: torch.device, dtype: torch.dtype) -> Eva:
     """Build the encoder on ``device`` (``meta`` for weights that come from a file)."""
     sizes = config.vit_config
     vit = Eva(
@@ -41,7 +41,7 @@ def build_vit(config: EvaQFormerKeys, device: torch.device, dtype: torch.dtype) 
         device=device,
         dtype=dtype,
     )
-    if config.is_from_scratch("vit"):
+    if "vit" in config.from_scratch:
         _init_weights(vit, sizes.initializer_range)
     return vit
 

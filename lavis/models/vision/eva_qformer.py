@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 
-from lavis.common.errors import ConfigError, DataError
+from lavis.common.errors import DataError
 from lavis.common.hashing import file_digest
-from lavis.common.registry import did_you_mean
 from lavis.common.types import DTYPES
-from lavis.models.config import EvaQFormerKeys
+from lavis.models.vision.config import EvaQFormerConfig
 from lavis.models.vision.eva import build_vit, load_vit
 from lavis.models.vision.qformer import build_qformer, qformer_config
 from lavis.models.weights.files import load_weights, open_pth
@@ -44,7 +43,7 @@ class EvaQFormer(nn.Module):
 
     def __init__(
         self,
-        config: EvaQFormerKeys,
+        config: EvaQFormerConfig,
         cache_root: str,
         device: torch.device,
         *,
@@ -65,18 +64,18 @@ class EvaQFormer(nn.Module):
         self.width, self.tokens = int(qformer.hidden_size), c.num_query_token
         self.image_size = c.image_size
         dtype, device = vit_dtype(c, device), home or device
-        vit_device = device if c.is_from_scratch("vit") else meta
+        vit_device = device if "vit" in c.from_scratch else meta
         self.visual_encoder = build_vit(c, vit_device, dtype)
-        with device if c.is_from_scratch("qformer") else meta:
+        with device if "qformer" in c.from_scratch else meta:
             self.ln_vision = nn.LayerNorm(c.vit_config.embed_dim, eps=_VIT_NORM_EPS)
             self.Qformer = build_qformer(qformer)
             self.query_tokens = nn.Parameter(
                 torch.randn(1, c.num_query_token, qformer.hidden_size) * qformer.initializer_range
             )
-        if not c.is_from_scratch("vit"):
+        if "vit" not in c.from_scratch:
             path = c.path("vit_weights", cache_root)
             load_vit(self.visual_encoder, path, device=device, dtype=dtype)
-        if not c.is_from_scratch("qformer"):
+        if "qformer" not in c.from_scratch:
             load_weights(
                 self,
                 open_pth(c.path("pretrained", cache_root)),
@@ -87,11 +86,7 @@ class EvaQFormer(nn.Module):
             )
 
     def learning(self, parts: Sequence[str]) -> Iterator[nn.Module | nn.Parameter]:
-        """What learns if these of its parts do: vit, pos_embed, qformer, queries; all by default.
-
-        Raises:
-            ConfigError: there is no such part.
-        """
+        """What learns if these of its parts do; all by default."""
         known: dict[str, list[nn.Module | nn.Parameter]] = {
             "vit": [self.visual_encoder],
             "pos_embed": [self.visual_encoder.pos_embed],
@@ -99,11 +94,6 @@ class EvaQFormer(nn.Module):
             "queries": [self.query_tokens],
         }
         for part in parts or known:
-            if part not in known:
-                raise ConfigError(
-                    f"model.train.vision.parts: unknown {part!r}{did_you_mean(part, known)} "
-                    f"(known: {', '.join(known)})"
-                )
             yield from known[part]
 
     @property
@@ -124,10 +114,6 @@ class EvaQFormer(nn.Module):
         patches = (self.image_size // self.config.vit_config.patch_size) ** 2 + 1
         return patches * cost(self.visual_encoder) + self.tokens * cost(self.Qformer)
 
-    def blank(self) -> Tensor:
-        """(1, 3, H, W) pixels of no image."""
-        return torch.zeros(1, 3, self.image_size, self.image_size, device=self.query_tokens.device)
-
     def encode_vit(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) normalized images -> (N, 1 + patches, width) of the last ViT block.
 
@@ -138,7 +124,7 @@ class EvaQFormer(nn.Module):
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise DataError(
                 f"images have the shape {tuple(pixel_values.shape)}, not (N, 3, {size}, {size}) as "
-                "model.image_size wants; check vis_processor.image_size"
+                "the vision encoder's image_size says; check vis_processor.image_size"
             )
         device_type = self.query_tokens.device.type
         amp = torch.is_autocast_enabled(device_type) and self.config.enable_autocast
@@ -162,16 +148,13 @@ class EvaQFormer(nn.Module):
             return self.Qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
 
     @staticmethod
-    def describe(
-        config: EvaQFormerKeys,
-        *,
-        cache_root: str,
-        device: torch.device,
-    ) -> tuple[str, tuple[int, int]]:
-        """What :meth:`forward` computes, without loading anything.
+    def shape(config: EvaQFormerConfig, cache_root: str) -> tuple[int, int]:
+        """(Q, D), the shape of an image's features."""
+        return config.num_query_token, int(resolve_qformer(config, cache_root).hidden_size)
 
-        Returns:
-            A fingerprint of weights and settings, and the shape (Q, D) of an image's features.
+    @staticmethod
+    def fingerprint(config: EvaQFormerConfig, cache_root: str, device: torch.device) -> str:
+        """A hash of weights and settings, of all that :meth:`forward` depends on.
 
         Raises:
             WeightsError: a weight file is missing.
@@ -188,8 +171,7 @@ class EvaQFormer(nn.Module):
             "queries": config.num_query_token,
         }
         text = json.dumps(parts, sort_keys=True).encode()
-        shape = (config.num_query_token, int(qformer.hidden_size))
-        return hashlib.blake2b(text, digest_size=32).hexdigest(), shape
+        return hashlib.blake2b(text, digest_size=32).hexdigest()
 
 
 def learns(module: nn.Module) -> bool:
@@ -206,18 +188,16 @@ def layers_above(name: str, depth: int) -> int:
     return depth - int(found[3]) if found[3] else depth + 1
 
 
-def resolve_qformer(config: EvaQFormerKeys, cache_root: str) -> Blip2QFormerConfig:
+def resolve_qformer(config: EvaQFormerConfig, cache_root: str) -> Blip2QFormerConfig:
     """The Q-Former's sizes."""
     return qformer_config(
         config.qformer_config, config.path("bert_config", cache_root), config.vit_config.embed_dim
     )
 
 
-def vit_dtype(config: EvaQFormerKeys, device: torch.device) -> torch.dtype:
+def vit_dtype(config: EvaQFormerConfig, device: torch.device) -> torch.dtype:
     """What the ViT computes in on a device."""
     if config.vit_precision == "fp16" and device.type == "cpu":
         logger.info("vit_precision: fp16 is computed in fp32 on a CPU, as in the original")
         return torch.float32
-    dtype = DTYPES[config.vit_precision]
-    assert dtype is not None
-    return dtype
+    return DTYPES[config.vit_precision]

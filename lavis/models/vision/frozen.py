@@ -16,12 +16,11 @@ from lavis.common.paths import require_writable
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config
 from lavis.common.types import DTYPES
-from lavis.models.config import Part, PartsConfig
-from lavis.models.vision.eva_qformer import vit_dtype
+from lavis.models.config import PartsConfig
 from lavis.models.weights.files import open_pth
 
 logger = logging.getLogger(__name__)
-_NAMES = ("visual_encoder.", "ln_vision.", "Qformer.", "query_tokens")  # in a checkpoint
+_NAMES = ("visual_encoder.", "ln_vision.", "Qformer.", "query_tokens", "vision.")  # in a checkpoint
 _KEY = "run.feature_cache"
 
 
@@ -44,12 +43,10 @@ class FrozenVision:
                 f"{_KEY}: the vision side is trained ({', '.join(model.trained_vision)}), so its "
                 f"features change at every step; freeze it, or set {_KEY}.enabled: false"
             )
-        parts: tuple[Part, ...] = ("vit", "qformer")
-        scratch = [part for part in parts if model.parts[0].is_from_scratch(part)]
-        if scratch:
+        if scratch := model.parts[0].random_parts:
             raise ConfigError(
                 f"{_KEY}: {' and '.join(scratch)} would start from random weights "
-                f"(model.from_scratch, model.load_pretrained), which nothing can find again; name "
+                f"({model.key('vision', 'from_scratch')}), which nothing can find again; name "
                 f"weight files, or set {_KEY}.enabled: false"
             )
         root = self.config.env.cache_root
@@ -58,8 +55,8 @@ class FrozenVision:
         if found := next((name for name in names if name.startswith(_NAMES)), None):
             raise ConfigError(
                 f"{_KEY}: model.finetuned ({checkpoint}) holds {found}, and the cache reads the "
-                "vision side from model.vit_weights and model.pretrained alone; write its parts "
-                f"with python -m lavis.tools.export, or set {_KEY}.enabled: false"
+                "vision side from its own weight files alone; write its parts with python -m "
+                f"lavis.tools.export (arch minigpt4qwen), or set {_KEY}.enabled: false"
             )
         require_writable(self.config.run.feature_cache.folder(root), f"{_KEY}.dir", ConfigError)
 
@@ -75,7 +72,7 @@ class FrozenVision:
         )
         eyes = model.parts[0]
         amp = [str(DTYPES[run.autocast_dtype]), eyes.enable_autocast]
-        reached = run.amp and vit_dtype(eyes, device) == torch.float32
+        reached = run.amp and not eyes.keeps_precision(device)
         parts = json.dumps([encoder, amp if reached else None])
         return hashlib.blake2b(parts.encode(), digest_size=32).hexdigest(), shape
 

@@ -9,7 +9,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from lavis.common.errors import ConfigError
 from lavis.common.typed import parse
-from lavis.models.config import QFormerConfig
+from lavis.models.vision.config import QFormerConfig
 from lavis.models.weights.shards import read_json
 
 _FROM_BERT = (

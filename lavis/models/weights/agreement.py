@@ -12,7 +12,7 @@ from lavis.common import dist
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.schema import ModelConfig
 from lavis.common.typed import parse
-from lavis.models.config import EvaQFormerKeys, PartsConfig
+from lavis.models.config import PartsConfig
 
 logger = logging.getLogger(__name__)
 _REFUSED = (
@@ -21,21 +21,17 @@ _REFUSED = (
 )  # fmt: skip
 _WARNED = ("llm_model", "vit_weights", "pretrained", "vit_precision")  # of paths, the last part
 _WARNED_IN_TRAINING = ("lora_dropout", "label_mask", "max_txt_len")
-_REFUSED_OF_PARTS = (
-    "vision.name", "connector.name", "connector.depth", "train.language.lora.r",
-    "train.language.lora.alpha", "train.language.lora.targets",
-)  # fmt: skip
+# By the keys of ``arch: vlm``. Whatever is not in one of the next three changes what weights mean.
 _WARNED_OF_PARTS = (
-    "path",
-    "quantize",
-    "system",
-    "thinking",
-    "template",
-    "vit_weights",
-    "pretrained",
-    "vit_precision",
-)
-_TRAINED_OF_PARTS = ("dropout", "label_mask", "max_txt_len")
+    "vision.vit_weights", "vision.pretrained", "vision.vit_precision", "language.",
+)  # fmt: skip
+_TRAINED_OF_PARTS = ("train.language.lora.dropout", "label_mask", "max_txt_len")
+_FREE_OF_PARTS = (
+    "vision.bert_config", "vision.drop_path_rate", "vision.enable_autocast", "vision.from_scratch",
+    "vision.use_grad_checkpoint", "connector.init", "language.name", "language.precision",
+    "language.grad_ckpt", "language.device_map", "language.config", "language.embedding_std",
+    "language.from_scratch",
+)  # fmt: skip
 _FREE = ("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -113,32 +109,29 @@ def _check_parts(label: object, saved: PartsConfig, config: PartsConfig, *, trai
     wrong = []
     for key in sorted(theirs.keys() | ours.keys()):
         then, now = theirs.get(key, "nothing"), ours.get(key, "nothing")
-        if key.endswith(_FREE) or then == now or _same_name(then, now):
+        if then == now or _same_name(then, now) or key.startswith(_FREE_OF_PARTS):
             continue
-        last = key.rpartition(".")[2]
-        if (
-            key.startswith("vision.") and key.split(".")[1] in _REFUSED
-        ) or key in _REFUSED_OF_PARTS:
+        if key.endswith(_FREE) or (key.endswith("lora.targets") and "all" in (then, now)):
+            continue  # the adapters' names are compared when they are loaded
+        warned = key.startswith(_WARNED_OF_PARTS)
+        if warned or key in _TRAINED_OF_PARTS:
+            if dist.is_main() and (warned or training):
+                logger.warning("%s: model.%s was %s, now %s", label, key, then, now)
+        else:
             wrong.append(f"model.{key}: {then} (now {now})")
-        elif dist.is_main() and (
-            last in _WARNED_OF_PARTS or (training and last in _TRAINED_OF_PARTS)
-        ):
-            logger.warning("%s: model.%s was %s, now %s", label, key, then, now)
     if wrong:
         raise WeightsError(f"{label} was trained with other settings; set {', '.join(wrong)}")
 
 
 def _of_parts(config: PartsConfig) -> dict[str, Any]:
     """The settings of a model of parts, by the keys of ``arch: vlm``."""
-    eyes, connector, language = config.parts
     flat: dict[str, Any] = {"max_txt_len": config.max_txt_len, "label_mask": config.label_mask}
-    keys = {f.name: getattr(eyes, f.name) for f in fields(EvaQFormerKeys)}
-    flat |= {f"vision.{k}": v for k, v in _flat(keys).items()}
-    flat["vision.name"] = getattr(eyes, "name", "eva_qformer")
-    flat |= {f"connector.{k}": v for k, v in _flat(vars(connector)).items()}
-    flat |= {f"language.{k}": v for k, v in _flat(vars(language)).items()}
-    if config.lora is not None:
-        flat |= {f"train.language.lora.{k}": v for k, v in vars(config.lora).items()}
+    for name, part in zip(("vision", "connector", "language"), config.parts, strict=True):
+        flat |= {f"{name}.{k}": v for k, v in _flat(vars(part)).items()}
+    if (lora := config.lora) is not None:
+        flat |= {f"train.language.lora.{k}": v for k, v in vars(lora).items()}
+        if lora.targets != "all":
+            flat["train.language.lora.targets"] = sorted(lora.targets)
     return flat
 
 

@@ -201,17 +201,7 @@ def load_weights(
     """
     targets = {n: t for n, t in module.state_dict(keep_vars=True).items() if select(n)}
     wanted = {name: key_map.source(name) for name in targets}
-    used = {s.key for s in wanted.values()}
-    missing = sorted(used - set(source))
-    left_over = [
-        k
-        for k in source
-        if k not in used
-        and not key_map.is_dropped(k)
-        and not (extra_dropped is not None and extra_dropped(k))
-    ]
-    if missing or left_over:
-        raise WeightsError(f"{source.label} does not fit: " + _mismatch(missing, left_over))
+    _check_names(source, {s.key for s in wanted.values()}, key_map, extra_dropped)
     loaded: dict[str, Tensor] = {}
     misfits: dict[str, str] = {}
     for name, key in wanted.items():
@@ -221,16 +211,13 @@ def load_weights(
         if tensor.shape != (shape := key.whole(targets[name].shape)):
             misfits[key.key] = f"{key.key} {tuple(tensor.shape)}, not {shape}"
             continue
-        if targets[name].is_floating_point() and tensor.dtype not in _FLOATS:
-            raise WeightsError(
-                f"{source.label}: {key.key} is stored as {tensor.dtype}: quantized weights "
-                "are not supported; take the model in half precision"
-            )
+        if targets[name].is_floating_point():
+            require_float(source.label, key.key, tensor)
         loaded[name] = key.cut(tensor)
     if misfits:
         wrong = listed(list(misfits.values()), "; ")
         raise WeightsError(f"{source.label} has tensors of another shape: {wrong}")
-    dtype = dtype or _usual_type(source.label, loaded.values())
+    dtype = dtype or usual_dtype(source.label, loaded.values())
     for name, tensor in loaded.items() if not mapped else ():
         loaded[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     module.load_state_dict(loaded, strict=False, assign=True)
@@ -250,12 +237,46 @@ def final_dtype(parameter: Tensor) -> torch.dtype:
     return dtype
 
 
-def _usual_type(label: str, tensors: Iterable[Tensor]) -> torch.dtype:
-    """The type of most numbers, or fp32 if that is fp64."""
+def _check_names(
+    source: WeightFile,
+    used: set[str],
+    key_map: KeyMap,
+    extra_dropped: Callable[[str], bool] | None,
+) -> None:
+    """Refuse a file that lacks a name, or has one that nothing accounts for."""
+    missing = sorted(used - set(source))
+    left_over = [
+        k
+        for k in source
+        if k not in used
+        and not key_map.is_dropped(k)
+        and not (extra_dropped is not None and extra_dropped(k))
+    ]
+    parts = (("missing", missing), ("not part of the model", left_over))
+    wrong = [f"{len(names)} {what}: {listed(names)}" for what, names in parts if names]
+    if wrong:
+        raise WeightsError(f"{source.label} does not fit: {'; '.join(wrong)}")
+
+
+def require_float(label: str, name: str, tensor: Tensor) -> None:
+    """Refuse numbers that need a scale.
+
+    Raises:
+        WeightsError: the tensor is quantized.
+    """
+    if tensor.dtype not in _FLOATS:
+        raise WeightsError(
+            f"{label}: {name} is stored as {tensor.dtype}: quantized weights are not supported; "
+            "take the model in half precision"
+        )
+
+
+def usual_dtype(label: str, tensors: Iterable[Tensor]) -> torch.dtype:
+    """The type that most numbers are stored in, or fp32 if that is fp64."""
     count: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         count[tensor.dtype] += tensor.numel() * tensor.is_floating_point()
-    usual = max(count, key=lambda dtype: count[dtype])
+    usual = max(count, key=lambda dtype: count[dtype], default=torch.float32)
     usual = torch.float32 if usual == torch.float64 else usual
     if others := sorted(str(d) for d, n in count.items() if n and d != usual):
         logger.info("%s: %s weights are turned into %s", label, ", ".join(others), usual)
@@ -267,14 +288,6 @@ def own_trainable(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.clone()
-
-
-def _mismatch(missing: list[str], left_over: list[str]) -> str:
-    parts = []
-    for what, names in (("missing", missing), ("not part of the model", left_over)):
-        if names:
-            parts.append(f"{len(names)} {what}: {listed(names)}")
-    return "; ".join(parts)
 
 
 def _reason(error: BaseException) -> str:

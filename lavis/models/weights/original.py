@@ -121,8 +121,11 @@ def _weight_and_bias(source: str, target: str) -> tuple[Rule, Rule]:
     )
 
 
+SAME_NAMES = KeyMap((Rule("*", ("*",)),))
+"""For files whose names are the model's own."""
+
 VIT = KeyMap(
-    rules=(Rule("*", ("*",)),),
+    rules=SAME_NAMES.rules,
     # The final norm and head of the pretraining task, which BLIP-2 does without.
     dropped=(r"(norm|fc_norm|head)\..*",),
 )
@@ -212,6 +215,7 @@ def full_model(language: KeyMap) -> KeyMap:
         rules=(
             *VIT.under("visual_encoder.", "vision.visual_encoder.").rules,
             *QFORMER.under("", "vision.").rules,
+            Rule("vision.*", ("vision.*",)),  # of other encoders
             *_weight_and_bias("llm_proj", "connector"),
             Rule("connector.*", ("connector.*",)),  # of more than one layer
             *language.under("llm_model.", "language.model.").rules,

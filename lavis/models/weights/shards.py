@@ -11,29 +11,31 @@ from typing import Any
 from lavis.common.errors import ConfigError, WeightsError, listed
 from lavis.common.paths import is_file, require
 
-_KEY = "model.llm_model"
 _LFS = b"version https://git-lfs.github.com/spec/"
 _UNFINISHED = (".incomplete", ".part", ".partial", ".aria2", ".crdownload")
 _FAMILY = "first-generation Qwen such as Qwen-7B-Chat or Qwen-14B-Chat"
 
 
-def llm_files(folder: Path, *, weights: bool) -> Iterator[Path]:
-    """The files of a language model, checked; without ``weights``, only its vocabulary.
+def llm_files(folder: Path, key: str, *, weights: bool) -> Iterator[Path]:
+    """The files of a first-generation Qwen, checked; without ``weights``, only its vocabulary.
+
+    Args:
+        key: names the folder in messages.
 
     Raises:
         WeightsError, ConfigError: one is missing, or they are of another kind.
     """
     if is_file(folder):
-        raise WeightsError(f"{_KEY}: {folder} is not a folder{_instead(folder)}")
-    require(folder, _KEY, WeightsError, directory=True)
+        raise WeightsError(f"{key}: {folder} is not a folder{_instead(folder, key)}")
+    require(folder, key, WeightsError, directory=True)
     if weights:
         path = folder / "config.json"
-        if not path.exists() and (instead := _instead(folder)):
-            raise WeightsError(f"{_KEY}: no file {path}{instead}")
-        yield require(path, _KEY, WeightsError)
+        if not path.exists() and (instead := _instead(folder, key)):
+            raise WeightsError(f"{key}: no file {path}{instead}")
+        yield require(path, key, WeightsError)
         _check_kind(path, read_json(path))
-        yield from find_shards(folder)
-    yield require(folder / "qwen.tiktoken", _KEY, WeightsError)
+        yield from find_shards(folder, key)
+    yield require(folder / "qwen.tiktoken", key, WeightsError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def check_download(path: Path) -> None:
             )
 
 
-def find_shards(folder: Path, key: str = _KEY) -> list[Path]:
+def find_shards(folder: Path, key: str = "the language model") -> list[Path]:
     """Weight files of a language model: safetensors if there are any, else ``.bin``.
 
     Raises:
@@ -101,7 +103,7 @@ def find_shards(folder: Path, key: str = _KEY) -> list[Path]:
             return shards
     raise WeightsError(
         f"{key}: {folder} holds neither model*.safetensors nor pytorch_model*.bin"
-        + _instead(folder)
+        + _instead(folder, key)
     )
 
 
@@ -135,11 +137,11 @@ def _check_kind(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _instead(path: Path) -> str:
+def _instead(path: Path, key: str) -> str:
     """What may be meant in place of a path that holds no model."""
     below = ("*", "snapshots/*", "models--*/snapshots/*")  # the last two: Hugging Face's cache
     if found := sorted(p for pattern in below for p in path.glob(f"{pattern}/config.json")):
-        return f"; set {_KEY} to {listed([str(p.parent) for p in found])}"
+        return f"; set {key} to {listed([str(p.parent) for p in found])}"
     if path.suffix == ".gguf" or any(path.glob("*.gguf")):
         return f"; GGUF files are made for llama.cpp: take the safetensors of a {_FAMILY}"
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,12 @@ from lavis.common.registry import did_you_mean
 from lavis.common.schema import ModelConfig
 from lavis.models.weights.agreement import check_settings
 from lavis.models.weights.files import WeightFile, final_dtype, load_pickle, state_dict_in
-from lavis.models.weights.original import KeyMap, Rule
-
-_SAME_NAMES = KeyMap((Rule("*", ("*",)),))
+from lavis.models.weights.original import SAME_NAMES, KeyMap
 
 
 def _key_map(model: nn.Module) -> KeyMap:
     """How a model's names relate to those in its files: its ``key_map``, if it has one."""
-    return getattr(model, "key_map", _SAME_NAMES)
+    return getattr(model, "key_map", SAME_NAMES)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -75,7 +74,7 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
             if parameter.requires_grad:
                 raise WeightsError(
                     f"{file.label} lacks {source.key}, which is trained with this configuration; "
-                    + (_whose(left_over) or _MISSING["lora_" in name])
+                    + (_whose(left_over) or _missing(model, lora="lora_" in name))
                 )
             continue
         tensor = file[source.key]
@@ -107,11 +106,13 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
             parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)
 
 
-_MISSING = (
-    "check the freeze_* settings that the checkpoint was made with",
-    "the checkpoint was made without LoRA: set model.get_lora: false (of parts: no "
-    "model.train.language.lora)",
-)
+def _missing(model: nn.Module, *, lora: bool) -> str:
+    config: Any = getattr(model, "config", ModelConfig)
+    if lora:
+        return f"the checkpoint was made without LoRA: {config.WITHOUT_LORA}"
+    return f"check the {config.LEARNS_BY} settings that the checkpoint was made with"
+
+
 _OTHERS = {
     "mm_projector": "LLaVA", "multi_modal_projector": "LLaVA", "llama_proj": "MiniGPT-4",
     "opt_proj": "BLIP-2", "t5_proj": "BLIP-2",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lavis.models.compute.frozen_linear import FrozenLinear, widen_frozen_linears
+from lavis.models.compute.cpu import FrozenLinear, widen_frozen_linears
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 32, 50])
