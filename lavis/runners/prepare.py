@@ -58,7 +58,8 @@ class RunPlan:
         run, source = config.run, config.run.resume_ckpt_path
         strategy = build_strategy(run, device)
         if source == "auto":
-            source = newest_of(config)
+            found = newest_of(config)
+            source = None if found is None else str(found)
         before = None if source is None else open_checkpoint(Path(source))
         data = data_fingerprints(config, dataset)
         if before is not None:
