@@ -25,6 +25,13 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 FIRST, PORT = "10.77.0.1", 29500  # the meeting point
 TIMEOUT = 900  # seconds
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "cable",
+    "LOGLEVEL": "INFO",  # of the launcher
+    # With the store shared, a machine that joins later waits for an address nobody says again.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 
 
 @dataclass
@@ -56,22 +63,27 @@ class Machine:
         self.launcher = subprocess.Popen(
             [*launch, *command],
             cwd=REPO,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"},
+            env=os.environ | ENVIRONMENT,
             stdout=self.logs[-1].open("w"),
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    def kill(self) -> None:
-        """SIGKILL to everything that runs here."""
+    def pids(self) -> list[int]:
+        """What runs here."""
         listed = subprocess.run(
             ["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False
         )
-        for pid in map(int, listed.stdout.split()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if self.launcher is not None:
-            self.launcher.wait()
+        return [int(pid) for pid in listed.stdout.split()]
+
+    def kill(self) -> None:
+        """SIGKILL to everything that runs here, until it is gone."""
+        while pids := self.pids():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if self.launcher is not None:
+                self.launcher.wait()
 
     def finish(self) -> int:
         """Wait for the launcher's end."""
@@ -162,7 +174,7 @@ def train_with_deaths(
     second.kill()
     events.append(f"second machine killed after step {steps_done(output)}")
     second.launch(command, folder, restarts=9)
-    wait_for(lambda: _workers(second), *machines)
+    wait_for(lambda: len(second.pids()) > 1, *machines)  # the launcher, and its process
     second.kill()
     events.append(f"second machine killed while starting, at step {steps_done(output)}")
     second.launch(command, folder, restarts=9)
@@ -176,14 +188,6 @@ def train_with_deaths(
     for machine in machines:
         assert machine.finish() == 0, machine.log()
     return events
-
-
-def _workers(machine: Machine) -> bool:
-    """Whether the launcher has started its process."""
-    listed = subprocess.run(
-        ["ip", "netns", "pids", machine.name], capture_output=True, text=True, check=True
-    )
-    return len(listed.stdout.split()) > 1
 
 
 def final(output: Path) -> dict[str, torch.Tensor]:

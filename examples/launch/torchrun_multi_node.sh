@@ -14,6 +14,9 @@ run_id=${RUN_ID:-lavis}         # edit: another name for each run
 # edit: if a machine has several networks, or its name leads to 127.0.1.1 (`ip -br address`)
 # export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
 
+# PyTorch's launcher shares its store by default, and a machine that comes back then waits for ever.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 python -m torch.distributed.run --nnodes="$nodes" --nproc_per_node="$cards" --max-restarts=3 \
     ${LOCAL_ADDR:+--local-addr="$LOCAL_ADDR"} --rdzv-id="$run_id" \
     --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$port" \
