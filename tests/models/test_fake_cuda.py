@@ -107,7 +107,7 @@ def placed(model: VLM) -> tuple[VLM, FakeCuda]:
     """With weights and the constant prefix on the card, which happens once in a run."""
     with FakeCuda() as card:
         on_card(model)
-        model.schedule = StepSchedule()
+        model.set_schedule(StepSchedule())
         for amp in (False, True):
             with torch.autocast("cuda", torch.bfloat16, enabled=amp):
                 model.constant_prefix()
@@ -210,12 +210,12 @@ def test_a_recipe_fits_on_a_card(path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def peak(model_type: str, schedule: StepSchedule, count: int, length: int) -> int:
     """Bytes of forward and backward pass. Autocast, which casts no weights, changes nothing."""
     model, card = qwen(model_type)
-    model.train().schedule = schedule
+    model.train().set_schedule(schedule)
     batch = batch_of(model, count, length)
     try:
         with card:
             forward(model, card, batch).loss_sum.backward()
             model.zero_grad(set_to_none=True)
     finally:
-        model.schedule = StepSchedule()
+        model.set_schedule(StepSchedule())
     return card.peak
