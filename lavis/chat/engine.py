@@ -27,6 +27,7 @@ from lavis.chat.cache import ConversationCache
 from lavis.chat.settings import ChatSettings
 from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.common.images import as_image
+from lavis.models.decode import NOT_A_NUMBER
 
 if TYPE_CHECKING:
     from lavis.models import VLM
@@ -123,10 +124,7 @@ class ChatEngine:
             logits = language.logits(hidden[0, -1])
         if bool(logits.isnan().any()):
             cache.clear()  # whatever is in there must not spoil what follows
-            raise WeightsError(
-                "the language model's output is not a number: its weights are damaged, or its "
-                "precision is too small (model.llm_precision: bf16 or fp32 instead of fp16)"
-            )
+            raise WeightsError(NOT_A_NUMBER)
         return logits
 
     def search(
