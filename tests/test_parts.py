@@ -324,6 +324,33 @@ def test_each_part_at_its_rate(
         prepare(home).model.load_checkpoint(path)
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_adapters_of_a_half_precision_model_resume_bit_for_bit(
+    home: Path, tmp_path: Path, amp: bool
+) -> None:
+    """What learns, and its moments, are fp32; dropout and DoRA's norms go on as they were."""
+    lora = "{r: 4, dropout: 0.1, targets: all, use_dora: true, use_rslora: true}"
+    options = [
+        f"model.train={{connector: 2e-3, language: {{lora: {lora}}}}}",
+        "model.language.precision=bf16", f"run.amp={amp}".lower(), "run.autocast_dtype=bf16",
+        f"run.output_dir={tmp_path}", "run.save_every_steps=1",
+    ]  # fmt: skip
+    runner = prepare(home, *options)
+    assert runner.model.language.head.weight.dtype == torch.bfloat16
+    start = {n: p.clone() for n, p in runner.model.trainable_parameters().items()}
+    path = runner.train()
+    assert not any(torch.equal(p, start[n]) for n, p in runner.model.trainable_parameters().items())
+    saved = torch.load(path, weights_only=True)
+    moments = [v for s in saved["optimizer"]["state"].values() for v in s.values()]
+    assert {t.dtype for t in (*saved["model"].values(), *moments)} == {torch.float32}
+    step = runner.folder / "checkpoint_step_3.pth"
+    resumed = prepare(home, *options, f"run.resume_ckpt_path={step}", job="resumed").train()
+    again = torch.load(resumed, weights_only=True)
+    assert all(torch.equal(t, saved["model"][k]) for k, t in again["model"].items())
+    for i, entries in again["optimizer"]["state"].items():
+        assert all(torch.equal(v, saved["optimizer"]["state"][i][k]) for k, v in entries.items())
+
+
 def test_one_rate(home: Path, tmp_path: Path) -> None:
     options = (f"run.output_dir={tmp_path}", "run.max_epoch=1", "run.lr_sched=constant_lr")
     runner = prepare(home, "model.train={connector: 3e-3}", *options)

@@ -11,11 +11,12 @@ from torch import nn
 
 from lavis.common.device import warn_of_emulation
 from lavis.common.errors import ConfigError
-from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, VISION_ENCODERS, did_you_mean
+from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, VISION_ENCODERS
 from lavis.models.compute.cpu import widen_frozen_linears
 from lavis.models.compute.schedule import StepSchedule
-from lavis.models.config import LoraConfig, PartsConfig, VlmConfig
+from lavis.models.config import PartsConfig, VlmConfig
 from lavis.models.contracts import VisionEncoder
+from lavis.models.language.adapters import add_lora, lora_targets
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.parts import LanguagePart
 from lavis.models.legacy import MiniGPT4QwenConfig
@@ -192,47 +193,6 @@ def _scale_to_embeddings(connector: nn.Module, language: CausalLM) -> None:
         nn.init.normal_(last.weight, std=std / last.in_features**0.5)
         if last.bias is not None:
             last.bias.zero_()
-
-
-def lora_targets(language: CausalLM, options: LoraConfig) -> list[str]:
-    """Names of the layers that adapters wrap.
-
-    Raises:
-        ConfigError: the model has no layer of that name.
-    """
-    names = {
-        name.rpartition(".")[2]
-        for block in language.blocks()
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    wanted = sorted(names) if options.targets == "all" else list(options.targets)
-    if unknown := sorted(set(wanted) - names):
-        raise ConfigError(
-            f"model.train.language.lora.targets: no layer {', '.join(unknown)}"
-            f"{did_you_mean(unknown[0], names)} (there are: {', '.join(sorted(names))})"
-        )
-    return wanted
-
-
-def add_lora(language: CausalLM, options: LoraConfig) -> None:
-    """Put trainable low-rank adapters on a language model's projections, in place.
-
-    Raises:
-        ConfigError: the model has no layer of that name.
-    """
-    from peft import LoraConfig as PeftConfig
-    from peft import inject_adapter_in_model
-
-    wanted = lora_targets(language, options)
-    config = PeftConfig(
-        r=options.r,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=wanted,
-        bias="none",
-    )
-    inject_adapter_in_model(config, language.model)
 
 
 def _dispatch(language: CausalLM) -> None:

@@ -28,12 +28,18 @@ Precision = Literal["auto", "fp16", "bf16", "fp32"]
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters of the language model (Hu et al. 2021)."""
+    """Low-rank adapters of the language model (Hu et al. 2021).
+
+    The scale is ``alpha / r``, or with ``use_rslora`` ``alpha / sqrt(r)`` (Kalajdzievski 2023);
+    ``use_dora`` also learns the norm of each row (Liu et al. 2024).
+    """
 
     r: int = 8
     alpha: int = 32
     dropout: float = 0.05
     targets: tuple[str, ...] | Literal["all"] = ("q_proj", "v_proj")  # all: every linear layer
+    use_rslora: bool = False
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         require_range(self, 1, "r", "alpha")

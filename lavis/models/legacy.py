@@ -60,6 +60,9 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
     lora_r: int = 8
     lora_alpha: int = 32
     lora_dropout: float = 0.05
+    lora_targets: tuple[str, ...] | Literal["all"] = ("q_proj", "v_proj")
+    lora_use_rslora: bool = False
+    lora_use_dora: bool = False
     prompt: str = only("", "it had no effect in the original; put it into the question")
     apply_lemmatizer: bool = only(False, "answers are returned as generated; remove the key")
 
@@ -114,7 +117,14 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
         if not self.freeze_llm:
             learn["language"] = PartTraining()
         elif self.get_lora:
-            lora = LoraConfig(self.lora_r, self.lora_alpha, self.lora_dropout)
+            lora = LoraConfig(
+                self.lora_r,
+                self.lora_alpha,
+                self.lora_dropout,
+                self.lora_targets,
+                self.lora_use_rslora,
+                self.lora_use_dora,
+            )
             learn["language"] = PartTraining(lora=lora)
         return learn
 

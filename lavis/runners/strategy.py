@@ -221,12 +221,16 @@ class FSDP2Strategy(Strategy):
         half = MixedPrecisionPolicy(
             param_dtype=self.dtype if self.run.amp else None, reduce_dtype=torch.float32
         )
+        stored = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         sizes, vision = [0], getattr(model, "vision", None)
         unchanged = set(vision.blocks()) if vision is not None and vision.keeps_precision else ()
         for block in getattr(model, "shardable_blocks", list)():
             sizes.append(sum(map(self._gathered, block.parameters())))
-            # Gathered in half precision where autocast would compute in it anyway.
-            policy = MixedPrecisionPolicy() if block in unchanged else half
+            # Gathered in half precision where autocast would compute in it anyway. Adapters beside
+            # frozen weights of that precision are not: they are computed in fp32.
+            frozen = {p.dtype for p in block.parameters() if not p.requires_grad}
+            policy = stored if frozen == {self.dtype} else half
+            policy = MixedPrecisionPolicy() if block in unchanged else policy
             fully_shard(block, mp_policy=policy, **options)
         rest = sum(map(self._gathered, model.parameters())) - sum(sizes)
         self._at_once = rest + 2 * max(sizes)  # one is in use, one on its way

@@ -62,6 +62,11 @@ def export(checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
         )
     trained = state_dict_in(checkpoint, load_pickle(checkpoint))
     llm = _under(trained, "llm_model.")
+    if any(".lora_" in name for name in llm):
+        raise WeightsError(
+            f"{checkpoint} holds adapters, not a language model; python -m lavis.tools.merge "
+            "merges them into its weights"
+        )
     source = cache_path(config.model.llm_model, config.env.cache_root)
     if llm:  # before anything is written
         require(source / "qwen.tiktoken", "model.llm_model", WeightsError)

@@ -170,15 +170,15 @@ def test_an_interrupted_evaluation_keeps_its_answers(
     task, out = _task(tmp_path, "run.batch_size_eval=1"), tmp_path / "out"
     before = _evaluate(task, out)
     files = {p: p.read_bytes() for p in out.iterdir()}
-    original, calls = VLM.encode_spans, []
+    original, calls = VLM.generate_ids, []
 
-    def encode_spans(self: Any, *args: Any) -> Any:
+    def generate_ids(self: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise stop
-        return original(self, *args)
+        return original(self, *args, **options)
 
-    monkeypatch.setattr(VLM, "encode_spans", encode_spans)
+    monkeypatch.setattr(VLM, "generate_ids", generate_ids)
     with pytest.raises(type(stop) if isinstance(stop, Exception) else stop):
         _evaluate(task, out)
     part = out / "test.part.jsonl"

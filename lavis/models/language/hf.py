@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedModel, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -26,6 +25,7 @@ from lavis.models.weights.files import (
     usual_dtype,
 )
 
+T = TypeVar("T")
 _CONSTANTS = re.compile(r".*rotary_emb\.inv_freq")  # that old files hold; computed from the config
 
 
@@ -57,7 +57,7 @@ def load_hf(
     if path.suffix != ".gguf":
         weights = dict(open_shards(path))
         if text is not config:
-            weights = _text_part(weights)
+            weights = text_part(weights)
         weights = {k: v for k, v in weights.items() if not _CONSTANTS.fullmatch(k)}
         for name, tensor in weights.items():
             if name.endswith("weight"):  # not the masks and positions that old files hold
@@ -190,10 +190,10 @@ def stock_class(
     return family, text
 
 
-def _text_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The language model's tensors of a larger model, by the names they have alone."""
+def text_part(weights: Mapping[str, T]) -> dict[str, T]:
+    """What belongs to the language model in a larger model, by the names it has alone."""
     inner = re.compile(r"(model\.)?language_model\.|(?=lm_head\.)")
-    part = {}
+    part: dict[str, T] = {}
     for key, tensor in weights.items():
         if match := inner.match(key):
             name = key[match.end() :]

@@ -16,8 +16,8 @@ from lavis.models.config import PartsConfig
 
 logger = logging.getLogger(__name__)
 _REFUSED = (
-    "lora_r", "lora_alpha", "image_size", "num_query_token", "vit_model", "vit_config",
-    "qformer_config",
+    "lora_r", "lora_alpha", "lora_use_rslora", "lora_use_dora", "image_size", "num_query_token",
+    "vit_model", "vit_config", "qformer_config",
 )  # fmt: skip
 _WARNED = ("llm_model", "vit_weights", "pretrained", "vit_precision")  # of paths, the last part
 _WARNED_IN_TRAINING = ("lora_dropout", "label_mask", "max_txt_len")
@@ -72,6 +72,7 @@ def check_settings(
     if rank is not None:
         theirs |= {"get_lora": True, "lora_r": rank}  # the tensors know best
         wrong = ["get_lora", "lora_r", "lora_alpha"] if lora is False else []
+        wrong += [k for k in ("lora_use_rslora", "lora_use_dora") if wrong and theirs.get(k)]
     for key in ours:
         if _agree(theirs.get(key), ours[key]) or key.endswith(_FREE):
             continue

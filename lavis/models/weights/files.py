@@ -152,12 +152,17 @@ def open_shards(folder: Path) -> WeightFile:
     """Open a language model's weights."""
     tensors: dict[str, Callable[[], Tensor]] = {}
     for shard in find_shards(folder):
-        opened = _open_safetensors(shard) if shard.suffix == ".safetensors" else open_pth(shard)
+        opened = open_shard(shard)
         for key in opened:
             if key in tensors:
                 raise WeightsError(f"{shard}: {key} stands in another file of {folder} too")
             tensors[key] = partial(opened.__getitem__, key)
     return WeightFile(str(folder), tensors)
+
+
+def open_shard(path: Path) -> WeightFile:
+    """Open one file of several, of either format."""
+    return _open_safetensors(path) if path.suffix == ".safetensors" else open_pth(path)
 
 
 def _open_safetensors(path: Path) -> WeightFile:
