@@ -82,7 +82,7 @@ def load(kind: str, path: Path, device: str) -> CausalLM:
     """One of the models; what is not packed is bf16, or fp32 in the model of that name."""
     import torch
 
-    from lavis.models.compute.frozen_linear import widen_frozen_linears
+    from lavis.models.compute.cpu import widen_frozen_linears
     from lavis.models.language.hf import load_hf
 
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import VISION_ENCODERS, Registry
 from lavis.common.schema import PartConfig
 from lavis.common.typed import require_range
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
