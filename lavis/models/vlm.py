@@ -266,10 +266,10 @@ class VLM(nn.Module):
         if head.weight is not embeddings.weight:  # tied, they stay one parameter
             yield from (embeddings, head)
 
-    def prove_language(self, device: torch.device) -> None:
+    def prove_language(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Find out what a language model can do whose weights had to be sharded first."""
         if not self.language.proven:
-            prove(self.language, device)
+            prove(self.language, device, dtype)
 
     def training_flops(self, tokens: int, images: int) -> float:
         """Useful floating-point operations of a training step, attention scores left out.

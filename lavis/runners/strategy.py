@@ -248,7 +248,8 @@ class FSDP2Strategy(Strategy):
         return parameter.numel() * (2 * each + 4 if parameter.requires_grad else each)
 
     def prove(self, model: VLM) -> None:
-        super().prove(model)
+        # Blocks compute in half precision under autocast, whatever their slices are.
+        model.prove_language(self.device, self.dtype if self.run.amp else None)
         model.reshard()  # type: ignore[operator]  # else what is outside of blocks stays gathered
 
     def reserved(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -35,9 +35,11 @@ class Layout:
     own: Tensor
 
 
-@dataclass(frozen=True)
 class Documents:
     """What attention must know of a packed row.
+
+    One object for all layers, which keeps what they share. No dataclass: FSDP2 looks into those,
+    and would give each layer a copy.
 
     Attributes:
         lengths: tokens of each document in the row, T in all.
@@ -46,12 +48,14 @@ class Documents:
         square: mask the square over all documents instead of attending apart.
     """
 
-    lengths: tuple[int, ...]
-    prefix: tuple[KeysAndValues, ...] = ()
-    square: bool = False
-    _layouts: dict[torch.device, Layout] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    def __init__(
+        self,
+        lengths: tuple[int, ...],
+        prefix: tuple[KeysAndValues, ...] = (),
+        square: bool = False,
+    ) -> None:
+        self.lengths, self.prefix, self.square = lengths, prefix, square
+        self._layouts: dict[torch.device, Layout] = {}
 
     @property
     def prefix_length(self) -> int:

@@ -35,11 +35,14 @@ class _Roomy(DynamicLayer):
 
 
 @torch.no_grad()
-def prove(llm: CausalLM, device: torch.device | None = None) -> CausalLM:
+def prove(
+    llm: CausalLM, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> CausalLM:
     """Compare the fast path with the family's own, on random tokens, and set what holds.
 
     Args:
         device: where it computes; by default where its parameters are.
+        dtype: what it computes in; by default that of its parameters.
 
     Raises:
         ConfigError: not even documents one by one come out right, or the logits do not come from
@@ -48,6 +51,7 @@ def prove(llm: CausalLM, device: torch.device | None = None) -> CausalLM:
     was_training = llm.training
     llm.eval()
     device = device or next(llm.parameters()).device
+    tolerance = _TOLERANCE[dtype or llm.head.weight.dtype]
     draw = torch.Generator().manual_seed(0)
     row = torch.randint(llm.vocab_size, (1, sum(_LENGTHS)), generator=draw).to(device)
     documents = list(row.split(_LENGTHS, dim=1))
@@ -62,22 +66,24 @@ def prove(llm: CausalLM, device: torch.device | None = None) -> CausalLM:
     after = torch.cat([h[:, _PREFIX:] for h in wanted.split(_LENGTHS, dim=1)], dim=1)
     if not llm.packs:
         llm.run_plainly("its attention function cannot be replaced")
-    elif reason := _wrong(llm, lambda: _packed(llm, documents), wanted):
+    elif reason := _wrong(lambda: _packed(llm, documents), wanted, tolerance):
         llm.run_plainly(f"packed, they differ from each alone ({reason})")
-    elif reason := _wrong(llm, lambda: _packed(llm, documents, _PREFIX), after):
+    elif reason := _wrong(lambda: _packed(llm, documents, _PREFIX), after, tolerance):
         llm.run_plainly(f"after a prefix, they differ from each whole ({reason})")
-    elif reason := _wrong(llm, lambda: _cached(llm, documents[-1]), wanted[:, -_LENGTHS[-1] :]):
+    elif reason := _wrong(
+        lambda: _cached(llm, documents[-1]), wanted[:, -_LENGTHS[-1] :], tolerance
+    ):
         llm.caches = False
         logger.info(
             "%s: nothing is kept between turns of a conversation (%s)",
             type(llm.model).__name__, reason,
         )  # fmt: skip
-    if not llm.packs and (reason := _wrong(llm, lambda: _packed(llm, documents), wanted)):
+    if not llm.packs and (reason := _wrong(lambda: _packed(llm, documents), wanted, tolerance)):
         raise ConfigError(
             f"{type(llm.model).__name__} cannot be used: read as embeddings, a text gives another "
             f"result than read as tokens ({reason}); {OTHER}"
         )
-    _set_head(llm, documents[-1])
+    _set_head(llm, documents[-1], tolerance[0])
     llm.proven = True
     return llm.train(was_training)
 
@@ -113,14 +119,13 @@ def _cached(llm: CausalLM, ids: Tensor) -> Tensor:
     return torch.cat([llm.hidden(e, p, cache=cache) for e, p in zip(*pieces, strict=True)], dim=1)
 
 
-def _wrong(llm: CausalLM, compute: Callable[[], Tensor], wanted: Tensor) -> str:
+def _wrong(compute: Callable[[], Tensor], wanted: Tensor, tolerance: tuple[float, float]) -> str:
     """Why the result is not what is wanted; empty if it is."""
     try:
         got = compute()
     except Exception as error:  # noqa: BLE001  whatever a family that nobody tried may raise
         return first_line(error)
-    # A strategy that shards may compute in another type than that of the slices.
-    limit, share = max(_TOLERANCE[t.dtype] for t in (llm.head.weight, wanted))
+    limit, share = tolerance
     errors = (got.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
     worst = float(errors.flatten().sort().values[int(share * (errors.numel() - 1))])
     return "" if worst <= limit else f"by {worst:.1e} of a vector's length"
@@ -131,15 +136,13 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:300]
 
 
-def _set_head(llm: CausalLM, ids: Tensor) -> None:
+def _set_head(llm: CausalLM, ids: Tensor, limit: float) -> None:
     """Find scale and soft cap: how the stock model's logits come from the head's output.
 
     Logits are made large on the way, since a cap hardly bends small ones.
     """
     hidden = llm.hidden(llm.embed(ids), torch.arange(ids.shape[1], device=ids.device)[None])
-    raw = llm.head(hidden)
-    limit, _ = max(_TOLERANCE[t.dtype] for t in (llm.head.weight, raw))
-    raw = raw.float()
+    raw = llm.head(hidden).float()
     gain = 100 / float(raw.abs().max())
     hook = llm.head.register_forward_hook(lambda module, args, output: output * gain)
     try:
