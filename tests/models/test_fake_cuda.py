@@ -194,15 +194,6 @@ def test_a_recipe_fits_on_a_card(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(lavis.models.compute.memory, "free_memory", lambda device: CARD - held)
         schedule = StepSchedule.from_run(run, model, reserved=moving)
     needed = peak(made.model_type, schedule, count, tokens // count)
-    print(
-        "RECIPE",
-        path.stem,
-        count,
-        tokens // count,
-        schedule.recompute,
-        run.amp,
-        (needed - weights + held + moving) / GIB,
-    )
     assert needed - weights + held + moving < CARD
 
 

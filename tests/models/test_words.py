@@ -24,6 +24,10 @@ def test_pictures_and_words_in_the_order_of_the_text(toy_model: Any) -> None:
     assert torch.equal(spans[0], images[0])
     assert torch.equal(spans[1], toy_model.embed_words(words)[0])
     assert torch.equal(spans[2], images[1])
+    words = torch.cat([words, words + 1])
+    spans = toy_model.encode_spans(pixels[:1], words, (True, True, False))
+    assert torch.equal(spans[:2], toy_model.embed_words(words))
+    assert torch.equal(spans[2], toy_model.encode_image(pixels[:1])[0])
 
 
 def test_gradients_reach_the_words_and_the_projection(toy_model: Any) -> None:
