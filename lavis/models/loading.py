@@ -166,8 +166,8 @@ def find_model(
             )
         if is_eval and checkpoint is None:
             checkpoint = TOYBOX / "checkpoint.pth"
-    config.model.check_files(root)
     found = None if checkpoint is None else require_checkpoint(checkpoint)
+    config.model.check_files(root)
     return FoundModel(config, found, is_eval)
 
 

@@ -255,7 +255,7 @@ def test_every_reader_sees_the_same(
     class Model:
         tokenizer = None
         encoder = types.SimpleNamespace(template=types.SimpleNamespace(stops=()))
-        device = "cpu"
+        device = torch.device("cpu")
 
         def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
             return pixels

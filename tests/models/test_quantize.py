@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lavis.common.errors import ConfigError, WeightsError
+from lavis.models.compute.head import OutputHead
 from lavis.models.compute.quantized_linear import (
     GgufLinear,
     Int8Linear,
@@ -190,7 +191,7 @@ def test_every_path_gives_what_each_document_gives_alone(name: str, kind: str) -
         block.training = True
     llm.model.activation_checkpointing_enable({"use_reentrant": False}, 1)
     close(fast(llm, prefix=True)[1], wanted)
-    assert type(llm.head) is nn.Linear
+    assert type(llm.head) is OutputHead
     assert not any(
         isinstance(m, QuantizedLinear) for m in (llm.head, llm.model.get_input_embeddings())
     )

@@ -285,7 +285,8 @@ def test_text_alone_touches_the_projection_alone() -> None:
     spans.sum().backward()
     assert model.connector.weight.grad.abs().max() == 0
     assert model.training_flops(10, 1) > model.training_flops(10, 0) > 0
-    assert len(list(model.shardable_blocks())) == len(model.language.model.model.layers) + 1
+    blocks = list(model.shardable_blocks())
+    assert len(blocks) == len(model.language.model.model.layers) + 2  # embeddings and head
     with pytest.raises(ConfigError, match="built without its vision side"):
         model.encode_spans(torch.zeros(1, 3, 84, 84), NO_WORDS, none)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import cache_path, require
