@@ -12,6 +12,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 _BLOCK = 256  # tokens by which a buffer grows
 
 
+def room(tokens: int) -> int:
+    """Tokens for which a buffer that holds so many has room."""
+    return -(-tokens // _BLOCK) * _BLOCK
+
+
 def _lies_along(keys: Tensor) -> bool:
     """Whether the numbers of a key's dimension lie next to each other, rather than a key's.
 
@@ -50,7 +55,7 @@ class _Layer(DynamicLayer):
         self, buffer: Tensor | None, new: Tensor, end: int, *, along: bool = False
     ) -> Tensor:
         if buffer is None or end > buffer.shape[2]:
-            capacity = -(-end // _BLOCK) * _BLOCK
+            capacity = room(end)
             batch, heads, _, width = new.shape
             if along:
                 grown = new.new_zeros(batch, heads, width, capacity).transpose(2, 3)
@@ -112,4 +117,10 @@ class ConversationCache(Cache):
     @property
     def nbytes(self) -> int:
         """Memory of the buffers."""
-        return sum(x.nbytes for layer in self.layers for x in (layer.keys, layer.values))
+        buffers = (x for layer in list(self.layers) for x in (layer.keys, layer.values))
+        return sum(x.nbytes for x in buffers if x is not None)
+
+    @property
+    def token_bytes(self) -> float:
+        """Memory of a token's keys and values; 0 without any."""
+        return self.nbytes / self.layers[0].keys.shape[2] if self.layers else 0.0

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from typing import TYPE_CHECKING
 
-from lavis.common.cli import whole_number
+from lavis.common.cli import gigabytes, whole_number
 from lavis.common.config import add_config_arguments
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.paths import REPOSITORY, TOYBOX
 from lavis.models.loading import find_model
 
 if TYPE_CHECKING:
+    import torch
+
     from lavis.chat.engine import ChatEngine
     from lavis.chat.settings import ChatSettings
 
 logger = logging.getLogger(__name__)
+_CACHE_SHARE = 0.75
 
 TOYBOX_IMAGE = TOYBOX / "image" / "scene.png"
 
@@ -44,6 +48,11 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--llm_device_map", "--llm-device-map", choices=["cpu", "auto"],
         help="auto spreads the language model over all visible GPUs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-gb", type=gigabytes, dest="cache_bytes", metavar="GB",
+        help="memory for the keys and values of all conversations; those idle longest are computed "
+        "anew beyond (on a GPU: three quarters of what the weights leave; on a CPU: no limit)",
     )  # fmt: skip
     parser.add_argument(
         "--max-new-tokens", type=whole_number(1), default=512, help="default: %(default)s"
@@ -116,4 +125,16 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
     logger.info("loading %s with %s", args.cfg_path or args.model_type, args.checkpoint)
     settings = ChatSettings(max_new_tokens=args.max_new_tokens, seed=args.seed)
     model, processors, _ = found.load(args.device, "--device", "--device cpu")
-    return ChatEngine(model, processors["eval"]), settings, toybox
+    limit = args.cache_bytes or room_for_cache({p.device for p in model.parameters()})
+    return ChatEngine(model, processors["eval"], cache_bytes=limit), settings, toybox
+
+
+def room_for_cache(devices: set[torch.device]) -> float:
+    """Bytes of keys and values that conversations may hold, once the weights are loaded.
+
+    On GPUs three quarters of what is free: a pass needs room, too. On a CPU there is no limit.
+    """
+    from lavis.models.compute.memory import free_memory
+
+    cards = [device for device in devices if device.type == "cuda"]
+    return sum(map(free_memory, cards)) * _CACHE_SHARE if cards else math.inf

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -23,11 +25,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lavis.chat.cache import ConversationCache
+from lavis.chat.cache import ConversationCache, room
 from lavis.chat.settings import ChatSettings
 from lavis.common.device import to_device
 from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.common.images import as_image
+from lavis.models.decode import NOT_A_NUMBER
 
 if TYPE_CHECKING:
     from lavis.models import VLM
@@ -57,13 +60,32 @@ class ChatEngine:
     number of them, in any threads, share an engine.
     """
 
-    def __init__(self, model: VLM, processor: Callable[[Image.Image], Tensor]) -> None:
-        """Take a model in evaluation mode and its image processor, ``vis_processors["eval"]``."""
+    def __init__(
+        self,
+        model: VLM,
+        processor: Callable[[Image.Image], Tensor],
+        *,
+        cache_bytes: float = math.inf,
+    ) -> None:
+        """Take what computes.
+
+        Args:
+            model: in evaluation mode.
+            processor: its image processor, ``vis_processors["eval"]``.
+            cache_bytes: keys and values that are kept of all conversations. Those used least
+                recently are given up beyond, and computed anew at the conversation's next
+                question; the conversation that is being answered keeps its own in any case.
+        """
         self.model = model
+        self.cache_bytes = cache_bytes
+        self._token_bytes = 0.0  # of keys and values; known after the first pass
+        self._used: weakref.WeakKeyDictionary[ConversationCache, None] = (
+            weakref.WeakKeyDictionary()  # the latest last
+        )
         self.tokenizer = model.tokenizer
         self.stops = model.encoder.template.stops
         self._processor = processor
-        self._lock = threading.Lock()  # one forward pass at a time: bounded memory
+        self._lock = threading.RLock()  # one forward pass at a time: bounded memory
 
     def encode_image(self, image: object, name: str = "") -> ChatImage:
         """Encode an image, once for all turns.
@@ -113,11 +135,14 @@ class ChatEngine:
             cache.truncate(start)
             language = self.model.language
             kept = cache if language.caches else None  # without, all is computed anew
+            if kept is not None:
+                self._make_room(cache, len(content))
             start = start if language.caches else 0
             embeds = self._embed(content[start:], images)
             positions = torch.arange(start, len(content), device=embeds.device)[None]
             hidden = language.hidden(embeds, positions, cache=kept)
             cache.content.extend(content[len(cache.content) :])
+            self._token_bytes = max(self._token_bytes, cache.token_bytes)
             return language.logits(hidden[0, -1])
 
     def search(
@@ -144,6 +169,7 @@ class ChatEngine:
             return torch.full((len(ids),), stopped(), device=ids.device)
 
         with self._lock, torch.no_grad():
+            self.extend(cache, content[:-1], images)
             last = self._embed(content[-1:], images)
             # Transformers wants the whole prompt and computes what is not in the cache of it.
             embeds = torch.cat([last.new_zeros(1, len(content) - 1, last.shape[-1]), last], 1)
@@ -162,6 +188,17 @@ class ChatEngine:
             )
         ids: list[int] = generated[0].tolist()
         return ids
+
+    def _make_room(self, cache: ConversationCache, tokens: int) -> None:
+        """Give up keys and values of other conversations, the longest idle first."""
+        self._used.pop(cache, None)
+        needed = max(cache.nbytes, self._token_bytes * room(tokens))
+        for other in list(self._used):
+            if needed + sum(c.nbytes for c in self._used) <= self.cache_bytes:
+                break
+            other.clear()
+            del self._used[other]
+        self._used[cache] = None
 
     def _embed(self, content: Sequence[int], images: Sequence[ChatImage]) -> Tensor:
         ids = [self.tokenizer.image_id if c < 0 else c for c in content]
@@ -219,7 +256,4 @@ class TokenChooser:
 
 def _require_numbers(*, missing: bool) -> None:
     if missing:
-        raise WeightsError(
-            "the language model's output is not a number: its weights are damaged, or its "
-            "precision is too small (model.llm_precision: bf16 or fp32 instead of fp16)"
-        )
+        raise WeightsError(NOT_A_NUMBER)

@@ -6,6 +6,7 @@ import argparse
 import codecs
 import io
 import logging
+import math
 import os
 import re
 import sys
@@ -75,6 +76,17 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 positive = whole_number(1)
+
+
+def gigabytes(text: str) -> float:
+    """The type of an argument that says how much memory: bytes, out of GB."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of GB over 0, not {text!r}")
+    return value * 1e9
 
 
 def is_main_process() -> bool:

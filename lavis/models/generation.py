@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.images import as_image
 from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, NO_WORDS
+from lavis.models.decode import Prompts, require_context
 from lavis.models.generation_settings import generation_options
 from lavis.processors.contracts import Kind
 from lavis.processors.conversation import ConversationEncoder, Turn, place_images
@@ -256,16 +257,11 @@ class Generator:
         """
         options = generation_options(generation_config, overrides)
         longest = max(map(len, prompts))
-        if longest + options["max_new_tokens"] > self.model.context:
-            raise ConfigError(
-                f"a prompt of {longest} tokens and max_new_tokens {options['max_new_tokens']} "
-                f"pass this language model's context of {self.model.context}"
-            )
         model = self.model
+        require_context(model.context, longest, options["max_new_tokens"])
         row = torch.tensor([i for p in prompts for i in p])[None]
-        described = (True,) * len(word_ids)
-        features = model.encode_spans(images, word_ids, described, query_features)
-        rows = self.model.embed(row, features)[0].split([len(p) for p in prompts])
+        features = Prompts(prompts, images, word_ids, query_features).encode(model)
+        rows = model.embed(row, features)[0].split([len(p) for p in prompts])
         # Left padding: every prompt ends where its answer begins.
         embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])
         mask = torch.zeros(len(rows), longest, dtype=torch.int64, device=embeds.device)
@@ -274,7 +270,7 @@ class Generator:
             mask[i, longest - len(prompt) :] = 1
         stops = [*self.encoder.template.stops, *options["eos_token_id"]]
         settings = {k: v for k, v in options.items() if k not in ("chat_format", "max_window_size")}
-        generated = self.model.language.model.generate(
+        generated = model.language.model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
             synced_gpus=model.sharded,  # all processes generate as long as one of them does

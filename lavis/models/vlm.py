@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from lavis.models.compute.quantized_linear import QuantizedLinear
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import PartsConfig, PartTraining
 from lavis.models.contracts import VisionEncoder
+from lavis.models.decode import Prompts, answers
 from lavis.models.generation import Generator, History
 from lavis.models.language.causal import CausalLM
 from lavis.models.language.proof import prove
@@ -316,3 +317,9 @@ class VLM(nn.Module):
     def generate_ids(self, *args: Any, **settings: Any) -> list[list[int]]:
         """Continue ids; see :meth:`lavis.models.generation.Generator.generate_ids`."""
         return Generator(self).generate_ids(*args, **settings)
+
+    def answers(
+        self, batches: Iterable[Prompts], *, max_new_tokens: int, size: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Answer prompts together; see :func:`lavis.models.decode.answers`."""
+        return answers(self, batches, max_new_tokens, size)

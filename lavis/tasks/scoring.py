@@ -6,7 +6,7 @@ import random
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, BadSample
 from lavis.datasets.annotations import Record
 from lavis.datasets.collate import settle_bad, stack_words
 from lavis.datasets.instruction import InstructionDataset
-from lavis.processors.conversation import Turn
+from lavis.models.decode import Prompts
 
 if TYPE_CHECKING:
     from lavis.models.vlm import VLM
@@ -118,44 +118,70 @@ def predict(
     The processes share the records; each of them returns all answers, in order of the records.
 
     Args:
-        batch_size: questions at once.
+        batch_size: questions at once. An answer that ends makes room for the next question.
         blind: shuffle the images among the records, for the score that text alone can reach.
         on_bad: what an image that cannot be read does: ``error`` or ``skip``.
-        keep: called in every process with all answers of a batch, as soon as they are there.
+        keep: called in every process with the new answers of all, once for each batch that is read.
 
     Raises:
         DataError: in every process, an image cannot be read.
     """
     records = dataset.records
     source = _shuffled(records, seed) if blind else range(len(records))
-    predictions: dict[int, Prediction] = {}
-    # Prompts of like length are answered together, so that little is padded.
+    # Prompts of like length are answered together, so that little room is left in the buffers.
     prompts = [model.encoder.prompt(dataset.turns(r)[:-1]) for r in records]
     order = _share(sorted(range(len(records)), key=lambda i: len(prompts[i])))
-    title = "answering (blind)" if blind else "answering"
-    with tqdm(total=len(order), desc=title, unit="q", disable=not dist.is_main()) as bar:
+    predictions: dict[int, Prediction] = {}
+    fresh: dict[int, Prediction] = {}
+    asked: list[int] = []
+    failed: list[DataError] = []
+
+    def publish() -> None:
+        everyone = {i: p for share in dist.gather(fresh) for i, p in share.items()}
+        keep([p for i, p in everyone.items() if i not in predictions])
+        predictions.update(everyone)
+        fresh.clear()
+
+    def batches() -> Iterator[Prompts]:
         for start in range(0, len(order), batch_size):
+            publish()
             chosen = order[start : start + batch_size]
             given, bad = _images(dataset, {i: source[i] for i in chosen})
-            settle_bad((BadSample(records[i].sample_id, why) for i, why in bad.items()), on_bad)
-            pixels = [p for p, _ in given.values() if len(p)]
-            features = [f for _, f in given.values() if len(f)]
-            ids = model.generate_ids(
-                # Who has nothing to ask computes all the same: sharded models wait for each other.
-                [prompts[i] for i in given] or [model.encoder.prompt([Turn("user", "")])],
-                torch.cat(pixels) if pixels else None,
-                max_new_tokens=max_new_tokens,
-                query_features=torch.cat(features) if features else NO_FEATURES,
-                word_ids=stack_words([dataset.word_ids(records[source[i]]) for i in given]),
-            )
-            texts = [model.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
-            answered = dict(zip(given, texts, strict=False))
-            rows = {i: _prediction(records[i], answered.get(i), bad.get(i)) for i in chosen}
-            everyone = {i: p for share in dist.gather(rows) for i, p in share.items()}
-            keep([p for i, p in everyone.items() if i not in predictions])
-            predictions |= everyone
-            bar.update(len(chosen))
+            try:
+                settle_bad((BadSample(records[i].sample_id, why) for i, why in bad.items()), on_bad)
+            except DataError as error:  # of all processes; what was asked before is answered first
+                failed.append(error)
+                return
+            fresh.update({i: _prediction(records[i], None, why) for i, why in bad.items()})
+            bar.update(len(bad))
+            asked.extend(given)
+            words = [dataset.word_ids(records[source[i]]) for i in given]
+            yield _prompts([prompts[i] for i in given], list(given.values()), words)
+
+    title = "answering (blind)" if blind else "answering"
+    with tqdm(total=len(order), desc=title, unit="q", disable=not dist.is_main()) as bar:
+        answers = model.answers(batches(), max_new_tokens=max_new_tokens, size=batch_size)
+        for number, ids in answers:
+            text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            fresh[asked[number]] = _prediction(records[asked[number]], text, None)
+            bar.update()
+        publish()
+    if failed:
+        raise failed[0]
     return [predictions[i] for i in sorted(predictions)]
+
+
+def _prompts(
+    ids: list[list[int]], images: list[tuple[Tensor, Tensor]], words: list[Tensor]
+) -> Prompts:
+    pixels = [p for p, _ in images if len(p)]
+    features = [f for _, f in images if len(f)]
+    return Prompts(
+        ids,
+        torch.cat(pixels) if pixels else None,
+        stack_words(words),
+        torch.cat(features) if features else NO_FEATURES,
+    )
 
 
 def _images(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import threading
 import weakref
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lavis.chat import ChatEngine, ChatSettings, Conversation
+from lavis.chat.command import add_chat_arguments, room_for_cache
 from lavis.chat.engine import TokenChooser
 from lavis.chat.text import TextStream
 from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
@@ -280,6 +282,71 @@ def test_memory_goes_with_the_conversation(toybox: ChatEngine) -> None:
             assert keys() is None
     finally:
         gc.enable()
+
+
+@pytest.fixture()
+def small(toybox: ChatEngine) -> ChatEngine:
+    """An engine with room for the keys and values of two short conversations."""
+    one = Conversation(toybox)
+    one.ask("Hello.").read()
+    return ChatEngine(toybox.model, toybox._processor, cache_bytes=2 * one.cache_bytes)
+
+
+def test_the_conversation_idle_longest_is_computed_anew(small: ChatEngine, passes: Any) -> None:
+    """Three take turns where two have room, and answer as they would alone."""
+    alone = Conversation(ChatEngine(small.model, small._processor))
+    talks = [Conversation(small) for _ in range(3)]
+    for question in ("Hello.", "你好。", "Hello again."):
+        wanted = alone.ask(question).read()
+        for talk in talks:
+            passes["tokens"].clear()
+            answer = talk.ask(question)
+            for _ in answer:
+                assert sum(t.cache_bytes for t in talks) <= small.cache_bytes
+            assert answer.exchange.answer == wanted
+            assert passes["tokens"][0] == len(answer.prompt)  # it was the longest idle
+            assert talk.cache_bytes > 0
+    assert [t.cache_bytes > 0 for t in talks] == [False, True, True]
+    talks[1].ask("Hello.").read()
+    talks[0].ask("Hello.").read()  # the third is now the longest idle
+    assert [t.cache_bytes > 0 for t in talks] == [True, True, False]
+
+
+def test_an_answer_under_way_is_given_up_and_goes_on(small: ChatEngine) -> None:
+    """Also by beam search; what no limit can hold is computed all the same."""
+    first, second, third = (Conversation(small) for _ in range(3))
+    first.show(SCENE)
+    wanted = first.ask(DESCRIBE).read()
+    beams = first.retry(num_beams=2, max_new_tokens=12).read()
+    answer = first.retry()
+    begun = next(answer)
+    for other in (second, third):
+        other.ask("Hello.").read()
+    assert first.cache_bytes == 0
+    assert begun + answer.read()[len(begun) :] == wanted
+    small.cache_bytes = 1
+    assert first.retry().read() == wanted
+    assert first.retry(num_beams=2, max_new_tokens=12).read() == beams
+    assert first.cache_bytes > 1
+    assert second.cache_bytes == third.cache_bytes == 0
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "much"])
+def test_a_limit_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_chat_arguments(parser)
+    assert parser.parse_args(["--cache-gb", "1.5"]).cache_bytes == 1.5e9
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--cache-gb={text}"])
+    assert f"--cache-gb: must be a number of GB over 0, not {text!r}" in capsys.readouterr().err
+
+
+def test_the_weights_leave_room_on_cards_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cuda:0": (4e9, 24e9), "cuda:1": (2e9, 24e9)}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: free[str(device)])
+    cards = {torch.device("cuda:0"), torch.device("cuda:1")}
+    assert room_for_cache(cards) == 4.5e9
+    assert room_for_cache({torch.device("cpu")}) == float("inf")
 
 
 # --- drawing --------------------------------------------------------------------------------

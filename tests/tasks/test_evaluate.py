@@ -170,15 +170,15 @@ def test_an_interrupted_evaluation_keeps_its_answers(
     task, out = _task(tmp_path, "run.batch_size_eval=1"), tmp_path / "out"
     before = _evaluate(task, out)
     files = {p: p.read_bytes() for p in out.iterdir()}
-    original, calls = VLM.generate_ids, []
+    original, calls = VLM.encode_spans, []
 
-    def generate_ids(self: Any, *args: Any, **options: Any) -> Any:
+    def encode_spans(self: Any, *args: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise stop
-        return original(self, *args, **options)
+        return original(self, *args)
 
-    monkeypatch.setattr(VLM, "generate_ids", generate_ids)
+    monkeypatch.setattr(VLM, "encode_spans", encode_spans)
     with pytest.raises(type(stop) if isinstance(stop, Exception) else stop):
         _evaluate(task, out)
     part = out / "test.part.jsonl"

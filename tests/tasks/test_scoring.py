@@ -164,9 +164,13 @@ class _Seer:
         def decode(ids: list[int], skip_special_tokens: bool = False) -> str:
             return str(ids[0])
 
-    def generate_ids(self, prompts: Any, images: torch.Tensor, **_: Any) -> list[list[int]]:
-        assert len(prompts) == len(images)
-        return [[int(image[0, 0, 0])] for image in images]
+    def answers(self, batches: Any, **_: Any) -> Any:
+        number = 0
+        for prompts in batches:
+            assert len(prompts.ids) == len(prompts.images)
+            for image in prompts.images:
+                yield number, [int(image[0, 0, 0])]
+                number += 1
 
 
 def test_who_sees_is_right_and_who_is_blind_is_not() -> None:

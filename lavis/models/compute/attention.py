@@ -7,7 +7,6 @@ queries are not part of the row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,34 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lavis.common.device import is_ampere
 from lavis.common.errors import ConfigError
 from lavis.models.compute import cpu
-from lavis.models.compute.masks import Documents, KeysAndValues, MaskRule, Masks
+from lavis.models.compute.masks import Documents, KeysAndValues, MaskRule, Masks, Softmax
 
-__all__ = ["PACKED", "Documents", "KeysAndValues", "packed_attention"]
+__all__ = ["PACKED", "Documents", "KeysAndValues", "attend_all", "packed_attention"]
 
 PACKED = "lavis_packed"
 """Name of the implementation, for ``config._attn_implementation``."""
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """How scores become probabilities.
-
-    Attributes:
-        scaling: of the scores; ``None`` is one over the root of the head's width.
-        dropout: of the probabilities.
-        softcap: scores s become c tanh(s / c).
-        sinks: (heads,), scores of a position that has no value.
-    """
-
-    scaling: float | None
-    dropout: float = 0.0
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-    @property
-    def fused(self) -> bool:
-        """Whether fused kernels know it."""
-        return self.softcap is None and self.sinks is None
 
 
 # What layers pass along and attention has no use for. A window is the mask's business.
@@ -91,12 +68,16 @@ def packed_attention(
         length = key.shape[2]
         if isinstance(attention_mask, MaskRule):
             length = attention_mask.length
-        return _attend_all(module, query, key, value, attention_mask, softmax, length, kwargs), None
+        return attend_all(module, query, key, value, attention_mask, softmax, length, kwargs), None
     _refuse(kwargs, {"is_causal"} if kwargs.get("is_causal") else set())
     if isinstance(attention_mask, Tensor) or (
         attention_mask is None and kwargs.get("sliding_window") is not None
     ):
         raise ConfigError("this family's mask cannot be applied document by document")
+    if documents.keep is not None:
+        seen = documents.keep(module, query, key, value, attention_mask, softmax)
+        if seen is not None:
+            return seen, None
     prefix = None
     if documents.prefix:
         keys, values = documents.prefix[module.layer_idx]  # type: ignore[index]
@@ -114,7 +95,7 @@ def _refuse(kwargs: dict[str, Any], known: set[str]) -> None:
             raise ConfigError(f"attention knows no {name!r}, which this family asks for")
 
 
-def _attend_all(
+def attend_all(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -124,7 +105,11 @@ def _attend_all(
     length: int,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """Rows that are a document each: prompts, turns of chat; perhaps padded on the left."""
+    """Rows that are a document each: prompts, turns of chat; perhaps padded on the left.
+
+    Returns:
+        (B, T, heads, head_dim) of T queries on the first ``length`` of the keys.
+    """
     _refuse(kwargs, {"is_causal", "position_bias"})
     if not softmax.fused:
         _refuse(kwargs, {"is_causal"})

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lavis.common.device import to_device
 from lavis.common.errors import ConfigError
 
 KeysAndValues = tuple[Tensor, Tensor]
+Keep = Callable[[nn.Module, Tensor, Tensor, Tensor, "MaskRule | None", "Softmax"], "Tensor | None"]
+"""Takes a layer's queries, keys and values where they outlive the pass. Returns what the queries
+see, (1, T, heads, head_dim), or ``None`` if they see nothing but their document."""
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """How scores become probabilities.
+
+    Attributes:
+        scaling: of the scores; ``None`` is one over the root of the head's width.
+        dropout: of the probabilities.
+        softcap: scores s become c tanh(s / c).
+        sinks: (heads,), scores of a position that has no value.
+    """
+
+    scaling: float | None
+    dropout: float = 0.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether fused kernels know it."""
+        return self.softcap is None and self.sinks is None
 
 
 @dataclass(frozen=True)
@@ -46,6 +71,7 @@ class Documents:
         prefix: each layer's keys and values, (1, heads, P, head_dim), of the P tokens that stand
             before every document; empty without.
         square: mask the square over all documents instead of attending apart.
+        keep: keeps keys and values, for documents that go on in another pass.
     """
 
     def __init__(
@@ -53,8 +79,9 @@ class Documents:
         lengths: tuple[int, ...],
         prefix: tuple[KeysAndValues, ...] = (),
         square: bool = False,
+        keep: Keep | None = None,
     ) -> None:
-        self.lengths, self.prefix, self.square = lengths, prefix, square
+        self.lengths, self.prefix, self.square, self.keep = lengths, prefix, square, keep
         self._layouts: dict[torch.device, Layout] = {}
 
     @property
@@ -127,6 +154,7 @@ class MaskRule:
         """Take what Transformers gives to the functions that make masks."""
         self._arguments = arguments
         self._inside: dict[int, Masks] = {}
+        self._seen: dict[int, Tensor] = {}
 
     @property
     def length(self) -> int:
@@ -144,6 +172,26 @@ class MaskRule:
         never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         mask: Tensor = sdpa_mask(**(self._arguments | never))
         return mask
+
+    def seen(self, positions: Tensor, keys: int) -> Tensor:
+        """(N, 1, 1, K) bool: what tokens at (N,) positions, each of another row, see of its K keys.
+
+        Made once for all layers; positions are those of one pass.
+        """
+        if keys not in self._seen:
+            n = len(positions)
+            mask: Tensor = sdpa_mask(
+                batch_size=1,
+                q_length=n,
+                kv_length=keys,
+                q_offset=positions - torch.arange(n, device=positions.device),
+                mask_function=self._arguments["mask_function"],
+                use_vmap=self._arguments["use_vmap"],
+                device=positions.device,
+                allow_is_causal_skip=False,
+            )
+            self._seen[keys] = mask[0, 0, :, None, None]
+        return self._seen[keys]
 
     def inside(self, documents: Documents) -> Masks:
         """The rule applied to each document of a row, with the prefix before it.
