@@ -22,6 +22,9 @@ from lavis.common.paths import require_writable, user_path
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit: 2 for an error the user can mend, 130 for Ctrl-C.
 
+    A GPU's memory is handed out in segments that grow, unless ``PYTORCH_ALLOC_CONF`` says more:
+    packed batches and conversations are of ever other sizes, which leave gaps in fixed ones.
+
     Packages of untried versions are refused first: an older Transformers takes this package's
     calls without a word and computes something else.
 
@@ -36,6 +39,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
             ascii_only = codecs.lookup(stream.encoding).name == "ascii"
             keep = stream.isatty() and not ascii_only
             stream.reconfigure(encoding=None if keep else "utf-8", errors="replace")
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         check_packages()
         status = main()

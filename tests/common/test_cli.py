@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -169,3 +170,21 @@ def test_bf16_on_an_older_card_is_pointed_out(
     device.warn_of_emulation(torch.device("cpu"), torch.bfloat16, "run.autocast_dtype")
     assert [m.startswith("run.autocast_dtype is bf16") for m in caplog.messages] == [True] * slow
     device.is_ampere.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("", "expandable_segments:True"),
+        ("PYTORCH_ALLOC_CONF", "x"),
+        ("PYTORCH_CUDA_ALLOC_CONF", None),
+    ],
+)
+def test_memory_grows_in_segments_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, name: str, wanted: str | None
+) -> None:
+    """Read when PyTorch is imported, or later: it must be there before the command begins."""
+    monkeypatch.setattr("os.environ", {name: "x"} if name else {})
+    found: list[str | None] = []
+    _status(lambda: found.append(os.environ.get("PYTORCH_ALLOC_CONF")))
+    assert found == [wanted]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from examples.toybox.world.__main__ import make_record
+from lavis.common.errors import DataError
 from lavis.common.types import NO_FEATURES, NO_WORDS
 from lavis.processors.conversation import Turn
 from lavis.tasks.scoring import Prediction, normalize, predict, score, table
@@ -181,3 +182,26 @@ def test_who_sees_is_right_and_who_is_blind_is_not() -> None:
     blind = predict(_Seer(), dataset, batch_size=3, max_new_tokens=1, blind=True)
     assert sum(p.right for p in blind) < 5
     assert sorted(p.answer for p in blind) == sorted(p.truth for p in blind)
+
+
+def test_what_was_asked_before_a_bad_picture_is_answered() -> None:
+    """Also what is under way when the picture is met: batches are read ahead."""
+
+    class Ahead(_Seer):
+        def answers(self, batches: Any, **_: Any) -> Any:
+            yield from super().answers(list(batches))
+
+    class Damaged(_Dataset):
+        def images(self, record: _Record, epoch: int, index: int) -> Any:
+            if record.sample_id == "4":
+                raise DataError("damaged")
+            return super().images(record, epoch, index)
+
+    dataset: Any = Damaged(6)
+    kept: list[str] = []
+    with pytest.raises(DataError, match=r"^4: damaged"):
+        predict(
+            Ahead(), dataset, batch_size=2, max_new_tokens=1,
+            keep=lambda new: kept.extend(p.answer for p in new),
+        )  # fmt: skip
+    assert kept == ["0", "1", "2", "3"]
