@@ -283,6 +283,13 @@ ADAPTED = (
 )
 
 
+def test_packed_weights_are_not_sharded(home: Path) -> None:
+    config = load_config(home / "run.yaml", ["model.language.quantize=nf4"])
+    model = MODELS.get(config.model.arch)
+    with pytest.raises(ConfigError, match=r"model\.language\.quantize: packed .* strategy: ddp"):
+        model.from_config(config.model, cache_root=str(REPO), mapped=True)
+
+
 def test_each_part_at_its_rate(
     home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

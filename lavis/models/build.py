@@ -59,6 +59,11 @@ class Assembly:
         config.check_files(cache_root)
         encoder, described, features = cls.describe(config, cache_root)
         _, connector, llm = config.parts
+        if mapped and llm.quantize:
+            raise ConfigError(
+                f"{config.key('language', 'quantize')}: packed weights cannot be sharded; train "
+                "with run.strategy: ddp, or without quantize"
+            )
         spread = llm.device_map == "auto"
         language = described.load(torch.device("cpu") if spread else home, mapped=mapped)
         seeing = (
