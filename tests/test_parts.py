@@ -25,7 +25,7 @@ from examples.toybox.world.__main__ import write_split
 from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
-from lavis.common.registry import LANGUAGE_MODELS, RUNNERS, TASKS
+from lavis.common.registry import LANGUAGE_MODELS, MODELS, RUNNERS, TASKS
 from lavis.common.types import DTYPES
 from lavis.models import load_model_and_preprocess
 from lavis.models.build import Assembly
