@@ -58,7 +58,9 @@ class Machine:
             f"--max-restarts={restarts}", "--rdzv-id=rehearsal", "--rdzv-backend=c10d",
             f"--rdzv-endpoint={FIRST}:{PORT}", f"--local-addr={self.address}",
             # The name of the host leads to none of these addresses: say who is the first.
-            f"--rdzv-conf=read_timeout={TIMEOUT},is_host={self.address == FIRST}",
+            # A machine that is only slow is not to be taken for dead: half a minute, not a quarter.
+            f"--rdzv-conf=read_timeout={TIMEOUT},is_host={self.address == FIRST},"
+            "keep_alive_max_attempt=6",
         ]  # fmt: skip
         self.launcher = subprocess.Popen(
             [*launch, *command],
