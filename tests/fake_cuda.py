@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -48,7 +48,18 @@ class FakeCuda(TorchDispatchMode):
         self._storages: weakref.WeakSet[Any] = weakref.WeakSet()
         self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
         self.live = 0
+        self._casts = False
         self.restart()
+
+    @contextlib.contextmanager
+    def autocast(self, dtype: torch.dtype) -> Iterator[None]:
+        """Autocast, for forward passes that no backward pass follows."""
+        self._casts = True
+        try:
+            with torch.autocast("cuda", dtype):
+                yield
+        finally:
+            self._casts = False
 
     def restart(self) -> None:
         """Count from here."""
@@ -82,8 +93,7 @@ class FakeCuda(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             # PyTorch's own C++ asks, Python has asked the tensor. The engine of the backward pass
             # would look for the card's streams; autocast must know the device.
-            autocast = torch.is_autocast_enabled("cuda")
-            return args[0].fake_device if autocast else torch.device("meta")
+            return args[0].fake_device if self._casts else torch.device("meta")
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         target = torch.device(kwargs.get("device") or "cpu")
         if target.type == "meta":  # C++ makes a tensor beside another one
