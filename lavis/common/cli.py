@@ -22,7 +22,7 @@ from lavis.common.paths import require_writable, user_path
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit: 2 for an error the user can mend, 130 for Ctrl-C.
 
-    A GPU's memory is handed out in segments that grow, unless ``PYTORCH_ALLOC_CONF`` says more:
+    A GPU's memory is handed out in segments that grow, unless ``PYTORCH_ALLOC_CONF`` is set:
     packed batches and conversations are of ever other sizes, which leave gaps in fixed ones.
 
     Packages of untried versions are refused first: an older Transformers takes this package's
