@@ -163,13 +163,12 @@ class ChatEngine:
         """
         if not self.model.language.caches:
             raise ConfigError("num_beams above 1 needs a language model whose state can be kept")
-        _require_numbers(missing=bool(self.extend(cache, content[:-1], images).isnan().any()))
 
         def ended(ids: Tensor, scores: object, **_: object) -> Tensor:
             return torch.full((len(ids),), stopped(), device=ids.device)
 
         with self._lock, torch.no_grad():
-            self.extend(cache, content[:-1], images)
+            _require_numbers(missing=bool(self.extend(cache, content[:-1], images).isnan().any()))
             last = self._embed(content[-1:], images)
             # Transformers wants the whole prompt and computes what is not in the cache of it.
             embeds = torch.cat([last.new_zeros(1, len(content) - 1, last.shape[-1]), last], 1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lavis.common.device import to_device
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.types import NO_FEATURES, NO_WORDS
 from lavis.models.compute.slots import Slots
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 NOT_A_NUMBER = (
     "the language model's output is not a number: its weights are damaged, or its "
-    "precision is too small (model.llm_precision: bf16 or fp32 instead of fp16)"
+    "precision is too small (model.language.precision, in the original's keys model.llm_precision: "
+    "bf16 or fp32 instead of fp16)"
 )
 
 _JOIN = 8
@@ -111,8 +113,9 @@ class Batch:
         embeds = model.embed(ids[None], torch.cat(soft) if soft else None)
         positions = torch.cat([torch.arange(known, known + n) for n in lengths])[None]
         documents = self._slots.join(lengths, keys)
-        hidden = language.hidden(embeds, positions.to(model.device), documents=documents)
-        ends = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
+        positions = to_device(positions, model.device)
+        hidden = language.hidden(embeds, positions, documents=documents)
+        ends = to_device(torch.tensor(lengths).cumsum(0) - 1, hidden.device)
         self.rows += rows
         return self._choose(language.logits(hidden[0, ends]), rows)
 
@@ -120,7 +123,7 @@ class Batch:
     def step(self) -> list[Row]:
         """Compute the next token of every row; result and errors as :meth:`join`."""
         language, device = self._model.language, self._model.device
-        last = torch.tensor([[row.ids[-1] for row in self.rows]]).to(device, non_blocking=True)
+        last = to_device(torch.tensor([[row.ids[-1] for row in self.rows]]), device)
         documents, positions = self._slots.step(device)
         hidden = language.hidden(language.embed(last), positions, documents=documents)
         return self._choose(language.logits(hidden[0]), list(self.rows))
@@ -153,7 +156,7 @@ def answers(
     """The likeliest answers, cut before the token that stops them, in the order in which they end.
 
     Where the language model packs and caches, an answer that ends makes room for the next prompt.
-    Otherwise, and in processes that have to keep in step, batches are answered one by one.
+    Otherwise, and where processes hold parts of each other's layers, a batch waits for its longest.
 
     Args:
         batches: read when there is room.
@@ -165,7 +168,7 @@ def answers(
     Raises:
         DataError, ConfigError, WeightsError: as ``generate_ids``; output that is not a number.
     """
-    if model.uniform_graph or not (model.language.packs and model.language.caches):
+    if model.sharded or not (model.language.packs and model.language.caches):
         number = 0
         for prompts in batches:
             yield from enumerate(_one_by_one(model, prompts, max_new_tokens), start=number)

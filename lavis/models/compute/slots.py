@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lavis.common.device import to_device
 from lavis.models.compute.attention import attend_all
 from lavis.models.compute.masks import Documents, KeysAndValues, MaskRule, Softmax
 
@@ -43,9 +44,12 @@ class Slots:
 
     def step(self, device: torch.device) -> tuple[Documents, Tensor]:
         """The packed row of one more token of every row, and (1, S) positions of these."""
-        positions = torch.tensor(self.lengths).to(device, non_blocking=True)
+        positions = to_device(torch.tensor(self.lengths), device)
         self.lengths = [n + 1 for n in self.lengths]
-        keep = partial(self._append, positions)
+        rows = torch.arange(len(positions), device=device)
+        places = torch.arange(max(self.lengths), device=device)
+        seen = (places <= positions[:, None])[:, None, None]  # where the family has no rule
+        keep = partial(self._append, positions, rows, seen)
         return Documents((1,) * len(self.lengths), keep=keep), positions[None]
 
     def leave(self, row: int) -> None:
@@ -78,6 +82,8 @@ class Slots:
     def _append(
         self,
         positions: Tensor,
+        rows: Tensor,
+        seen: Tensor,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -86,18 +92,13 @@ class Slots:
         softmax: Softmax,
     ) -> Tensor:
         layer: Any = module.layer_idx
-        rows, longest = torch.arange(len(positions), device=positions.device), max(self.lengths)
+        longest = seen.shape[-1]
         held: list[Tensor] = []
         for part, new in enumerate((key, value)):
             buffer = self._buffer(layer, part, new)
             buffer[rows, :, positions] = new[0].transpose(0, 1)
             held.append(buffer[: len(rows), :, :longest])
-        if rule is not None:
-            mask = rule.seen(positions, longest)
-        else:
-            mask = (torch.arange(longest, device=positions.device) <= positions[:, None])[
-                :, None, None
-            ]
+        mask = seen if rule is None else rule.seen(positions, longest)
         keys, values = held
         out = attend_all(module, query.transpose(0, 2), keys, values, mask, softmax, longest, {})
         return out.transpose(0, 1)
