@@ -39,16 +39,21 @@ class Prompts:
         images: (N, 3, H, W), in order of the spans.
         word_ids: (M, Q, W), for spans described in words, in place of images.
         query_features: (N, Q, D), what the vision encoder gave, in place of images.
+        described: N + M, whether each span is words; by default those are the last.
     """
 
     ids: Sequence[list[int]]
     images: Tensor | None = None
     word_ids: Tensor = NO_WORDS
     query_features: Tensor = NO_FEATURES
+    described: Sequence[bool] | None = None
 
     def encode(self, model: VLM) -> Tensor | None:
         """(N + M, Q, C) soft tokens of the spans, or ``None`` without any."""
-        described = (True,) * len(self.word_ids)
+        described = self.described
+        if described is None:
+            pictures = len(self.query_features if self.images is None else self.images)
+            described = (False,) * pictures + (True,) * len(self.word_ids)
         return model.encode_spans(self.images, self.word_ids, described, self.query_features)
 
 
@@ -211,6 +216,7 @@ def _one_by_one(model: VLM, prompts: Prompts, max_new_tokens: int) -> list[list[
         max_new_tokens=max_new_tokens,
         query_features=prompts.query_features,
         word_ids=prompts.word_ids,
+        described=prompts.described,
     )
     return ids[: len(prompts.ids)]
 

@@ -241,6 +241,7 @@ class Generator:
         *,
         word_ids: Tensor = NO_WORDS,
         query_features: Tensor = NO_FEATURES,
+        described: Sequence[bool] | None = None,
         **overrides: Any,
     ) -> list[list[int]]:
         """Continue prompts of token ids; the answers are cut before the stop token.
@@ -250,6 +251,7 @@ class Generator:
             images: (N, 3, H, W), in order of the spans.
             word_ids: (M, Q, W), for spans described in words, in place of images.
             query_features: (N, Q, D), what the vision encoder gave, in place of images.
+            described: N + M, whether each span is words; by default those are the last.
             generation_config: over ``GENERATION_DEFAULTS``.
 
         Raises:
@@ -260,7 +262,7 @@ class Generator:
         model = self.model
         require_context(model.context, longest, options["max_new_tokens"])
         row = torch.tensor([i for p in prompts for i in p])[None]
-        features = Prompts(prompts, images, word_ids, query_features).encode(model)
+        features = Prompts(prompts, images, word_ids, query_features, described).encode(model)
         rows = model.embed(row, features)[0].split([len(p) for p in prompts])
         # Left padding: every prompt ends where its answer begins.
         embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])

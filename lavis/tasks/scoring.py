@@ -176,11 +176,17 @@ def _prompts(
 ) -> Prompts:
     pixels = [p for p, _ in images if len(p)]
     features = [f for _, f in images if len(f)]
+    described = [
+        is_words
+        for (p, f), w in zip(images, words, strict=True)
+        for is_words in (False,) * (len(p) + len(f)) + (True,) * len(w)
+    ]
     return Prompts(
         ids,
         torch.cat(pixels) if pixels else None,
         stack_words(words),
         torch.cat(features) if features else NO_FEATURES,
+        described,
     )
 
 

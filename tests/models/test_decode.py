@@ -194,6 +194,45 @@ def test_what_keeps_nothing_between_passes_answers_the_same(
     assert dict(model.answers([empty, prompts], max_new_tokens=6, size=4)) == together
 
 
+@pytest.mark.parametrize("caches", [True, False])
+def test_pictures_and_words_side_by_side(
+    model: Any, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, caches: bool
+) -> None:
+    """Words stand before a picture, between two, and after."""
+    monkeypatch.setattr(model.language, "caches", caches)
+    assert prompts.images is not None
+    words = torch.randint(0, 90, (2, 8, 3), generator=torch.Generator().manual_seed(3))
+    picture, ids = prompts.images[:1], prompts.ids[0]
+    shown = [
+        Prompts([ids], None, words[:1]), Prompts([ids], picture), Prompts([ids], None, words[1:])
+    ]  # fmt: skip
+    wanted = [dict(model.answers([one], max_new_tokens=4, size=1))[0] for one in shown]
+    assert len({tuple(answer) for answer in wanted}) == 3
+    mixed = Prompts([ids] * 3, picture, words, described=(True, False, True))
+    assert dict(model.answers([mixed], max_new_tokens=4, size=3)) == dict(enumerate(wanted))
+
+
+@pytest.mark.parametrize(("sharded", "together"), [(False, True), (True, False)])
+def test_processes_that_share_layers_answer_batch_by_batch(
+    model: Any,
+    prompts: Prompts,
+    monkeypatch: pytest.MonkeyPatch,
+    sharded: bool,
+    together: bool,
+) -> None:
+    """Those of DDP, whose graphs are uniform, too, do not."""
+    monkeypatch.setattr(model, "uniform_graph", True)
+    monkeypatch.setattr(model, "sharded", sharded)
+    joined: list[int] = []
+    join = Batch.join
+    monkeypatch.setattr(Batch, "join", lambda self, new: joined.append(len(new)) or join(self, new))
+    monkeypatch.setattr(model, "generate_ids", lambda ids, *_, **__: [[1]] * len(ids))
+    answers = dict(model.answers([prompts], max_new_tokens=4, size=3))
+    assert len(answers) == len(QUESTIONS)
+    assert bool(joined) == together
+    assert (set(map(tuple, answers.values())) == {(1,)}) == sharded
+
+
 def test_prompts_and_answers_must_fit(model: Any, prompts: Prompts) -> None:
     longest = max(map(len, prompts.ids))
     with pytest.raises(ConfigError, match=f"a prompt of {longest} tokens and max_new_tokens 8192 "):
