@@ -25,7 +25,7 @@ from examples.toybox.world.__main__ import write_split
 from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
-from lavis.common.registry import LANGUAGE_MODELS, MODELS, RUNNERS, TASKS
+from lavis.common.registry import LANGUAGE_MODELS, RUNNERS, TASKS
 from lavis.common.types import DTYPES
 from lavis.models import load_model_and_preprocess
 from lavis.models.build import Assembly
@@ -35,6 +35,8 @@ from lavis.models.language.parts import Hf
 from lavis.models.weights.agreement import check_settings
 from lavis.processors.contracts import Piece, Turn
 from lavis.processors.templates import TokenizerTemplate
+from lavis.runners.prepare import RunPlan
+from lavis.runners.strategy import Strategy
 from lavis.tools.export import export
 from tests.conftest import REPO
 from tests.gguf_files import write_gguf
@@ -283,13 +285,13 @@ ADAPTED = (
 )
 
 
-def test_packed_weights_are_not_sharded(home: Path) -> None:
+def test_packed_weights_are_not_sharded(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(home / "run.yaml", ["model.language.quantize=nf4"])
-    model = MODELS.get(config.model.arch)
+    monkeypatch.setattr(Strategy, "shards", True)
     with pytest.raises(
         ConfigError, match=r"model\.language\.quantize: packed weights cannot be sharded"
     ):
-        model.from_config(config.model, cache_root=str(REPO), mapped=True)
+        RunPlan.of(config, [], torch.device("cpu"))
 
 
 def test_each_part_at_its_rate(

@@ -59,18 +59,11 @@ class Assembly:
         config.check_files(cache_root)
         encoder, described, features = cls.describe(config, cache_root)
         _, connector, llm = config.parts
-        if mapped and llm.quantize:
-            raise ConfigError(
-                f"{config.key('language', 'quantize')}: packed weights cannot be sharded; train "
-                "with run.strategy: ddp, or without quantize"
-            )
         spread = llm.device_map == "auto"
         language = described.load(torch.device("cpu") if spread else home, mapped=mapped)
-        seeing = (
-            cls.build_vision(config, cache_root=cache_root, device=device, home=home)
-            if vision
-            else None
-        )
+        seeing = None
+        if vision:
+            seeing = cls.build_vision(config, cache_root=cache_root, device=device, home=home)
         with home:
             joint = CONNECTORS.get(connector.name)(connector, features[1], language.width)
         if connector.init == "embeddings":
@@ -93,7 +86,7 @@ class Assembly:
             own_trainable(model)
         if path := config.finetuned_path(cache_root):
             model.load_checkpoint(path)
-        if llm.device_map == "auto":
+        if spread:
             _dispatch(language)
         weight = language.head.weight
         warn_of_emulation(weight.device, weight.dtype, config.key("language", "precision"))

@@ -121,9 +121,7 @@ class LanguageConfig(PartConfig):
     precision: Precision = "auto"  # auto: as stored
     grad_ckpt: bool = False
     device_map: Literal["cpu", "auto"] = "cpu"  # auto: spread over the visible GPUs
-    quantize: Literal["nf4", "int8", "gguf"] | None = (
-        None  # of the layers' weights; gguf: as they are
-    )
+    quantize: Literal["nf4", "int8", "gguf"] | None = None  # the layers; gguf: as they are stored
 
     def __post_init__(self) -> None:
         packed = self.path.endswith(".gguf")

@@ -57,6 +57,8 @@ class RunPlan:
         """
         run = config.run
         strategy = build_strategy(run, device)
+        if strategy.shards:
+            _check_shardable(config)
         source = newest_of(config) if run.resume_ckpt_path == "auto" else run.resume_ckpt_path
         before = None if source is None else open_checkpoint(Path(source))
         data = data_fingerprints(config, dataset)
@@ -81,6 +83,15 @@ class RunPlan:
         log_notes(schedule.notes())
         rates = part_rates(config, batches.steps_per_epoch)
         return cls(strategy, batches, schedule, rates, before, step, data)
+
+
+def _check_shardable(config: Config) -> None:
+    model = config.model
+    if isinstance(model, PartsConfig) and model.parts[2].quantize:
+        raise ConfigError(
+            f"{model.key('language', 'quantize')}: packed weights cannot be sharded; train with "
+            "run.strategy: ddp, or without quantize"
+        )
 
 
 def part_rates(config: Config, steps_per_epoch: int) -> dict[str, PartRate]:

@@ -131,20 +131,13 @@ def predict(
     # Prompts of like length are answered together, so that little room is left in the buffers.
     prompts = [model.encoder.prompt(dataset.turns(r)[:-1]) for r in records]
     order = _share(sorted(range(len(records)), key=lambda i: len(prompts[i])))
-    predictions: dict[int, Prediction] = {}
-    fresh: dict[int, Prediction] = {}
+    answered = _Answered(keep)
     asked: list[int] = []
     failed: list[DataError] = []
 
-    def publish() -> None:
-        everyone = {i: p for share in dist.gather(fresh) for i, p in share.items()}
-        keep([p for i, p in everyone.items() if i not in predictions])
-        predictions.update(everyone)
-        fresh.clear()
-
     def batches() -> Iterator[Prompts]:
         for start in range(0, len(order), batch_size):
-            publish()
+            answered.publish()
             chosen = order[start : start + batch_size]
             given, bad = _images(dataset, {i: source[i] for i in chosen})
             try:
@@ -152,7 +145,7 @@ def predict(
             except DataError as error:  # of all processes; what was asked before is answered first
                 failed.append(error)
                 return
-            fresh.update({i: _prediction(records[i], None, why) for i, why in bad.items()})
+            answered.fresh.update({i: _prediction(records[i], None, why) for i, why in bad.items()})
             bar.update(len(bad))
             asked.extend(given)
             words = [dataset.word_ids(records[source[i]]) for i in given]
@@ -163,12 +156,33 @@ def predict(
         answers = model.answers(batches(), max_new_tokens=max_new_tokens, size=batch_size)
         for number, ids in answers:
             text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            fresh[asked[number]] = _prediction(records[asked[number]], text, None)
+            answered.fresh[asked[number]] = _prediction(records[asked[number]], text, None)
             bar.update()
-        publish()
+        answered.publish()
     if failed:
         raise failed[0]
-    return [predictions[i] for i in sorted(predictions)]
+    return [answered.all[i] for i in sorted(answered.all)]
+
+
+class _Answered:
+    """Predictions by the number of their record.
+
+    Attributes:
+        fresh: this process's since the last call of :meth:`publish`.
+        all: those of all processes until then.
+    """
+
+    def __init__(self, keep: Callable[[Sequence[Prediction]], object]) -> None:
+        self.fresh: dict[int, Prediction] = {}
+        self.all: dict[int, Prediction] = {}
+        self._keep = keep
+
+    def publish(self) -> None:
+        """Every process must call it."""
+        everyone = {i: p for share in dist.gather(self.fresh) for i, p in share.items()}
+        self._keep([p for i, p in everyone.items() if i not in self.all])
+        self.all.update(everyone)
+        self.fresh.clear()
 
 
 def _prompts(
