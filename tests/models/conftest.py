@@ -25,6 +25,26 @@ LLM = "Qwen7B-chat"
 SHARDS = [f"{LLM}/model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """The toy with its checkpoint, in evaluation mode."""
+    from lavis.models import load_model
+
+    return load_model(
+        "minigpt4qwen",
+        "qwen7b_chat",
+        is_eval=True,
+        checkpoint=TOY / "checkpoint_9.pth",
+        options=[
+            "model.image_size=56",
+            "model.vit_precision=fp32",
+            "model.vit_config={embed_dim: 88, depth: 2, num_heads: 4}",
+            "model.num_query_token=8",
+            f"env.cache_root={TOY / 'cache'}",
+        ],
+    )
+
+
 @pytest.fixture()
 def ckpt(tmp_path: Path) -> Path:
     """``cache/ckpt`` of the toy, to be damaged."""

@@ -15,31 +15,11 @@ from lavis.common.errors import ConfigError, WeightsError
 from lavis.models.compute.slots import Slots
 from lavis.models.decode import Batch, Prompts, Row
 from lavis.processors.conversation import Turn
-from tests.conftest import TOY
 from tests.models.test_families import FAMILIES, close, proved, stock
 
 PICTURE = "<Img><ImageHere></Img> "
 QUESTIONS = [PICTURE + "What?", "Hello.", f"{PICTURE}{PICTURE}Which of the two is larger?",
              "a b c d e f g h", PICTURE + "图里有几个物体？", "Why?", "x"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    from lavis.models import load_model
-
-    return load_model(
-        "minigpt4qwen",
-        "qwen7b_chat",
-        is_eval=True,
-        checkpoint=TOY / "checkpoint_9.pth",
-        options=[
-            "model.image_size=56",
-            "model.vit_precision=fp32",
-            "model.vit_config={embed_dim: 88, depth: 2, num_heads: 4}",
-            "model.num_query_token=8",
-            f"env.cache_root={TOY / 'cache'}",
-        ],
-    )
 
 
 @pytest.fixture(scope="module")

@@ -18,29 +18,9 @@ from lavis.models.generation_settings import generation_options
 from lavis.processors.config import ImageEvalConfig
 from lavis.processors.conversation import ChatML, ConversationEncoder, Turn
 from lavis.processors.image import BlipImageEval
-from tests.conftest import TOY
 
 IMAGE_TURN = ("<Img><ImageHere></Img> first", "one")
 OLD, NEW = ("an old question", "two"), ("a new question", "three")
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    from lavis.models import load_model
-
-    return load_model(
-        "minigpt4qwen",
-        "qwen7b_chat",
-        is_eval=True,
-        checkpoint=TOY / "checkpoint_9.pth",
-        options=[
-            "model.image_size=56",
-            "model.vit_precision=fp32",
-            "model.vit_config={embed_dim: 88, depth: 2, num_heads: 4}",
-            "model.num_query_token=8",
-            f"env.cache_root={TOY / 'cache'}",
-        ],
-    )
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,15 @@ from lavis.models.language.hf import load_hf
 from lavis.models.language.proof import prove
 from lavis.models.language.quantize import linears, quantize, replace_linears
 from tests.gguf_files import write_gguf
-from tests.models.test_families import COMMON, alone_by, close, documents, fast, stock
+from tests.models.test_families import (
+    COMMON,
+    alone_by,
+    check_every_way,
+    close,
+    documents,
+    fast,
+    stock,
+)
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("bitsandbytes")
@@ -177,16 +185,7 @@ def test_every_path_gives_what_each_document_gives_alone(name: str, kind: str) -
     llm, model = twins(name, kind)
     assert llm.packs
     wanted_loss, wanted = alone_by(model)
-    ways: list[dict[str, bool]] = [
-        {"prefix": True},
-        {"prefix": False},
-        {"prefix": True, "plain_head": True},
-        {"prefix": True, "square": True},
-    ]
-    for way in ways:
-        loss, grad = fast(llm, **way)
-        assert loss == pytest.approx(wanted_loss, rel=1e-5), way
-        close(grad, wanted)
+    check_every_way(llm, wanted_loss, wanted)
     for block in llm.blocks():
         block.training = True
     llm.model.activation_checkpointing_enable({"use_reentrant": False}, 1)
