@@ -6,7 +6,8 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import (
 
 from lavis.chat.cache import ConversationCache, room
 from lavis.chat.settings import ChatSettings
+from lavis.chat.together import Request, Waiting, next_tokens
 from lavis.common.device import to_device
 from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.common.images import as_image
@@ -54,7 +56,7 @@ class ChatImage:
 
 
 class ChatEngine:
-    """Computes for conversations, for one at a time.
+    """Computes for conversations: one pass at a time, of all that are at their next token.
 
     What is a conversation's own (images, keys and values) is held by the conversation, so any
     number of them, in any threads, share an engine.
@@ -86,6 +88,7 @@ class ChatEngine:
         self.stops = model.encoder.template.stops
         self._processor = processor
         self._lock = threading.RLock()  # one forward pass at a time: bounded memory
+        self._waiting = Waiting()
 
     def encode_image(self, image: object, name: str = "") -> ChatImage:
         """Encode an image, once for all turns.
@@ -128,22 +131,58 @@ class ChatEngine:
         Returns:
             (V,) fp32 logits of the token that follows.
         """
-        content = list(content)
-        with self._lock, torch.no_grad():
-            # The last token is always computed: its logits are not kept.
-            start = min(cache.common(content), len(content) - 1)
-            cache.truncate(start)
-            language = self.model.language
-            kept = cache if language.caches else None  # without, all is computed anew
-            if kept is not None:
-                self._make_room(cache, len(content))
-            start = start if language.caches else 0
-            embeds = self._embed(content[start:], images)
-            positions = torch.arange(start, len(content), device=embeds.device)[None]
-            hidden = language.hidden(embeds, positions, cache=kept)
-            cache.content.extend(content[len(cache.content) :])
-            self._token_bytes = max(self._token_bytes, cache.token_bytes)
-            return language.logits(hidden[0, -1])
+        request = Request(cache, list(content), _by_number(images))
+        self._waiting.add(request)
+        try:
+            with self._lock, torch.no_grad():
+                if not request.done:  # by another thread, for which it had to wait
+                    self._compute(self._waiting.take())
+        finally:
+            self._waiting.drop(request)
+        return request.result()
+
+    def _compute(self, requests: Sequence[Request]) -> None:
+        """Compute what conversations wait for: of those that want one token, in one pass."""
+        language = self.model.language
+        try:
+            single = [r for r in requests if r.single and language.packs and language.caches]
+            needed = sum(self._needed(r.cache, len(r.content)) for r in single)
+            if len(single) > 1 and needed <= self.cache_bytes:
+                with _errors_of(single):
+                    self._extend_together(single)
+            for request in requests:
+                if not request.done:
+                    with _errors_of([request]):
+                        request.logits = self._extend(request)
+        finally:
+            self._waiting.give_back(requests)
+
+    def _extend_together(self, requests: Sequence[Request]) -> None:
+        """Compute one token of each."""
+        for request in requests:
+            request.cache.truncate(len(request.content) - 1)
+        self._make_room({r.cache: len(r.content) for r in requests})
+        caches, last = [r.cache for r in requests], [r.content[-1] for r in requests]
+        logits = next_tokens(self.model.language, caches, last, self.model.device)
+        for request, row in zip(requests, logits, strict=True):
+            request.logits = row
+
+    def _extend(self, request: Request) -> Tensor:
+        """Compute what a conversation's cache does not hold."""
+        cache, content, language = request.cache, request.content, self.model.language
+        # The last token is always computed: its logits are not kept.
+        start = min(cache.common(content), len(content) - 1)
+        cache.truncate(start)
+        kept = cache if language.caches else None  # without, all is computed anew
+        if kept is not None:
+            self._make_room({cache: len(content)})
+        start = start if language.caches else 0
+        embeds = self._embed(content[start:], request.embeds)
+        positions = torch.arange(start, len(content), device=embeds.device)[None]
+        hidden = language.hidden(embeds, positions, cache=kept)
+        cache.content.extend(content[len(cache.content) :])
+        self._token_bytes = max(self._token_bytes, cache.token_bytes)
+        return language.logits(hidden[0, -1])
 
     def search(
         self,
@@ -169,7 +208,7 @@ class ChatEngine:
 
         with self._lock, torch.no_grad():
             _require_numbers(missing=bool(self.extend(cache, content[:-1], images).isnan().any()))
-            last = self._embed(content[-1:], images)
+            last = self._embed(content[-1:], _by_number(images))
             # Transformers wants the whole prompt and computes what is not in the cache of it.
             embeds = torch.cat([last.new_zeros(1, len(content) - 1, last.shape[-1]), last], 1)
             generated = self.model.language.model.generate(
@@ -188,23 +227,41 @@ class ChatEngine:
         ids: list[int] = generated[0].tolist()
         return ids
 
-    def _make_room(self, cache: ConversationCache, tokens: int) -> None:
-        """Give up keys and values of other conversations, the longest idle first."""
-        self._used.pop(cache, None)
-        needed = max(cache.nbytes, self._token_bytes * room(tokens))
+    def _needed(self, cache: ConversationCache, tokens: int) -> float:
+        return max(cache.nbytes, self._token_bytes * room(tokens))
+
+    def _make_room(self, tokens: Mapping[ConversationCache, int]) -> None:
+        """Give up keys and values of conversations but these, the longest idle first."""
+        for cache in tokens:
+            self._used.pop(cache, None)
+        needed = sum(self._needed(cache, n) for cache, n in tokens.items())
         for other in list(self._used):
             if needed + sum(c.nbytes for c in self._used) <= self.cache_bytes:
                 break
             other.clear()
             del self._used[other]
-        self._used[cache] = None
+        self._used.update(dict.fromkeys(tokens))
 
-    def _embed(self, content: Sequence[int], images: Sequence[ChatImage]) -> Tensor:
+    def _embed(self, content: Sequence[int], embeds: Mapping[int, Tensor]) -> Tensor:
         ids = [self.tokenizer.image_id if c < 0 else c for c in content]
-        embeds = {-image.number: image.embeds for image in images}
         spans = [c for c in content if c < 0][:: self.model.encoder.num_query_token]
         shown = [embeds[number] for number in spans]
         return self.model.embed(torch.tensor([ids]), torch.stack(shown) if shown else None)
+
+
+def _by_number(images: Sequence[ChatImage]) -> dict[int, Tensor]:
+    """Soft tokens of images by what stands for them in a conversation's content."""
+    return {-image.number: image.embeds for image in images}
+
+
+@contextmanager
+def _errors_of(requests: Sequence[Request]) -> Iterator[None]:
+    """Each conversation learns of what goes wrong with it, and of nothing else."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - raised in the thread that asked
+        for request in requests:
+            request.error = error
 
 
 class TokenChooser:

@@ -161,6 +161,11 @@ class MaskRule:
         """How many keys there are; what follows them in a cache's buffer is room."""
         return int(self._arguments["kv_length"])
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees all that stands before it."""
+        return self._arguments["mask_function"] is causal_mask_function
+
     @cached_property
     def whole(self) -> Tensor | None:
         """(B, 1, N, K) bool, or ``None`` for what SDPA does without a mask."""
@@ -201,7 +206,7 @@ class MaskRule:
         """
         if self._arguments["attention_mask"] is None:  # Transformers looked for documents itself
             raise ConfigError("documents need an attention mask of ones beside them")
-        if self._arguments["mask_function"] is causal_mask_function:
+        if self.causal:
             return documents.causal
         if id(documents) not in self._inside:  # one in a forward pass
             sees = {n: self._sees(n, documents.prefix_length) for n in set(documents.lengths)}
