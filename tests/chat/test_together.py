@@ -104,16 +104,20 @@ def test_the_next_question_reuses_what_was_computed_together(toybox: ChatEngine)
         assert told.read() == alone.read()
 
 
-def test_without_room_for_all_they_take_turns(toybox: ChatEngine, rows: list[int]) -> None:
-    alone = [answer.read() for answer in begin(toybox)]
-    one = ConversationCache()
-    toybox.extend(one, list(range(10)), [])
-    small = ChatEngine(toybox.model, toybox._processor, cache_bytes=2 * one.nbytes)
-    answers = begin(small)
-    del rows[:]
-    in_threads(small, [answer.read for answer in answers])
-    assert [answer.exchange.answer for answer in answers] == alone
-    assert sum(c.nbytes for c in small._used) <= small.cache_bytes
+def test_without_room_for_all_they_take_turns(toybox: ChatEngine) -> None:
+    """Both have their place, until each needs a larger one."""
+    contents = [[3 + (7 * i) % n for i in range(257)] for n in (90, 91)]
+    wanted = [toybox.extend(ConversationCache(), content, []) for content in contents]
+    caches = [ConversationCache() for _ in contents]
+    toybox.extend(caches[0], contents[0][:256], [])
+    small = ChatEngine(toybox.model, toybox._processor, cache_bytes=2 * caches[0].nbytes)
+    small.extend(caches[1], contents[1][:256], [])
+    small.extend(caches[0], contents[0][:256], [])
+    waits = Request(caches[1], contents[1], {})
+    small._waiting.add(waits)
+    close(small.extend(caches[0], contents[0], []), wanted[0])
+    close(waits.result(), wanted[1])
+    assert sum(cache.nbytes for cache in caches) == small.cache_bytes
 
 
 def test_each_is_told_of_its_own_mistake(toybox: ChatEngine) -> None:
@@ -127,37 +131,52 @@ def test_each_is_told_of_its_own_mistake(toybox: ChatEngine) -> None:
         lost.result()
 
 
-def test_one_that_is_interrupted_leaves_the_others_to_the_next(
-    toybox: ChatEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C hits the thread that computes for all."""
-    first, second, *_ = begin(toybox)
-    wanted = [answer.read() for answer in begin(toybox)[:2]]
-    content = [*second._content, *second.ids]
-    waits = Request(second._conversation._cache, content, {})
-    toybox._waiting.add(waits)
-    with monkeypatch.context() as patched:
-        patched.setattr("lavis.chat.engine.next_tokens", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            next(first)
-    assert len(toybox._waiting) == 1  # not the one whose thread has gone
-    assert not waits.done
-    assert second.read() == wanted[1]
-    assert waits.done
-    again = first._conversation.retry()
-    assert again.read() == wanted[0]
+def test_one_that_is_interrupted_leaves_the_others_to_the_next(toybox: ChatEngine) -> None:
+    """Ctrl-C hits the thread that computes for all, in the middle of a pass."""
+    first, *others = begin(toybox)
+    wanted = [answer.read() for answer in begin(toybox)]
+    requests = [Request(a._conversation._cache, [*a._content, *a.ids[:-1], 5], {}) for a in others]
+    for request in requests:
+        toybox._waiting.add(request)
+    *_, last = toybox.model.language.blocks()
+    hook = last.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(first)
+    hook.remove()
+    assert len(toybox._waiting) == len(others)  # without the one whose thread has gone
+    for request in requests:
+        assert not request.done
+        toybox._waiting.drop(request)
+    in_threads(toybox, [answer.read for answer in others])
+    assert [answer.exchange.answer for answer in others] == wanted[1:]
+    assert first._conversation.retry().read() == wanted[0]
 
 
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_who_reads_slowly_is_not_waited_for_long() -> None:
+def test_a_pass_waits_for_those_of_the_last_one_but_not_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     waiting = Waiting()
-    for _ in range(3):
+
+    def add() -> None:
         waiting.add(Request(ConversationCache(), [1], {}))
+
+    for _ in range(3):
+        add()
     assert len(waiting.take()) == 3
-    waiting.add(Request(ConversationCache(), [1], {}))
+    with monkeypatch.context() as patched:
+        patched.setattr("lavis.chat.together._PATIENCE", 60)
+        add()
+        threads = [threading.Timer(0.05, add) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        assert len(waiting.take()) == 3
+    add()
     begun = time.monotonic()
     assert len(waiting.take()) == 1
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 2
+    add()
+    assert len(waiting.take()) == 1
