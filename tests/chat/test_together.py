@@ -147,8 +147,14 @@ def test_one_that_is_interrupted_leaves_the_others_to_the_next(toybox: ChatEngin
     for request in requests:
         assert not request.done
         toybox._waiting.drop(request)
-    in_threads(toybox, [answer.read for answer in others])
-    assert [answer.exchange.answer for answer in others] == wanted[1:]
+    requests = [Request(a._conversation._cache, [*a._content, *a.ids], {}) for a in others]
+    for request in requests[1:]:
+        toybox._waiting.add(request)
+    toybox.extend(requests[0].cache, requests[0].content, [])
+    for request, answer in zip(requests[1:], others[1:], strict=True):
+        cold = toybox.extend(ConversationCache(), request.content, answer.images)
+        close(request.result(), cold)
+    assert [answer.read() for answer in others] == wanted[1:]
     assert first._conversation.retry().read() == wanted[0]
 
 
