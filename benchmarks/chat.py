@@ -89,7 +89,7 @@ class Bench:
         question, text = self.script[turn - 1]
         answer = conversation.ask(question)
         tokenizer = self.engine.tokenizer
-        words = [*tokenizer.encode(text), tokenizer.im_end_id]
+        words = [*tokenizer.encode(text), self.engine.stops[0]]
         choose, own = answer._choose, []
 
         def scripted(logits: Any, ids: Sequence[int]) -> int:
