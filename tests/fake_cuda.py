@@ -48,7 +48,7 @@ class FakeCuda(TorchDispatchMode):
         self._storages: weakref.WeakSet[Any] = weakref.WeakSet()
         self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
         self.live = 0
-        self._casts = False
+        self._casts = self._records = False
         self.restart()
 
     @contextlib.contextmanager
@@ -60,6 +60,15 @@ class FakeCuda(TorchDispatchMode):
                 yield
         finally:
             self._casts = False
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """While a CUDA graph is recorded: copies from pinned memory block, too."""
+        self._records = True
+        try:
+            yield
+        finally:
+            self._records = False
 
     def restart(self) -> None:
         """Count from here."""
@@ -131,6 +140,7 @@ class FakeCuda(TorchDispatchMode):
         if host and (
             func not in _COPIES
             or wait
+            or self._records  # would be what it was then at every replay
             or any(t.untyped_storage() not in self._pinned for t in host)
         ):
             self.blocks[f"{name} from the host"] += 1

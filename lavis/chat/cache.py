@@ -81,11 +81,13 @@ class ConversationCache(Cache):
 
     Attributes:
         content: for each token held, its id, or a number under 0 that is an image's own.
+        graph: what computes the next token over these buffers, if it was recorded.
     """
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=_Layer)
         self.content: list[int] = []
+        self.graph: object = None
 
     def common(self, content: list[int]) -> int:
         """How many tokens at the beginning are the same."""
@@ -104,6 +106,7 @@ class ConversationCache(Cache):
         """Forget everything, and give the buffers back."""
         self.content.clear()
         self.layers.clear()
+        self.graph = None
 
     def repeated(self, times: int) -> DynamicCache:
         """A copy with ``times`` equal rows, for beam search."""

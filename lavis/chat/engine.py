@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from lavis.chat.cache import ConversationCache, room
+from lavis.chat.graph import Record, TokenGraph
 from lavis.chat.settings import ChatSettings
 from lavis.chat.together import Request, Waiting, next_tokens
 from lavis.common.device import to_device
@@ -68,6 +69,7 @@ class ChatEngine:
         processor: Callable[[Image.Image], Tensor],
         *,
         cache_bytes: float = math.inf,
+        record: Record | None = None,
     ) -> None:
         """Take what computes.
 
@@ -77,6 +79,7 @@ class ChatEngine:
             cache_bytes: keys and values that are kept of all conversations. Those used least
                 recently are given up beyond, and computed anew at the conversation's next
                 question; the conversation that is being answered keeps its own in any case.
+            record: records the pass of a token, to replay it: :func:`lavis.chat.graph.record_cuda`.
         """
         self.model = model
         self.cache_bytes = cache_bytes
@@ -89,6 +92,7 @@ class ChatEngine:
         self._processor = processor
         self._lock = threading.RLock()  # one forward pass at a time: bounded memory
         self._waiting = Waiting()
+        self._record = record
 
     def encode_image(self, image: object, name: str = "") -> ChatImage:
         """Encode an image, once for all turns.
@@ -176,6 +180,10 @@ class ChatEngine:
         kept = cache if language.caches else None  # without, all is computed anew
         if kept is not None:
             self._make_room({cache: len(content)})
+        if self._record is not None and request.single and language.packs and language.caches:
+            graph = TokenGraph.of(language, cache, self._record, self.model.device)
+            if graph is not None:
+                return graph(cache, content[-1])
         start = start if language.caches else 0
         embeds = self._embed(content[start:], request.embeds)
         positions = torch.arange(start, len(content), device=embeds.device)[None]

@@ -6,6 +6,7 @@ unnoticed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lavis.models.compute.memory
 import lavis.models.language.parts
 from lavis.chat.cache import ConversationCache
 from lavis.chat.engine import ChatEngine, TokenChooser
+from lavis.chat.graph import TokenGraph
 from lavis.chat.settings import ChatSettings
 from lavis.common.config import load_config
 from lavis.common.types import Batch, Sample
@@ -186,6 +189,32 @@ def test_a_token_of_chat(
         choose(engine.extend(cache, [*prompt, *answer], [image]), answer)
     assert sum(card.blocks.values()) == 1  # the token itself
     assert sum(card.kernels.values()) <= kernels
+
+
+@pytest.mark.parametrize("shape", ["qwen7b_chat", "qwen3_4b"])
+def test_a_token_can_be_recorded(shape: str, request: pytest.FixtureRequest) -> None:
+    """A CUDA graph takes nothing of the host, and waits for nothing."""
+    model, card = request.getfixturevalue(shape) if shape == "qwen3_4b" else qwen(shape)
+    cache, device = ConversationCache(), torch.device("cuda")
+
+    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        card.restart()
+        with card.recording():
+            return list, run()
+
+    with card, torch.no_grad():
+        llm = model.language
+        ids = torch.zeros(1, 9, dtype=torch.int64, device=device)
+        llm.hidden(llm.embed(ids), torch.arange(9, device=device)[None], cache=cache)
+        cache.content = [5] * 9
+        graph = TokenGraph.of(llm, cache, record, device)
+        assert graph is not None
+        assert not card.blocks
+        assert sum(card.kernels.values()) > 500
+        card.restart()
+        graph(cache, 5)
+    assert not card.blocks
+    assert sum(card.kernels.values()) <= 4  # beside the graph: its two numbers
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
