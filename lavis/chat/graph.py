@@ -94,15 +94,12 @@ class TokenGraph:
         )
 
     def _run(self, language: LanguageModel) -> Tensor:
-        capacity = self._buffers[0][0].shape[2]
-        seen = torch.arange(capacity, device=self._place.device) <= self._place
-        documents = Documents((1,), keep=partial(self._attend, seen[None, None, None]))
+        documents = Documents((1,), keep=self._attend)
         embeds = language.embed(self._token[None])
         return language.logits(language.hidden(embeds, self._place[None], documents=documents)[0])
 
     def _attend(
         self,
-        seen: Tensor,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -116,5 +113,7 @@ class TokenGraph:
         keys.index_copy_(2, self._place, key)
         values.index_copy_(2, self._place, value)
         capacity = keys.shape[2]
-        mask = seen if rule is None else rule.seen(self._place, capacity)
+        if rule is None:
+            raise ConfigError("--cuda-graphs: this family does not say what a token sees")
+        mask = rule.seen(self._place, capacity)
         return attend_all(module, query, keys, values, mask, softmax, capacity, {})
