@@ -163,7 +163,7 @@ class FeatureCacheConfig:
 
     enabled: bool = False
     views: int = 1  # augmented views of an image; epoch e shows view e % views
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    dtype: Literal["fp16", "bf16", "fp32", "int8"] = "fp16"
     dir: str | None = None
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,15 +61,23 @@ class _View(NamedTuple):
 
 
 def fill_features(
-    config: Config, datasets: Sequence[InstructionDataset], vision: Vision, device: torch.device
+    config: Config,
+    datasets: Sequence[InstructionDataset],
+    vision: Vision,
+    device: torch.device,
+    *,
+    estimate: bool = False,
 ) -> Counts:
     """Encode what the cache lacks, and tell the data sets' ``features`` where to find all.
+
+    With ``estimate``, look what is lacking, and encode nothing.
 
     Every process must call it with the same data sets; each hashes, checks and encodes its share of
     the images. PyTorch's random numbers go on as if nothing had been drawn.
 
     Raises:
-        ConfigError: a record holds a video, or the processes do not see the same folder.
+        ConfigError: a record holds a video, the disk has no room for what is lacking, or the
+            processes do not see the same folder.
         DataError: an image cannot be encoded and ``run.on_bad_sample`` is ``error``.
         LavisError: the folder cannot be written, or the disk is full.
     """
@@ -83,9 +92,11 @@ def fill_features(
     checked = _bar(views.values(), "checking features", len(views))
     missing = [view for view in checked if store.get(view.key) is None]
     total, absent = map(int, dist.add_up([len(views), len(missing)]))
-    if dist.is_main():
-        there = total - absent
-        logger.info("feature cache %s: %d of %d views are there", store.folder, there, total)
+    with dist.raise_together():
+        if dist.is_main():
+            _require_room(store, total, absent)
+    if estimate:
+        return Counts(total - absent, 0, len(failures))
     with dist.raise_together(), torch.random.fork_rng(devices=[]):
         failed = _encode(missing, store, vision, config.run, device)
     for hashed, unread, unfit in dist.gather((digests, failures, failed)):
@@ -109,6 +120,26 @@ def fill_features(
         )
     encoded = dist.add_up([sum(view.key in store for view in missing)])[0]
     return Counts(total - absent, int(encoded), len(failures))
+
+
+def _require_room(store: FeatureStore, total: int, absent: int) -> None:
+    """Say what will be written, and check that the disk can hold it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    there = next(path for path in (store.folder, *store.folder.parents) if path.exists())
+    needed, free = absent * store.nbytes, shutil.disk_usage(there).free
+    logger.info(
+        "feature cache %s: %d of %d views are there; the others take %.2f GB of %.1f GB that are "
+        "free", store.folder, total - absent, total, needed / 1e9, free / 1e9,
+    )  # fmt: skip
+    if needed > free:
+        raise ConfigError(
+            f"run.feature_cache: {absent} views of images take {needed / 1e9:.2f} GB "
+            f"({store.nbytes:,} bytes each), and {there} has {free / 1e9:.2f} GB free. Make room, "
+            "name another run.feature_cache.dir, or set a smaller dtype (int8) or fewer views"
+        )
 
 
 def _refuse_videos(datasets: Sequence[InstructionDataset]) -> None:
@@ -162,9 +193,9 @@ def _encode(
             failed |= {v.digest: why for v, why in batch if isinstance(why, str)}
             if good := [(v, p) for v, p in batch if isinstance(p, Tensor)]:
                 encode = encode or vision.load(device)
-                features = _padded(encode, [p for _, p in good]).to(store.dtype)
+                features = _padded(encode, [p for _, p in good])
                 for (view, _), feature in zip(good, features, strict=False):
-                    if torch.isfinite(feature).all():
+                    if store.holds(feature):
                         store.add(view.key, feature)
                     else:
                         failed[view.digest] = (

@@ -1,14 +1,16 @@
 """Tensors of one shape by key, in safetensors files: what is damaged is never returned.
 
 Each file of a folder is a shard, written whole under another name and then renamed. It holds
-``keys`` (N, 32) and ``checksums`` (N, 8), both uint8, and ``features`` (N, *shape). A row's
-checksum is the BLAKE2b-8 of its bytes, keyed by its key.
+``keys`` (N, 32) and ``checksums`` (N, 8), both uint8, and ``features`` (N, Q, D). A row's checksum
+is the BLAKE2b-8 of its bytes, keyed by its key. In int8 four more rows of D follow a feature's Q:
+the bytes of its D channels' fp32 scales.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 import uuid
 from contextlib import suppress
@@ -26,21 +28,23 @@ from lavis.common.types import DTYPES
 
 logger = logging.getLogger(__name__)
 _BYTES = 2**25  # of a shard, about: 680 features of 32 x 768 numbers in fp16
+_SCALES = 4  # rows of int8 that D fp32 scales take
 _SECONDS = 30  # between shards at most, so that a kill costs no more
 
 
 class FeatureStore:
     """All shards of a folder; what is added goes into new ones."""
 
-    def __init__(self, folder: Path, shape: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, folder: Path, shape: tuple[int, int], dtype: str) -> None:
         """Open a folder, which need not exist.
 
         Args:
-            shape: of every feature.
-            dtype: ``fp16``, ``bf16`` or ``fp32``.
+            shape: (Q, D) of every feature.
+            dtype: ``fp16``, ``bf16``, ``fp32``, or ``int8`` with a scale for each channel.
         """
-        name = "x".join(map(str, shape))
-        self.folder, self.shape, self.dtype = folder / f"{name}-{dtype}", shape, DTYPES[dtype]
+        self.folder, self.shape = folder / f"{shape[0]}x{shape[1]}-{dtype}", shape
+        self.dtype = torch.int8 if dtype == "int8" else DTYPES[dtype]
+        self._row = (shape[0] + _SCALES, shape[1]) if dtype == "int8" else shape
         self._added: dict[bytes, Tensor] = {}
         self._due = 0.0
         if dist.is_main() and (old := list(self.folder.glob("*.index"))):
@@ -58,7 +62,7 @@ class FeatureStore:
             try:
                 shard = safetensors.torch.load_file(path)  # mapped
                 keys, checksums = (shard[name].numpy() for name in ("keys", "checksums"))
-                fits = shard["features"].shape == (len(keys), *self.shape)
+                fits = shard["features"].shape == (len(keys), *self._row)
             except (SafetensorError, OSError, KeyError):
                 continue  # damaged, or deleted meanwhile
             if not fits or shard["features"].dtype != self.dtype:
@@ -75,8 +79,18 @@ class FeatureStore:
         for path, row, checksum in self._places.get(key, ()):
             feature = _mapped(path)[row]
             if _checksum(key, feature) == checksum:
-                return feature.clone()
+                return self._unpack(feature.clone())
         return None
+
+    @property
+    def nbytes(self) -> int:
+        """Of a feature on disk."""
+        return math.prod(self._row) * self.dtype.itemsize + 40  # key and checksum
+
+    def holds(self, feature: Tensor) -> bool:
+        """Whether all of its numbers are finite, also when they are stored."""
+        stored = feature if self.dtype == torch.int8 else feature.to(self.dtype)
+        return bool(torch.isfinite(stored).all())
 
     def add(self, key: bytes, feature: Tensor) -> None:
         """Take a feature, which is on disk after the next :meth:`flush`, or before.
@@ -87,9 +101,22 @@ class FeatureStore:
         assert len(key) == 32 and feature.shape == self.shape
         if not self._added:
             self._due = time.monotonic() + _SECONDS
-        self._added[key] = feature = feature.detach().to("cpu", self.dtype)
-        if len(self._added) * feature.nbytes >= _BYTES or time.monotonic() > self._due:
+        self._added[key] = row = self._pack(feature.detach().cpu())
+        if len(self._added) * row.nbytes >= _BYTES or time.monotonic() > self._due:
             self.flush()
+
+    def _pack(self, feature: Tensor) -> Tensor:
+        if self.dtype != torch.int8:
+            return feature.to(self.dtype)
+        scales = feature.float().abs().amax(0).clamp_min(1e-30) / 127
+        numbers = (feature / scales).round().to(torch.int8)
+        return torch.cat([numbers, scales.view(torch.int8).view(_SCALES, -1)])
+
+    def _unpack(self, row: Tensor) -> Tensor:
+        if self.dtype != torch.int8:
+            return row
+        scales = row[-_SCALES:].reshape(-1).view(torch.float32)
+        return row[:-_SCALES] * scales
 
     def flush(self) -> None:
         """Write what has been added since the last shard.

@@ -131,17 +131,20 @@ class ImageTextPretrainTask:
             parts.append(part)
         return parts
 
-    def cache_features(self, data: RunData, device: torch.device) -> Counts:
+    def cache_features(
+        self, data: RunData, device: torch.device, *, estimate: bool = False
+    ) -> Counts:
         """Give the data their images' features; encode what the feature cache lacks.
 
-        Every process must call it.
+        Every process must call it. With ``estimate`` nothing is encoded.
 
         Raises:
             ConfigError, DataError: as :func:`fill_features`.
         """
         trained = [part for parts in data.trained for part in parts]
         evaluated = [part for parts in data.evaluated.values() for part in parts]
-        return fill_features(self.config, [*trained, *evaluated], FrozenVision(self.config), device)
+        vision, datasets = FrozenVision(self.config), [*trained, *evaluated]
+        return fill_features(self.config, datasets, vision, device, estimate=estimate)
 
     def build_model(
         self, device: torch.device, data: RunData | None = None, *, mapped: bool = False

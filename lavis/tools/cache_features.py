@@ -21,6 +21,9 @@ def main() -> int:
     parser.add_argument(
         "--splits", nargs="+", action="extend", help="default: all that the run reads"
     )
+    parser.add_argument(
+        "--estimate", action="store_true", help="say what would be written, and encode nothing"
+    )
     args = parser.parse_args()
     setup_logging()
     config = load_config(args.cfg_path, [*args.options, "run.feature_cache.enabled=true"])
@@ -43,11 +46,12 @@ def main() -> int:
                 [task.build_split(split, train=True) for split in trained],
                 {split: task.build_split(split, train=False) for split in evaluated},
             )
-        counts = task.cache_features(data, device)
+        counts = task.cache_features(data, device, estimate=args.estimate)
         folder = run.feature_cache.folder(config.env.cache_root)
-        print_once(
-            f"{counts.found} found, {counts.encoded} encoded, {counts.failed} failed: {folder}"
-        )
+        if not args.estimate:  # which has said what there is to say
+            print_once(
+                f"{counts.found} found, {counts.encoded} encoded, {counts.failed} failed: {folder}"
+            )
     return 0
 
 

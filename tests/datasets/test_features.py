@@ -54,6 +54,32 @@ def test_reads_what_was_written(tmp_path: Path, dtype: str) -> None:
     assert found(pickle.loads(pickle.dumps(store))) == [0, 1, 3]  # a loader's worker
 
 
+def test_a_byte_for_a_number(tmp_path: Path) -> None:
+    """With a scale for each channel: one that is large in all does not blur the others."""
+    torch.manual_seed(0)
+    sizes = torch.tensor([1e-3, 1.0, 30.0, 0.0])
+    values = torch.randn(5, 3, 4) * sizes
+    store = FeatureStore(tmp_path, SHAPE, "int8")
+    for key, value in zip(KEYS, values, strict=False):
+        assert store.holds(value)
+        store.add(key, value)
+    store.flush()
+    store = FeatureStore(tmp_path, SHAPE, "int8")
+    (shard,) = store.folder.glob("*.safetensors")
+    assert shard.stat().st_size < 5 * store.nbytes + 400
+    for key, value in zip(KEYS, values, strict=False):
+        got = store.get(key)
+        assert got is not None and got.dtype == torch.float32
+        step = value.abs().amax(0) / 127
+        assert ((got - value).abs() <= step / 2 + 1e-7 * step).all()
+        assert (got[value.abs().argmax(0), range(4)]).allclose(
+            value[value.abs().argmax(0), range(4)]
+        )
+    assert not store.holds(torch.tensor([[float("nan")] * 4] * 3))
+    assert not FeatureStore(tmp_path, SHAPE, "fp16").holds(torch.full(SHAPE, 1e6))
+    assert store.holds(torch.full(SHAPE, 1e6))
+
+
 def test_other_shapes_and_types_are_apart(tmp_path: Path) -> None:
     fill(tmp_path, [0])
     assert not any(key in FeatureStore(tmp_path, (4, 3), "fp32") for key in KEYS)

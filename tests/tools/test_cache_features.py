@@ -29,6 +29,7 @@ from lavis.datasets.feature_cache import Counts
 from lavis.models.build import Assembly
 from lavis.models.vision.eva_qformer import EvaQFormer
 from lavis.tasks.data import RunData
+from lavis.tools import cache_features
 from tests.conftest import REPO, TOY
 from tests.runners.worker import PROJECT, options
 from tests.tools import features_worker
@@ -387,6 +388,28 @@ def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LavisError, match=r"run\.feature_cache\.dir"):
         build_task(data, cached(tmp_path / "file" / "f"))
+
+
+def test_a_disk_without_room(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused before the encoder is loaded; what it would take is said, and can be asked."""
+    caplog.set_level("INFO")
+    needed = COUNT * (9 * 128 * 4 + 40)
+    free = [needed - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, free[0]))
+    with monkeypatch.context() as patched:
+        no_encoding(patched)
+        with pytest.raises(ConfigError, match=rf"{COUNT} views of images take .*fewer views"):
+            fill(data, cached(tmp_path / "f"))
+        free[0] = needed
+        argv = ["cache_features", "--cfg-path", str(PROJECT), "--estimate", "--splits", "train"]
+        argv += ["--options", *options(data), cached(tmp_path / "f")]
+        patched.setattr("sys.argv", argv)
+        assert cache_features.main() == 0
+    assert f"0 of {COUNT} views are there; the others take {needed / 1e9:.2f} GB" in caplog.text
+    assert not (tmp_path / "f").exists()
+    assert fill(data, cached(tmp_path / "f")) == Counts(0, COUNT, 0)
 
 
 def test_the_folder(tmp_path: Path) -> None:
