@@ -18,7 +18,7 @@ from lavis.common.registry import (
     Registry,
     did_you_mean,
 )
-from lavis.common.schema import ModelConfig, PartConfig, RunConfig
+from lavis.common.schema import ImageTransform, ModelConfig, PartConfig, RunConfig
 from lavis.common.typed import require_range
 from lavis.models.vision.config import EvaQFormerConfig, Key, VisionConfig
 from lavis.models.weights.shards import check_download, find_shards, llm_files
@@ -251,10 +251,9 @@ class PartsConfig(ModelConfig):
         """What the user calls a setting of a part."""
         return f"model.{part}.{name}"
 
-    @property
-    def image_size(self) -> int:
-        """Pixels of a side that the vision encoder reads."""
-        return self.parts[0].image_size
+    def transform(self, cache_root: str) -> ImageTransform:
+        """How the vision encoder takes its images."""
+        return self.parts[0].transform(cache_root, partial(self.key, "vision"))
 
     @property
     def trained_vision(self) -> tuple[str, ...]:
