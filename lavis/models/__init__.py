@@ -8,8 +8,11 @@ from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, MODELS, VISION_EN
 from lavis.models.config import (
     HfConfig,
     LinearConfig,
+    MergeConfig,
     MlpConfig,
+    PoolConfig,
     Qwen1Config,
+    ResamplerConfig,
     VlmConfig,
 )
 from lavis.models.legacy import MiniGPT4QwenConfig
@@ -36,6 +39,9 @@ VISION_ENCODERS.register("timm", "lavis.models.vision.timm_tower:TimmVision", co
 VISION_ENCODERS.register("fused", "lavis.models.vision.fused:FusedTowers", config=FusedConfig)
 CONNECTORS.register("linear", "lavis.models.connectors:Linear", config=LinearConfig)
 CONNECTORS.register("mlp", "lavis.models.connectors:Mlp", config=MlpConfig)
+CONNECTORS.register("merge", "lavis.models.connectors:Merge", config=MergeConfig)
+CONNECTORS.register("pool", "lavis.models.connectors:Pool", config=PoolConfig)
+CONNECTORS.register("resampler", "lavis.models.connectors:Resampler", config=ResamplerConfig)
 LANGUAGE_MODELS.register("hf", "lavis.models.language.parts:Hf", config=HfConfig)
 LANGUAGE_MODELS.register("qwen1", "lavis.models.language.parts:Qwen1", config=Qwen1Config)
 

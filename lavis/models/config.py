@@ -112,6 +112,33 @@ class MlpConfig(ConnectorConfig):
 
 
 @dataclass(frozen=True)
+class MergeConfig(MlpConfig):
+    """``connector: {name: merge}``: squares of features concatenated, then an MLP."""
+
+    size: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self, 2, "size")
+
+
+@dataclass(frozen=True)
+class PoolConfig(MergeConfig):
+    """``connector: {name: pool}``: means of squares of features, then an MLP."""
+
+
+@dataclass(frozen=True)
+class ResamplerConfig(ConnectorConfig):
+    """``connector: {name: resampler}``: learned queries attend to the features."""
+
+    queries: int = 64
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, "queries", "depth")
+
+
+@dataclass(frozen=True)
 class LanguageConfig(PartConfig):
     """What every language model's block may hold."""
 

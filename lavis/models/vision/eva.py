@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,12 +102,12 @@ def fill_constants(model: nn.Module, device: torch.device) -> None:
         buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if b.is_meta]
         for name, buffer in buffers:
             setattr(module, name, torch.empty_like(buffer, device=device))
-        if buffers and (init := getattr(module, "init_non_persistent_buffers", None)) is None:
-            raise WeightsError(
-                f"{type(module).__name__} of timm does not say how to compute {name}"
-            )
-        if buffers:
-            init()
+        if not buffers:
+            continue
+        init: Any = getattr(module, "init_non_persistent_buffers", None)
+        if init is None:
+            raise WeightsError(f"{type(module).__name__} does not say how to compute its {name}")
+        init()
 
 
 def interpolate_pos_embed(pos_embed: Tensor, num_positions: int) -> Tensor:

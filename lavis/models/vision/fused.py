@@ -83,9 +83,7 @@ class FusedTowers(Tower):
             with at(key("name").removesuffix(".name")):
                 shapes.append(VISION_ENCODERS.get(tower.name).shape(tower, cache_root))
         if len({tokens for tokens, _ in shapes}) > 1:
-            numbers = ", ".join(
-                f"{t.name} {n}" for t, (n, _) in zip(config.towers, shapes, strict=True)
-            )
+            numbers = ", ".join(str(tokens) for tokens, _ in shapes)
             raise ConfigError(
                 f"model.vision.towers give different numbers of features ({numbers}), which cannot "
                 "be put side by side; choose image_size, patch size and class_token to match"

@@ -40,7 +40,7 @@ FAMILIES = {
 }
 """What Transformers' classes do not say of themselves, by ``model_type``."""
 
-_TEXT = re.compile(r"text_model\.|(logit_|visual_projection|text_projection|\w+_head\.)|logit")
+_TEXT = re.compile(r"text_model\.|(visual|text)_projection\.|logit_(scale|bias)$")
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 

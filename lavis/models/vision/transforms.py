@@ -54,9 +54,9 @@ def of_folder(folder: Path, image_size: int | None, key: str) -> ImageTransform:
     if stock.resample not in _RESAMPLE:
         raise ConfigError(f"{found[0]}: resample {stock.resample} is none of {_RESAMPLE}")
     crop = stock.crop_size if getattr(stock, "do_center_crop", None) else None
-    mean, std = (
-        (stock.image_mean, stock.image_std) if stock.do_normalize else ((0.0,) * 3, (1.0,) * 3)
-    )
+    mean, std = stock.image_mean, stock.image_std
+    if not stock.do_normalize:
+        mean, std = (0.0,) * 3, (1.0,) * 3
     return ImageTransform(
         image_size or _side(dict(crop or stock.size), found[0]),
         tuple(map(float, mean)),
@@ -68,9 +68,7 @@ def of_folder(folder: Path, image_size: int | None, key: str) -> ImageTransform:
 def _side(size: Mapping[str, int | None], file: Path) -> int:
     sides = {v for k, v in size.items() if v and k in ("height", "width", "shortest_edge")}
     if len(sides) != 1:
-        raise ConfigError(
-            f"{file}: images are no squares of one size ({dict(size)}): set image_size"
-        )
+        raise ConfigError(f"{file}: no squares of one size ({dict(size)}): set image_size")
     return int(sides.pop())
 
 
