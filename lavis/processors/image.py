@@ -7,7 +7,6 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from lavis.common.errors import ConfigError
 from lavis.common.images import to_rgb
 from lavis.processors.config import CLIP_MEAN, CLIP_STD, ImageEvalConfig, ImageTrainConfig
 
@@ -17,12 +16,13 @@ class ImageProcessor:
 
     random = True
     """Whether two calls on an image may differ."""
+    image_size = 384
+    """Without a vision encoder that says otherwise, as in the original."""
 
     def __init__(self, config: ImageEvalConfig) -> None:
-        if config.image_size is None:
-            raise ConfigError(f"{config.name}: image_size is missing")
         self.config = config
-        size, mode = config.image_size, InterpolationMode(config.interpolation or "bicubic")
+        size = config.image_size or self.image_size
+        mode = InterpolationMode(config.interpolation or "bicubic")
         self.transform = transforms.Compose(
             [
                 *self.steps(size, mode),
@@ -53,6 +53,7 @@ class Blip2ImageTrain(ImageProcessor):
     """Random resized crop and horizontal flip, drawn from PyTorch's generator."""
 
     config: ImageTrainConfig
+    image_size = 364
 
     def steps(self, size: int, mode: InterpolationMode) -> list[object]:
         scale = self.config.min_scale, self.config.max_scale

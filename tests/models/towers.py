@@ -76,7 +76,7 @@ def stock_features(name: str, pixels: Tensor, layer: int | None = None) -> Tenso
     model = new_model(name)
     if name in TIMM:
         features = model.forward_features(pixels)
-        if layer is not None:
+        if layer not in (None, -1):
             at = [len(model.feature_info) + layer]
             features = model.forward_intermediates(pixels, indices=at, intermediates_only=True)[0]
         if features.ndim == 4:  # a grid
