@@ -7,118 +7,68 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from examples.toybox.world.__main__ import write_split
 from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.common.images import open_image
-from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, PROCESSORS, TASKS, VISION_ENCODERS
+from lavis.common.registry import LANGUAGE_MODELS, PROCESSORS
 from lavis.common.schema import ModelConfig
 from lavis.common.typed import parse
 from lavis.common.types import Batch, Sample
 from lavis.datasets.collate import collate
 from lavis.models import load_model_and_preprocess
 from lavis.models.build import Assembly
-from lavis.models.config import HfConfig, MergeConfig, PoolConfig
-from lavis.models.connectors import squares
+from lavis.models.config import HfConfig
 from lavis.models.language.parts import Hf
-from lavis.models.vision.config import VisionConfig
 from lavis.models.vlm import VLM
 from lavis.models.weights.agreement import check_settings
 from lavis.models.weights.trained import trainable_state
 from lavis.processors.conversation import Turn
 from tests.conftest import REPO
-from tests.models import towers
 from tests.models.towers import (
+    CONNECTORS_OF,
     FOLDERS,
+    GRIDS,
     IMAGENET,
     LEADING,
+    SHRINK,
+    SPOKEN,
     TIMM,
+    TOWERS,
+    encoder_of,
+    fill,
+    model_of,
     new_model,
+    options,
+    pictures,
     stock_features,
     yaml_of,
-)
-from tests.test_parts import LANGUAGES, loss, model_yaml, prepare, save_language, state
-
-TOWERS = (*FOLDERS, *TIMM, "siglip+dinov2", "eva_qformer")
-SPOKEN = ("llama", "qwen3")
-CPU = torch.device("cpu")
-GRIDS = {"test_vit": 10, "test_convnext": 5, "eva_qformer": 3}  # features of a side; others 4
-SHRINK = {4: 2, 10: 2, 5: 5, 3: 3}
-CONNECTORS_OF = ("linear", "mlp", "deep", "merge", "pool", "resampler")
+)  # fmt: skip
+from tests.test_parts import loss, prepare, state
 
 
-def connector(name: str, side: int) -> dict[str, Any]:
-    """Its block in a YAML file, for a grid of ``side`` x ``side`` features."""
-    keys: dict[str, dict[str, Any]] = {
-        "deep": {"name": "mlp", "depth": 3}, "merge": {"size": SHRINK[side]},
-        "pool": {"size": SHRINK[side], "depth": 1}, "resampler": {"queries": 7, "depth": 1},
-    }  # fmt: skip
-    return {"name": name} | keys.get(name, {})
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Vision encoders, language models, pictures, and ``run.yaml`` that names no model."""
+    folder = tmp_path_factory.mktemp("towers")
+    fill(folder)
+    return folder
 
 
 def positions(name: str, side: int) -> int:
     """What an image takes in the text."""
     shrunk = {"merge": (side // SHRINK[side]) ** 2, "pool": (side // SHRINK[side]) ** 2}
     return (shrunk | {"resampler": 7}).get(name, side**2)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Vision encoders, language models, pictures, and ``run.yaml``."""
-    home = tmp_path_factory.mktemp("towers")
-    for name in (*FOLDERS, *TIMM):
-        towers.save(name, home)
-    for name in SPOKEN:
-        template, options = LANGUAGES[name]
-        save_language(home / name, name, template, **options)
-    write_split(home, "train", 6, 0, languages=("en",))
-    info = {
-        "annotations": {"train": {"storage": str(home / "train.json")}},
-        "images": {"storage": str(home / "image")},
-    }
-    processor = {"name": "blip_image_eval"}
-    content: dict[str, Any] = {
-        "env": {"cache_root": str(REPO)},
-        "preprocess": {"vis_processor": {"train": processor, "eval": processor}},
-        "datasets": {"toybox": {"builder": "instruction", "build_info": info}},
-        "run": {
-            "batch_size_train": 3, "init_lr": 1e-3, "max_epoch": 2, "device": "cpu", "log_freq": 1,
-            "lr_sched": "constant_lr", "output_dir": str(home / "out"), "save_every_steps": 1,
-        },
-    }  # fmt: skip
-    (home / "run.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    return home
-
-
-def model_of(home: Path, tower: str, connects: str = "linear", spoken: str = "llama") -> Any:
-    """The section ``model`` of a YAML file."""
-    vision = model_yaml(home)["model"]["vision"]
-    return {
-        "arch": "vlm",
-        "vision": vision if tower == "eva_qformer" else yaml_of(tower, home),
-        "connector": connector(connects, GRIDS.get(tower, 4)),
-        "language": {"name": "hf", "path": str(home / spoken)},
-        "label_mask": "assistant_only",
-    }
-
-
-def options(home: Path, *names: str) -> list[str]:
-    """The same for ``run.yaml``, which names no model."""
-    return [f"model={json.dumps(model_of(home, *names))}"]
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +100,6 @@ def build(model: dict[str, Any], *, vision: bool = True) -> VLM:
     config: Any = parse(ModelConfig, model, "model", str)
     torch.manual_seed(5)
     return Assembly.from_config(config, cache_root=str(REPO), vision=vision)
-
-
-def pictures(size: int, count: int = 2) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
 def batch(model: VLM, pixels: Tensor | None, features: Tensor | None = None) -> Batch:
@@ -217,15 +163,6 @@ def test_every_combination(home: Path, tmp_path: Path, tower: str, connects: str
 
 
 # --- features and images --------------------------------------------------------------------
-
-
-def encoder_of(block: dict[str, Any]) -> Any:
-    """A vision encoder of its YAML block, by itself."""
-    config: Any = parse(VisionConfig, block, "model.vision", str)
-    kind = VISION_ENCODERS.get(config.name)
-    encoder = kind(config, "", CPU)
-    assert kind.shape(config, "") == (encoder.tokens, encoder.width)
-    return encoder.requires_grad_(False).eval()
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -402,164 +339,3 @@ def test_chat_is_what_a_cold_start_gives(home: Path, names: tuple[str, str, str]
         assert answer.ids
         settings = answer._settings.generation()
         assert answer.ids == model.generate_ids([answer.prompt], pixels, **settings)[0]
-
-
-# --- mistakes -------------------------------------------------------------------------------
-
-
-def refusal(home: Path, block: dict[str, Any], *given: str, **model: Any) -> str:
-    """What a user is told before weights are read, of a vision encoder's block."""
-    content = model_of(home, "siglip") | {"vision": block} | model
-    config = load_config(home / "run.yaml", [f"model={json.dumps(content)}", *given])
-    with pytest.raises(LavisError) as caught:
-        TASKS.get(config.run.task)(config).check_paths()
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("tower", "keys", "message"),
-    [
-        ("nowhere", {}, "model.vision.path: no folder"),
-        ("llama", {}, "holds llama, no vision encoder that is known here (siglip_vision_model, "),
-        ("siglip", {"layer": 4}, "model.vision.layer: .* has 3 blocks, of which 4 is none"),
-        ("siglip", {"layer": -4}, "model.vision.layer: .* has 3 blocks, of which -4 is none"),
-        ("siglip", {"class_token": "keep"}, "model.vision.class_token: keep: siglip_vision_model"),
-        ("aimv2_vision_model", {"image_size": 42}, "model.vision.image_size: .* reads 28 pixels"),
-        ("test_vit", {"image_size": 64}, "model.vision.image_size is 64, but test_vit reads 160"),
-        ("test_vit", {"model": "test_vitt"}, "model.vision.model: timm .*; did you mean 'test_vi"),
-        ("test_vit", {"model": "test_resnet"}, "model.vision.model: test_resnet gives no features"),
-        ("test_vit", {"path": "x.pth"}, "model.vision.path: x.pth is no .safetensors file"),
-    ],
-)
-def test_what_cannot_be(home: Path, tower: str, keys: dict[str, Any], message: str) -> None:
-    pattern = re.escape(message).replace(r"\.\*", ".*")
-    assert re.search(pattern, refusal(home, yaml_of(tower, home) | keys))
-
-
-def test_towers_that_do_not_fit(home: Path) -> None:
-    block = yaml_of("siglip+dinov2", home)
-    first, second = block["towers"]
-
-    def told(**keys: Any) -> str:
-        return refusal(home, {"name": "fused", "towers": [first, second | keys]})
-
-    assert "model.vision.towers read images of 28 and 42 pixels" in told(image_size=42)
-    assert "numbers of features (16, 17)" in told(class_token="keep")
-    assert "model.vision.towers[1]: model.vision.layer: " in told(layer=9)
-    assert "model.vision.towers[1].path: no folder" in told(path="nowhere")
-    for wrong, message in (
-        ({"towers": [first]}, "model.vision.towers must name two encoders or more, not 1"),
-        ({"image_size": 28}, "model.vision.image_size is each tower's"),
-        ({"towers": [first, second | {"precision": "bf16"}]}, "compute in the same precision"),
-    ):
-        with pytest.raises(ConfigError, match=re.escape(message)):
-            parse(ModelConfig, model_of(home, "siglip") | {"vision": block | wrong}, "model", str)
-
-
-def test_a_connector_that_needs_a_grid(home: Path) -> None:
-    tokens, keep = CONNECTORS.get("merge").tokens, {"class_token": "keep"}
-    told = refusal(home, yaml_of("clip", home) | keep, connector={"name": "pool"})
-    assert "model.connector.name: pool needs a square grid, and the vision encoder gives 17" in told
-    told = refusal(home, yaml_of("siglip", home), connector={"name": "merge", "size": 3})
-    assert "model.connector.size is 3, which does not divide the grid of 4 x 4" in told
-    assert told.endswith("take one of 2, 4")
-    assert tokens(MergeConfig("merge", size=3), 81) == 9
-
-
-def test_squares_are_neighbours() -> None:
-    """Row by row, and so within each square."""
-    grid = torch.arange(16).view(1, 16, 1)
-    wanted = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
-    assert squares(grid, 2)[0, :, :, 0].tolist() == wanted
-    pool = CONNECTORS.get("pool")(PoolConfig("pool", depth=1), 1, 1)
-    torch.nn.init.ones_(pool[0].weight)
-    torch.nn.init.zeros_(pool[0].bias)
-    assert pool(grid.float())[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
-
-
-def test_files_that_do_not_fit(home: Path, tmp_path: Path) -> None:
-    def changed(name: str, change: Callable[[dict[str, Tensor]], None]) -> str:
-        folder = tmp_path / name
-        shutil.copytree(home / "siglip", folder)
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        with pytest.raises(WeightsError) as caught:
-            encoder_of(yaml_of("siglip", tmp_path) | {"path": str(folder)})
-        return str(caught.value)
-
-    layer = "vision_model.encoder.layers.1.mlp.fc1.bias"
-    extra = {"vision_model.encoder.extra.weight": torch.ones(2)}
-    assert "1 missing: encoder.layers.1.mlp.fc1.bias" in changed("a", lambda w: w.pop(layer))  # type: ignore[arg-type]
-    assert "1 not part of the model" in changed("b", lambda w: w.update(extra))
-    assert "does not fit" in changed("c", lambda w: w.update({layer: torch.ones(3)}))
-    file = tmp_path / "test_vit.safetensors"
-    weights = load_file(home / file.name)
-    weights.pop("blocks.0.attn.qkv.weight")
-    save_file(weights, file)
-    with pytest.raises(WeightsError, match=r"1 missing: blocks\.0\.attn\.qkv\.weight"):
-        encoder_of(yaml_of("test_vit", tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rescale_factor": 1.0}, "pixels must be rescaled by 1/255"),
-        ({"size": {"height": 28, "width": 32}}, "no squares of one size"),
-        ({"resample": 5}, "resample"),
-        (None, "has no preprocessor_config.json"),
-    ],
-)
-def test_an_image_processor_that_is_none(
-    home: Path, tmp_path: Path, change: dict[str, Any] | None, message: str
-) -> None:
-    folder = tmp_path / "siglip"
-    shutil.copytree(home / "siglip", folder)
-    file = folder / "preprocessor_config.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    file.unlink()
-    if change is not None:
-        file.write_text(json.dumps(content | change), encoding="utf-8")
-    told = refusal(home, yaml_of("siglip", tmp_path))
-    assert message in told and str(folder) in told
-
-
-def test_images_of_another_kind(home: Path) -> None:
-    block, key = yaml_of("siglip", home), "preprocess.vis_processor.train"
-    told = refusal(home, block, f"{key}.image_size=64")
-    assert f"{key}.image_size is 64, but model.vision.image_size is 28; they must be equal" in told
-    told = refusal(home, block, f"{key}.mean=[0.1, 0.2, 0.3]")
-    assert (
-        f"{key}.mean is [0.1, 0.2, 0.3], but the vision encoder's mean is [0.5, 0.5, 0.5]" in told
-    )
-    told = refusal(home, block, f"{key}.interpolation=bicubic")
-    assert "but the vision encoder's interpolation is bilinear; remove the key" in told
-    config = load_config(home / "run.yaml", options(home, "siglip"))
-    (part,) = TASKS.get(config.run.task)(config).build_split("train", train=True)
-    chosen = part.vis_processor.config
-    assert (chosen.image_size, chosen.mean, chosen.interpolation) == (28, (0.5,) * 3, "bilinear")
-
-
-def test_short_weights_do_not_learn(home: Path) -> None:
-    for precision in ("fp16", "bf16"):
-        for tower in ("siglip", "siglip+dinov2"):
-            model = model_of(home, tower) | {"train": {"vision": 1e-4}}
-            model["vision"] = yaml_of(tower, home, precision=precision)
-            with pytest.raises(ConfigError, match=r"train\.vision needs vision\.precision: fp32"):
-                parse(ModelConfig, model, "model", str)
-
-
-def test_features_are_kept_apart_by_what_makes_them(home: Path) -> None:
-    blocks = [yaml_of("siglip", home), yaml_of("clip", home), yaml_of("siglip+dinov2", home)]
-    blocks += [
-        yaml_of("siglip", home, **k)
-        for k in ({"layer": 2}, {"image_size": 42}, {"precision": "bf16"})
-    ]
-    blocks += [yaml_of("clip", home, class_token="keep"), yaml_of("test_vit", home)]
-    blocks += [yaml_of("test_vit", home, layer=-2), yaml_of("siglip+dinov2", home, layer=2)]
-    prints = []
-    for block in blocks:
-        config: Any = parse(VisionConfig, block, "vision", str)
-        prints.append(VISION_ENCODERS.get(config.name).fingerprint(config, "", CPU))
-        assert VISION_ENCODERS.get(config.name).fingerprint(config, "", CPU) == prints[-1]
-    assert len(set(prints)) == len(prints)

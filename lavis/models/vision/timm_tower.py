@@ -38,7 +38,7 @@ def outline(config: TimmConfig, cache_root: str) -> tuple[Any, int]:
     size = config.transform(cache_root, lambda name: f"model.vision.{name}").image_size
     with torch.device("meta"):
         model: Any = timm.create_model(config.model, pretrained=False)
-    if not hasattr(model, "prune_intermediate_layers"):
+    if not hasattr(model, "prune_intermediate_layers") or _blocks(model) is None:
         raise ConfigError(
             f"model.vision.model: {config.model} gives no features of its blocks; take another"
         )
@@ -87,7 +87,7 @@ class TimmVision(Tower):
             SAME_NAMES,
             device=place,
             dtype=dtype,
-            extra_dropped=partial(_is_past, len(list(_blocks(model)))),
+            extra_dropped=partial(_is_past, len(_blocks(model))),
         )
         fill_constants(model, place)
         self.visual_encoder = model.to(dtype)
@@ -99,7 +99,7 @@ class TimmVision(Tower):
 
     def blocks(self) -> Iterable[nn.Module]:
         """Its transformer blocks or stages, in order."""
-        return _blocks(self.visual_encoder)
+        return list(_blocks(self.visual_encoder))
 
     def flops(self, cost: Callable[[nn.Module], float]) -> float:
         """Floating-point operations of an image, as if all of it ran on the features' grid."""
@@ -118,7 +118,7 @@ class TimmVision(Tower):
         model, size = outline(config, cache_root)
         parts = [
             file_digest(cache_path(config.path, cache_root)), config.model, size,
-            len(list(_blocks(model))), config.class_token,
+            len(_blocks(model)), config.class_token,
             str(compute_dtype(config.precision, device)),
         ]  # fmt: skip
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).hexdigest()
@@ -133,9 +133,10 @@ def _features(config: TimmConfig, model: Any, pixels: Tensor) -> Tensor:
     return pick_tokens(features, leading, keep=config.keeps_class)
 
 
-def _blocks(model: nn.Module) -> Iterable[nn.Module]:
+def _blocks(model: nn.Module) -> Any:
+    """Its transformer blocks or stages, in order, if it has any."""
     named = (getattr(model, name, None) for name in ("blocks", "stages", "layers"))
-    return next(part for part in named if part is not None)
+    return next((part for part in named if part is not None), None)
 
 
 def _is_past(kept: int, name: str) -> bool:
