@@ -318,6 +318,37 @@ def test_another_folder_or_precision_is_pointed_out(
         assert f"model.vision.towers.{key} was" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("project", "tower"), [("qwen3_siglip2", "siglip"), ("llama_clip_mlp", "clip")]
+)
+def test_the_two_stages_of_a_project(home: Path, tmp_path: Path, project: str, tower: str) -> None:
+    """The shipped files, with small weights in place of the real ones."""
+    pytest.importorskip("peft")
+    said = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}
+    picture = min((home / "image").rglob("*.png"))
+    records = [{"id": str(i), "image": picture.name, "conversations": said} for i in range(8)]
+    (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    small = [
+        f"model.vision.path={home / tower}", f"model.language.path={home / project.split('_')[0]}",
+        "model.language.precision=fp32", "run.device=cpu", "run.amp=false", "run.num_workers=0",
+        "run.warmup_ratio=0", f"run.output_dir={tmp_path}",
+    ]  # fmt: skip
+    small += ["model.connector.size=2"] if tower == "siglip" else []
+    saved: Path | None = None
+    for stage, name in (("align", "llava_pretrain_558k"), ("instruct", "llava_instruct_150k")):
+        info = f"datasets.{name}.build_info"
+        given = [*small, f"{info}.annotations.train.storage={tmp_path / 'data.json'}"]
+        given += [f"{info}.images.storage={picture.parent}"]
+        given += [] if saved is None else [f"model.finetuned={saved}"]
+        file = REPO / "lavis" / "projects" / project / f"{stage}.yaml"
+        runner = prepare(home, *given, file=file, job=stage)
+        before = loss(runner)
+        saved = runner.train()
+        assert loss(runner) < before
+    assert saved is not None
+    assert any("lora_" in name for name in state(saved))
+
+
 @pytest.mark.parametrize("names", [("clip", "pool", "qwen3"), ("siglip+dinov2", "mlp", "llama")])
 def test_chat_is_what_a_cold_start_gives(home: Path, names: tuple[str, str, str]) -> None:
     """The engine keeps images, keys and values; `generate` computes the whole prompt anew."""
