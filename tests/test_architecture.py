@@ -15,13 +15,22 @@ from lavis.models.config import (
     HfConfig,
     LinearConfig,
     LoraConfig,
-    MlpConfig,
+    MergeConfig,
     PartTraining,
     Qwen1Config,
+    ResamplerConfig,
     VlmConfig,
 )
 from lavis.models.legacy import MiniGPT4QwenConfig
-from lavis.models.vision.config import EvaQFormerConfig, QFormerConfig, ViTConfig
+from lavis.models.vision.config import (
+    EvaQFormerConfig,
+    FusedConfig,
+    HfVisionConfig,
+    QFormerConfig,
+    TimmConfig,
+    ViTConfig,
+)
+from lavis.processors.config import ImageTrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "lavis").rglob("*.py"))
@@ -80,8 +89,8 @@ def test_pictures_are_read_in_one_place(path: Path) -> None:
     "config",
     [
         MiniGPT4QwenConfig, VlmConfig, EvaQFormerConfig, ViTConfig, QFormerConfig, LinearConfig,
-        MlpConfig, HfConfig, Qwen1Config, PartTraining, LoraConfig, RunConfig, DatasetConfig,
-        BuildInfo,
+        MergeConfig, ResamplerConfig, HfConfig, Qwen1Config, PartTraining, LoraConfig, RunConfig,
+        DatasetConfig, BuildInfo, HfVisionConfig, TimmConfig, FusedConfig, ImageTrainConfig,
     ],
 )  # fmt: skip
 def test_every_key_is_documented(config: type) -> None:

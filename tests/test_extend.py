@@ -48,8 +48,8 @@ def test_template_is_that_of_chatml(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_connector_gives_as_many_tokens_as_it_says(tmp_path: Path, monkeypatch: Any) -> None:
     write_page(tmp_path, monkeypatch)
-    __import__("extend_page.pool")
-    kind = CONNECTORS.get("pool")
-    config = CONNECTORS.config("pool")("pool", of=4)
+    __import__("extend_page.mean")
+    kind = CONNECTORS.get("mean")
+    config = CONNECTORS.config("mean")("mean", of=4)
     assert kind.tokens(config, 32) == 8
     assert kind(config, 6, 10)(torch.ones(2, 32, 6)).shape == (2, 8, 10)

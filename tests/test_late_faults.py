@@ -145,7 +145,7 @@ EVALUATED = [
         "preprocess.vis_processor.eval.image_size is 70, but model.image_size is 84; they must be",
     ),
     (
-        "datasets.toybox.vis_processor.eval={name: blip_image_eval}",
+        "datasets.toybox.vis_processor.eval={name: blip_image_eval, image_size: 384}",
         "datasets.toybox.vis_processor.eval.image_size is 384, but model.image_size is 84; they ",
     ),
 ]

@@ -124,9 +124,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def prepare(home: Path, *options: str, job: str = "job") -> Any:
+def prepare(home: Path, *options: str, job: str = "job", file: Path | None = None) -> Any:
     """What ``train.py`` does before training."""
-    config = load_config(home / "run.yaml", options)
+    config = load_config(file or home / "run.yaml", options)
     task = TASKS.get(config.run.task)(config)
     task.check_paths()
     dataset = task.build_datasets()

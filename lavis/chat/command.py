@@ -122,9 +122,8 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
         llm_device_map=args.llm_device_map,
     )
     processor = found.config.preprocess.vis_processor.eval
-    if processor is None:
+    if found.config.fit("preprocess.vis_processor.eval", processor) is None:
         raise DataError("the configuration's preprocess.vis_processor has no `eval`")
-    found.config.check_image_size("preprocess.vis_processor.eval", processor)
     found.require_room(args.max_new_tokens, "--max-new-tokens")
     model = found.config.model
     spread = isinstance(model, PartsConfig) and model.parts[2].device_map == "auto"

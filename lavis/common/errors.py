@@ -41,6 +41,11 @@ def in_lines(items: Sequence[str], most: int = 10) -> str:
     return listed(["", *items], "\n  ", most + 1)
 
 
+def first_line(error: Exception) -> str:
+    """An error of a library, in a line."""
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:300]
+
+
 @contextmanager
 def at(place: str) -> Iterator[None]:
     """Put a place in front of the message of a :class:`ConfigError` from inside."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +21,16 @@ from lavis.common.registry import (
     Registry,
 )
 from lavis.common.typed import Where, convert, only, require_range
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """How a vision encoder takes its images; ``None`` is left to the image processor."""
+
+    image_size: int  # pixels of a side
+    mean: tuple[float, ...] | None = None  # of R, G, B in [0, 1]
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,15 @@ class ModelConfig:
     def key(self, part: str, name: str) -> str:
         """What the user calls a setting of a part, ``vision``, ``connector`` or ``language``."""
         return f"model.{name}"
+
+    def transform(self, cache_root: str) -> ImageTransform | None:
+        """How the model takes its images, if it says so; reads small files alone.
+
+        Raises:
+            WeightsError, ConfigError: they are missing, or say nothing of use.
+        """
+        size = getattr(self, "image_size", None)
+        return None if size is None else ImageTransform(size)
 
     def check_files(self, cache_root: str) -> None:
         """Check that every file the model is built from exists, before any weight is read.
@@ -327,15 +346,28 @@ class Config:
         ratios = self.run.train_dataset_ratios
         return None if ratios is None else tuple(ratios[name] for name in self.datasets)
 
-    def check_image_size(self, path: str, processor: ProcessorConfig | None) -> None:
-        """Refuse the processor at a dotted path if the model does not take its images."""
-        wanted = getattr(self.model, "image_size", None)
-        size = getattr(processor, "image_size", wanted)
-        if size != wanted:
+    def fit(self, path: str, processor: ProcessorConfig | None) -> ProcessorConfig | None:
+        """The image processor at a dotted path, fit for the model's vision encoder.
+
+        Raises:
+            ConfigError: it makes images that the model does not take.
+        """
+        transform = self.model.transform(self.env.cache_root)
+        if processor is None or transform is None:
+            return processor
+        wanted = {k: v for k, v in asdict(transform).items() if v is not None}
+        wanted = {k: v for k, v in wanted.items() if hasattr(processor, k)}
+        for key, value in wanted.items():
+            if (given := getattr(processor, key)) in (None, value):
+                continue
+            theirs, way = f"the vision encoder's {key}", "remove the key"
+            if key == "image_size":
+                theirs, way = self.model.key("vision", key), "they must be equal"
+            given, value = (list(v) if isinstance(v, tuple) else v for v in (given, value))
             raise ConfigError(
-                f"{self.source}: {path}.image_size is {size}, but "
-                f"{self.model.key('vision', 'image_size')} is {wanted}; they must be equal"
+                f"{self.source}: {path}.{key} is {given}, but {theirs} is {value}; {way}"
             )
+        return replace(processor, **wanted)
 
     def __post_init__(self) -> None:
         ratios = self.run.train_dataset_ratios

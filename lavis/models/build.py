@@ -76,6 +76,7 @@ class Assembly:
             encoder,
             key_map=full_model(described.keys),
             features=features,
+            image_size=config.transform(cache_root).image_size,
         )
         model.set_trainable()
         if config.lora is not None:

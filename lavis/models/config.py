@@ -18,7 +18,7 @@ from lavis.common.registry import (
     Registry,
     did_you_mean,
 )
-from lavis.common.schema import ModelConfig, PartConfig, RunConfig
+from lavis.common.schema import ImageTransform, ModelConfig, PartConfig, RunConfig
 from lavis.common.typed import require_range
 from lavis.models.vision.config import EvaQFormerConfig, Key, VisionConfig
 from lavis.models.weights.shards import check_download, find_shards, llm_files
@@ -109,6 +109,33 @@ class MlpConfig(ConnectorConfig):
 
     def __post_init__(self) -> None:
         require_range(self, 1, "depth")
+
+
+@dataclass(frozen=True)
+class MergeConfig(MlpConfig):
+    """``connector: {name: merge}``: squares of features concatenated, then an MLP."""
+
+    size: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self, 2, "size")
+
+
+@dataclass(frozen=True)
+class PoolConfig(MergeConfig):
+    """``connector: {name: pool}``: means of squares of features, then an MLP."""
+
+
+@dataclass(frozen=True)
+class ResamplerConfig(ConnectorConfig):
+    """``connector: {name: resampler}``: learned queries attend to the features."""
+
+    queries: int = 64
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, "queries", "depth")
 
 
 @dataclass(frozen=True)
@@ -251,10 +278,9 @@ class PartsConfig(ModelConfig):
         """What the user calls a setting of a part."""
         return f"model.{part}.{name}"
 
-    @property
-    def image_size(self) -> int:
-        """Pixels of a side that the vision encoder reads."""
-        return self.parts[0].image_size
+    def transform(self, cache_root: str) -> ImageTransform:
+        """How the vision encoder takes its images."""
+        return self.parts[0].transform(cache_root, partial(self.key, "vision"))
 
     @property
     def trained_vision(self) -> tuple[str, ...]:

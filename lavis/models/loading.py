@@ -12,7 +12,7 @@ from lavis.common.errors import WeightsError
 from lavis.common.packages import check_packages
 from lavis.common.paths import REPOSITORY, TOYBOX, require_checkpoint
 from lavis.common.registry import MODELS, PROCESSORS
-from lavis.common.schema import Config, SplitProcessors
+from lavis.common.schema import Config
 
 if TYPE_CHECKING:
     import torch
@@ -127,11 +127,11 @@ class FoundModel:
         model = MODELS.get(config.model.arch).from_config(
             config.model, cache_root=config.env.cache_root, device=target
         )
-        vis_processors = _processors(config.preprocess.vis_processor)
+        vis_processors = _processors(config, "vis_processor")
         model.vis_processor = vis_processors.get("eval")
         if self.checkpoint is not None:
             model.load_checkpoint(self.checkpoint)
-        text_processors = _processors(config.preprocess.text_processor)
+        text_processors = _processors(config, "text_processor")
         return model.train(not self.is_eval), vis_processors, text_processors
 
 
@@ -171,6 +171,12 @@ def find_model(
     return FoundModel(config, found, is_eval)
 
 
-def _processors(split: SplitProcessors) -> Processors:
-    configs = {"train": split.train, "eval": split.eval}
-    return {k: PROCESSORS.get(c.name)(c) for k, c in configs.items() if c is not None}
+def _processors(config: Config, kind: str) -> Processors:
+    made: Processors = {}
+    for side in ("train", "eval"):
+        chosen = getattr(getattr(config.preprocess, kind), side)
+        if kind == "vis_processor":
+            chosen = config.fit(f"preprocess.{kind}.{side}", chosen)
+        if chosen is not None:
+            made[side] = PROCESSORS.get(chosen.name)(chosen)
+    return made

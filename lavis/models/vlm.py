@@ -41,6 +41,7 @@ class VLM(nn.Module):
         encoder: makes ids and labels of conversations.
         key_map: how names in a checkpoint relate to the model's.
         features: (Q, D), the shape of an image's features.
+        image_size: pixels of a side that the vision encoder reads.
         schedule: how a training step is computed; see :meth:`set_schedule`.
         uniform_graph: whether every batch calls the same parts, images or not: what processes that
             wait for each other inside a layer need. Strategies set it.
@@ -59,6 +60,7 @@ class VLM(nn.Module):
         *,
         key_map: KeyMap,
         features: tuple[int, int],
+        image_size: int,
     ) -> None:
         super().__init__()
         self.config = config
@@ -66,7 +68,7 @@ class VLM(nn.Module):
         self.connector = connector
         self.language = language
         self.encoder, self.tokenizer = encoder, encoder.tokenizer
-        self.key_map, self.features = key_map, features
+        self.key_map, self.features, self.image_size = key_map, features, image_size
         self.context = language.context
         self.uniform_graph = self.sharded = False
         self.vis_processor: Callable[[Image.Image], Tensor] | None = None
@@ -145,7 +147,7 @@ class VLM(nn.Module):
             if self.vision is None:
                 images = self.connect(torch.zeros(1, *self.features, device=self.device))[:0]
             else:
-                side = self.config.image_size
+                side = self.image_size
                 blank = torch.zeros(1, 3, side, side, device=self.device)
                 images = self.encode_image(blank)[:0]
         if not len(word_ids):
@@ -286,7 +288,7 @@ class VLM(nn.Module):
             return float(each + frozen * sum(m.in_features * m.out_features for m in packed))
 
         vision = "vision" in self.config.training
-        per_image = self.features[0] * cost(self.connector, backward=vision)
+        per_image = self.encoder.num_query_token * cost(self.connector, backward=vision)
         if self.vision is not None:
             per_image += self.vision.flops(lambda module: cost(module, backward=vision))
         layers = sum(cost(block, backward=True) for block in self.language.blocks())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lavis.common.errors import ConfigError
 from lavis.common.schema import ProcessorConfig
@@ -14,11 +15,15 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ImageEvalConfig(ProcessorConfig):
-    """``blip_image_eval``: bicubic resize to a square, CLIP normalization."""
+    """``blip_image_eval``: resize to a square, normalization.
 
-    image_size: int = 384
+    What is not given is the vision encoder's, and where that says nothing, bicubic and CLIP's.
+    """
+
+    image_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] | None = None
 
     def __post_init__(self) -> None:
         require_range(self, 1, "image_size")
@@ -32,9 +37,8 @@ class ImageEvalConfig(ProcessorConfig):
 
 @dataclass(frozen=True)
 class ImageTrainConfig(ImageEvalConfig):
-    """``blip2_image_train``: random resized crop, horizontal flip, CLIP normalization."""
+    """``blip2_image_train``: random resized crop, horizontal flip, normalization."""
 
-    image_size: int = 364
     min_scale: float = 0.5
     max_scale: float = 1.0
 

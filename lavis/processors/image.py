@@ -12,20 +12,28 @@ from lavis.processors.config import CLIP_MEAN, CLIP_STD, ImageEvalConfig, ImageT
 
 
 class ImageProcessor:
-    """Base: apply ``steps``, then make a normalized tensor."""
+    """Base: :meth:`steps`, then make a normalized tensor."""
 
     random = True
     """Whether two calls on an image may differ."""
+    image_size = 384
+    """Without a vision encoder that says otherwise, as in the original."""
 
-    def __init__(self, config: ImageEvalConfig, *steps: object) -> None:
+    def __init__(self, config: ImageEvalConfig) -> None:
         self.config = config
+        size = config.image_size or self.image_size
+        mode = InterpolationMode(config.interpolation or "bicubic")
         self.transform = transforms.Compose(
             [
-                *steps,
+                *self.steps(size, mode),
                 transforms.ToTensor(),
                 transforms.Normalize(config.mean or CLIP_MEAN, config.std or CLIP_STD),
             ]
         )
+
+    def steps(self, size: int, mode: InterpolationMode) -> list[object]:
+        """Pillow image -> square one of ``size`` pixels a side."""
+        raise NotImplementedError
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return a (3, H, W) float tensor."""
@@ -33,25 +41,21 @@ class ImageProcessor:
 
 
 class BlipImageEval(ImageProcessor):
-    """Bicubic resize to a square."""
+    """Resize to a square."""
 
     random = False
 
-    def __init__(self, config: ImageEvalConfig) -> None:
-        size = (config.image_size, config.image_size)
-        super().__init__(config, transforms.Resize(size, InterpolationMode.BICUBIC))
+    def steps(self, size: int, mode: InterpolationMode) -> list[object]:
+        return [transforms.Resize((size, size), mode)]
 
 
 class Blip2ImageTrain(ImageProcessor):
-    """Random resized crop (bicubic) and horizontal flip, drawn from PyTorch's generator."""
+    """Random resized crop and horizontal flip, drawn from PyTorch's generator."""
 
-    def __init__(self, config: ImageTrainConfig) -> None:
-        super().__init__(
-            config,
-            transforms.RandomResizedCrop(
-                config.image_size,
-                scale=(config.min_scale, config.max_scale),
-                interpolation=InterpolationMode.BICUBIC,
-            ),
-            transforms.RandomHorizontalFlip(),
-        )
+    config: ImageTrainConfig
+    image_size = 364
+
+    def steps(self, size: int, mode: InterpolationMode) -> list[object]:
+        scale = self.config.min_scale, self.config.max_scale
+        crop = transforms.RandomResizedCrop(size, scale=scale, interpolation=mode)
+        return [crop, transforms.RandomHorizontalFlip()]

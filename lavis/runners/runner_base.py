@@ -8,7 +8,6 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from lavis.common.types import Batch
 from lavis.datasets.collate import settle_bad
 from lavis.datasets.plan import Key
 from lavis.models.compute.schedule import StepSchedule
-from lavis.models.config import PartsConfig
-from lavis.models.vision.eva_qformer import layers_above
+from lavis.models.vision.tower import layers_above
 from lavis.models.vlm import VLM
 from lavis.models.weights.files import state_dict_in
 from lavis.models.weights.trained import assign_model_state, trainable_state
@@ -82,10 +80,8 @@ class RunnerBase:
         self.strategy, self.plan, self.schedule = plan.strategy, plan.batches, plan.schedule
         self.data, self.step = plan.data, plan.step  # optimizer steps done
         self._rates = rates = plan.rates
-        parts = config.model.parts if isinstance(config.model, PartsConfig) else None
-        depth = parts[0].depth if parts else 0
         decay, by_layer = self.run.weight_decay, self.run.lr_layer_decay
-        above = partial(layers_above, depth=depth)
+        above = layers_above(name for name, _ in model.named_parameters())
         groups = parameter_groups(model.named_parameters(), decay, by_layer, above, rates)
         if not any(group["params"] for group in groups):
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,12 +61,7 @@ class ImageTextPretrainTask:
             self._check_run()
         for builder in self._builders():
             builder.check_paths((*trained, *splits))
-        for side in ("train",) * bool(trained) + ("eval",) * bool(splits):
-            for name, block in config.datasets.items():
-                processor, home = getattr(block.vis_processor, side), f"datasets.{name}"
-                if processor is None:
-                    processor, home = getattr(config.preprocess.vis_processor, side), "preprocess"
-                config.check_image_size(f"{home}.vis_processor.{side}", processor)
+        self._builders(*("train",) * bool(trained), *("eval",) * bool(splits))
         if run.wandb_project is not None:
             check_packages("wandb", "run.wandb_project")
         self._check_model(answers=answers)
@@ -117,7 +112,7 @@ class ImageTextPretrainTask:
         cached = run.feature_cache.enabled
         views = (run.feature_cache.views if train else 1) if cached else None
         parts = []
-        for builder in self._builders():
+        for builder in self._builders("train" if train else "eval"):
             part = builder.build(
                 split,
                 encoder,
@@ -250,10 +245,21 @@ class ImageTextPretrainTask:
             if answers:
                 spec.require_room(self.config.run.max_new_tokens, "run.max_new_tokens")
 
-    def _builders(self) -> list[Any]:
-        return [
-            BUILDERS.get(block.builder)(
-                name, block, self.config.preprocess, self.config.env.cache_root
-            )
-            for name, block in self.config.datasets.items()
-        ]
+    def _builders(self, *sides: str) -> list[Any]:
+        """A builder of each data set, whose image processors of these sides fit the model.
+
+        Raises:
+            ConfigError: a processor makes images that the model does not take.
+        """
+        config, builders = self.config, []
+        for name, block in config.datasets.items():
+            fit: dict[str, Any] = {}
+            for side in sides:
+                processor, home = getattr(block.vis_processor, side), f"datasets.{name}"
+                if processor is None:
+                    processor, home = getattr(config.preprocess.vis_processor, side), "preprocess"
+                fit[side] = config.fit(f"{home}.vis_processor.{side}", processor)
+            block = replace(block, vis_processor=replace(block.vis_processor, **fit))
+            kind = BUILDERS.get(block.builder)
+            builders.append(kind(name, block, config.preprocess, config.env.cache_root))
+        return builders

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch import nn
 from lavis.common.errors import ConfigError
 from lavis.common.optim import build_schedule, parameter_groups
 from lavis.common.schema import RunConfig
-from lavis.models.vision.eva_qformer import layers_above
+from lavis.models.vision.tower import layers_above
 
 RUN: dict[str, Any] = {
     "init_lr": 1.0,
@@ -250,7 +249,7 @@ def test_layer_decay() -> None:
         ("llm_proj.weight", (3, 3)),
         ("llm_proj.bias", (3,)),
     )
-    groups = parameter_groups(parameters.items(), 0.05, 0.5, partial(layers_above, depth=2))
+    groups = parameter_groups(parameters.items(), 0.05, 0.5, layers_above(parameters))
     got = {
         name: (group["lr_scale"], group["weight_decay"])
         for group, names in zip(groups, _names(groups, parameters), strict=True)

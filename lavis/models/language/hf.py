@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedModel, __version__
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lavis.common.errors import ConfigError, LavisError, WeightsError, at, listed
-from lavis.common.packages import check_packages
+from lavis.common.errors import ConfigError, at
 from lavis.models.language.causal import CausalLM
-from lavis.models.language.proof import first_line, prove
+from lavis.models.language.proof import prove
 from lavis.models.language.quantize import PackedFile, quantize
 from lavis.models.weights.files import (
     open_shards,
@@ -24,6 +21,7 @@ from lavis.models.weights.files import (
     set_final_dtype,
     usual_dtype,
 )
+from lavis.models.weights.stock import build_stock, read_config, unreadable
 
 T = TypeVar("T")
 _CONSTANTS = re.compile(r".*rotary_emb\.inv_freq")  # that old files hold; computed from the config
@@ -66,7 +64,7 @@ def load_hf(
         widens = mapped and dtype == torch.float32 and len(floats) == 1
         as_stored = quantized or widens or dtype is None
         stored = usual_dtype(str(path), weights.values()) if as_stored else dtype
-        model = _build(family, text, path, state_dict=weights, dtype=stored)
+        model = build_stock(family, text, path, state_dict=weights, dtype=stored)
         with at(f"model.language.path: {path}"):
             llm = CausalLM(model)
         if quantized:
@@ -76,7 +74,7 @@ def load_hf(
     else:
         options: dict[str, Any] = {"dtype": dtype or "auto", "local_files_only": True}
         options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-        llm = CausalLM(_build(family, text, path, path.parent, **options))
+        llm = CausalLM(build_stock(family, text, path, path.parent, **options))
     llm.eval().to(device)
     if not mapped:
         with at(f"model.language.path: {path}"):
@@ -95,82 +93,10 @@ def _load_packed(
     try:
         packed = PackedFile.read(path, skeleton, dtype)
     except Exception as error:
-        raise _unreadable(path, error) from error
-    llm = CausalLM(_build(family, config, path, state_dict=packed.weights, dtype=dtype))
+        raise unreadable(path, error) from error
+    llm = CausalLM(build_stock(family, config, path, state_dict=packed.weights, dtype=dtype))
     packed.fill(llm)
     return llm
-
-
-def _build(
-    family: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    path: Path,
-    folder: Path | None = None,
-    **options: object,
-) -> PreTrainedModel:
-    """A stock model with its weights, every one of which has a place.
-
-    Raises:
-        WeightsError: they do not fit.
-    """
-    try:
-        model, info = family.from_pretrained(
-            folder, config=config, output_loading_info=True, **options
-        )
-    except Exception as error:  # a damaged file, or shapes that differ: all kinds
-        if folder is not None:
-            raise _unreadable(path, error) from error
-        raise WeightsError(f"{path} does not fit: {first_line(error)}") from error
-    _check(path, info)
-    return model
-
-
-def _unreadable(path: Path, error: Exception) -> LavisError:
-    if isinstance(error, LavisError):
-        return error
-    return WeightsError(f"{path} cannot be read: {first_line(error)}")
-
-
-def read_config(path: Path) -> PreTrainedConfig:
-    """The configuration of a folder or a ``.gguf`` file; code that may lie beside it is not run.
-
-    Raises:
-        WeightsError: the file is missing, damaged, or holds values of a wrong kind.
-        ConfigError: the family is unknown, the weights are quantized, or a package is missing.
-    """
-    file, options = path / "config.json", {}
-    if path.suffix == ".gguf":
-        file, options = path, {"gguf_file": path.name}
-        check_packages("gguf", str(path))
-    if not file.is_file():
-        raise WeightsError(f"model.language.path: no file {file}")
-    if file is not path:
-        _check_config(file)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            file.parent, trust_remote_code=False, local_files_only=True, **options
-        )
-    except Exception as error:  # the library's own checks raise all kinds
-        verb = "read" if file is path else "used"
-        raise WeightsError(f"{file} cannot be {verb}: {first_line(error)}") from error
-    return config
-
-
-def _check_config(file: Path) -> None:
-    try:
-        given = json.loads(file.read_text(encoding="utf-8"))
-        kind = given.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{file} is not a JSON object: {error}") from error
-    if kind not in CONFIG_MAPPING_NAMES:
-        way = "a newer one may know it (pip install -U transformers)"
-        if "auto_map" in given:
-            way = "it would need the folder's own code, which is never run: take another model"
-        raise ConfigError(
-            f"{file}: model_type {kind!r} is unknown to Transformers {__version__}; {way}"
-        )
-    if given.get("quantization_config"):
-        raise ConfigError(f"{file}: the weights are quantized; use the full-precision folder")
 
 
 def stock_class(
@@ -200,19 +126,3 @@ def text_part(weights: Mapping[str, T]) -> dict[str, T]:
             known = name.startswith(("model.", "lm_head."))
             part[name if known else f"model.{name}"] = tensor
     return part
-
-
-def _check(path: Path, info: dict[str, Iterable[str]]) -> None:
-    """Refuse weights that are missing, left over or of another shape, by the library's report."""
-    reports = {
-        "missing": info["missing_keys"],
-        "not part of the model": info["unexpected_keys"],
-        "of another shape": [m[0] for m in info["mismatched_keys"]],
-        "not converted": info.get("error_msgs") or (),
-    }
-    wrong = []
-    for what, names in reports.items():
-        if names := sorted(names):
-            wrong.append(f"{len(names)} {what}: {listed(names)}")
-    if wrong:
-        raise WeightsError(f"{path} does not fit: " + "; ".join(wrong))

@@ -25,11 +25,12 @@ from lavis.common.schema import Config
 from lavis.common.types import DTYPES
 from lavis.models.compute.adapted_linear import AdaptedLinear
 from lavis.models.config import PartsConfig
-from lavis.models.language.hf import read_config, stock_class, text_part
+from lavis.models.language.hf import stock_class, text_part
 from lavis.models.language.parts import LanguagePart, Qwen1
 from lavis.models.vlm import VLM
 from lavis.models.weights.files import WeightFile, load_pickle, open_shard, state_dict_in
 from lavis.models.weights.shards import find_shards, read_json
+from lavis.models.weights.stock import read_config
 from lavis.processors.contracts import Turn
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,12 @@ from lavis.common.paths import cache_path
 from lavis.common.types import DTYPES
 from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
 from lavis.models.language.causal import CausalLM, context_of
-from lavis.models.language.hf import load_hf, read_config, stock_class
+from lavis.models.language.hf import load_hf, stock_class
 from lavis.models.language.quantize import quantize
 from lavis.models.language.qwen1 import load_llm, new_llm, read_spec
 from lavis.models.vision.config import Key
 from lavis.models.weights.original import QWEN, SAME_NAMES, KeyMap
+from lavis.models.weights.stock import read_config
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML
 from lavis.processors.contracts import ChatTemplate, Kind, Tokenizer, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lavis.common.errors import ConfigError
+from lavis.common.errors import ConfigError, first_line
 from lavis.models.compute.attention import PACKED
 from lavis.models.compute.masks import Documents
 from lavis.models.language.causal import OTHER, CausalLM
@@ -129,11 +129,6 @@ def _wrong(compute: Callable[[], Tensor], wanted: Tensor, tolerance: tuple[float
     errors = (got.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
     worst = float(errors.flatten().sort().values[int(share * (errors.numel() - 1))])
     return "" if worst <= limit else f"by {worst:.1e} of a vector's length"
-
-
-def first_line(error: Exception) -> str:
-    """An error of a library, in a line."""
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:300]
 
 
 def _set_head(llm: CausalLM, ids: Tensor, limit: float) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import VISION_ENCODERS, Registry
-from lavis.common.schema import PartConfig
+from lavis.common.schema import ImageTransform, PartConfig
 from lavis.common.typed import require_range
+from lavis.models.weights.shards import check_download, find_shards
 
 if TYPE_CHECKING:
     import torch
@@ -70,20 +72,23 @@ class VisionConfig(PartConfig):
 
     Attributes:
         PARTS: what ``train.vision.parts`` may name.
-        image_size: pixels of a side that it reads.
+        image_size: pixels of a side that it reads; the encoder's own where it has one.
         enable_autocast: whether ``run.amp`` reaches it.
     """
 
     REGISTRY: ClassVar[Registry[Any]] = VISION_ENCODERS
     PARTS: ClassVar[tuple[str, ...]] = ()
 
-    image_size: int = 224
+    image_size: int | None = None
     enable_autocast: bool = True
 
-    @property
-    def depth(self) -> int:
-        """Blocks that ``run.lr_layer_decay`` tells apart, of ``visual_encoder.blocks``."""
-        return 0
+    def transform(self, cache_root: str, key: Key) -> ImageTransform:
+        """How it takes images; reads no weight.
+
+        Raises:
+            WeightsError, ConfigError: a small file is missing, or says nothing of use.
+        """
+        return ImageTransform(self.image_size or 224)
 
     @property
     def random_parts(self) -> tuple[str, ...]:
@@ -146,11 +151,6 @@ class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
     from_scratch: tuple[Literal["vit", "qformer"], ...] = ()
 
     @property
-    def depth(self) -> int:
-        """Blocks of the ViT."""
-        return self.vit_config.depth
-
-    @property
     def random_parts(self) -> tuple[str, ...]:
         """What starts from random weights."""
         return self.from_scratch
@@ -186,3 +186,166 @@ class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
                 "train.vision needs vision.vit_precision: fp32 (fp16 weights do not train: their "
                 "updates round away); run.amp gives the speed of half precision"
             )
+
+
+@dataclass(frozen=True)
+class TowerConfig(VisionConfig):
+    """What ``hf`` and ``timm`` share.
+
+    Attributes:
+        path: relative to ``env.cache_root``.
+        layer: features are what this block gives: counted from 1, or from the last one, -1, whose
+            output passes the final norm where the library's own class has it. Default: by family.
+        class_token: ``keep`` puts it before the patches. Register tokens are dropped.
+    """
+
+    path: str = ""
+    layer: int | None = None
+    class_token: Literal["drop", "keep"] = "drop"  # noqa: S105  no password
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, "image_size")
+        if not self.path:
+            raise ConfigError("path is missing: what holds the vision encoder's weights")
+        if self.layer == 0:
+            raise ConfigError("layer must not be 0: blocks count from 1, or from the last one, -1")
+
+    @property
+    def keeps_class(self) -> bool:
+        """Whether the class token is kept."""
+        return self.class_token == "keep"  # noqa: S105
+
+    def keeps_precision(self, device: torch.device) -> bool:
+        """Whether it does: on a CPU, fp16 is computed in fp32."""
+        return self.precision == "bf16" or (self.precision == "fp16" and device.type != "cpu")
+
+    def check_training(self, parts: tuple[str, ...]) -> None:
+        """Check that it can learn.
+
+        Raises:
+            ConfigError: its weights are too short.
+        """
+        if self.precision != "fp32":
+            raise ConfigError(
+                f"train.vision needs vision.precision: fp32 ({self.precision} weights do not "
+                "train: their updates round away); run.amp gives the speed of half precision"
+            )
+
+    def blocks_of(self, depth: int) -> int:
+        """How many blocks of ``depth`` are computed, if a layer is given.
+
+        Raises:
+            ConfigError: there is no such layer.
+        """
+        layer = depth if self.layer is None else self.layer
+        if not 0 < (kept := layer if layer > 0 else depth + 1 + layer) <= depth:
+            raise ConfigError(
+                f"model.vision.layer: {self.path} has {depth} blocks, of which {layer} is none"
+            )
+        return kept
+
+
+@dataclass(frozen=True)
+class HfVisionConfig(TowerConfig):
+    """``vision: {name: hf, path: ...}``: a vision encoder of Transformers, from its folder."""
+
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
+        """The weight files, checked; the small ones must be there, too."""
+        folder = require(self.folder(cache_root), key("path"), WeightsError, directory=True)
+        check_download(require(folder / "config.json", key("path"), WeightsError))
+        yield from find_shards(folder, key("path"))
+
+    def folder(self, cache_root: str) -> Path:
+        """The folder of Transformers."""
+        return cache_path(self.path, cache_root)
+
+    def transform(self, cache_root: str, key: Key) -> ImageTransform:
+        """What the folder's image processor does."""
+        from lavis.models.vision.transforms import of_folder
+
+        return of_folder(self.folder(cache_root), self.image_size, key("path"))
+
+
+@dataclass(frozen=True)
+class TimmConfig(TowerConfig):
+    """``vision: {name: timm, model: ..., path: ...}``: a model of timm, from a weight file."""
+
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise ConfigError("model is missing: what timm calls it, e.g. vit_base_patch16_224")
+
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
+        """The weight file, checked."""
+        if not self.path.endswith(".safetensors"):
+            raise ConfigError(f"{key('path')}: {self.path} is no .safetensors file")
+        yield require(cache_path(self.path, cache_root), key("path"), WeightsError)
+
+    def transform(self, cache_root: str, key: Key) -> ImageTransform:
+        """What timm says of the model."""
+        from lavis.models.vision.transforms import of_timm
+
+        return of_timm(self.model, self.image_size, key)
+
+
+@dataclass(frozen=True)
+class FusedConfig(VisionConfig):
+    """``vision: {name: fused, towers: [...]}``: several encoders side by side.
+
+    Their features are concatenated (Karamcheti et al. 2024, "Prismatic VLMs", section 4.2). Images
+    come as the first one takes them; the others' normalization is made of it.
+    """
+
+    towers: tuple[VisionConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.towers) < 2:
+            raise ConfigError(f"towers must name two encoders or more, not {len(self.towers)}")
+        if self.image_size is not None:
+            raise ConfigError("image_size is each tower's: write it there")
+        if len({getattr(t, "precision", t.name) for t in self.towers}) > 1:
+            raise ConfigError("towers must compute in the same precision")
+
+    def each(self, key: Key) -> Iterator[tuple[VisionConfig, Key]]:
+        """The towers, and what the user calls their keys."""
+        for number, tower in enumerate(self.towers):
+            yield tower, partial(lambda n, name: key(f"towers[{n}].{name}"), number)
+
+    @property
+    def random_parts(self) -> tuple[str, ...]:
+        """Those of its towers."""
+        return tuple(part for tower in self.towers for part in tower.random_parts)
+
+    def keeps_precision(self, device: torch.device) -> bool:
+        """Whether its towers do."""
+        return all(tower.keeps_precision(device) for tower in self.towers)
+
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
+        """Those of its towers, checked."""
+        for tower, name in self.each(key):
+            yield from tower.files(cache_root, name)
+
+    def check_training(self, parts: tuple[str, ...]) -> None:
+        """Check that every tower can learn."""
+        for tower in self.towers:
+            tower.check_training(())
+
+    def transform(self, cache_root: str, key: Key) -> ImageTransform:
+        """The first tower's.
+
+        Raises:
+            ConfigError: another one reads images of another size.
+        """
+        from lavis.models.vision.transforms import normalization
+
+        found = [tower.transform(cache_root, name) for tower, name in self.each(key)]
+        if len(sizes := {t.image_size for t in found}) > 1:
+            raise ConfigError(
+                f"{key('towers')} read images of {' and '.join(map(str, sorted(sizes)))} pixels; "
+                "give them the same image_size"
+            )
+        mean, std = normalization(found[0])
+        return replace(found[0], mean=mean, std=std)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +89,25 @@ def load_vit(vit: Eva, path: Path, *, device: torch.device, dtype: torch.dtype) 
         ),
         extra_dropped=is_extra,
     )
-    for module in vit.modules():  # constants that no file holds
-        init = getattr(module, "init_non_persistent_buffers", None)
-        if init is not None and module is not vit:
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty_like(buffer, device=device))
-            init()
+    fill_constants(vit, device)
+
+
+def fill_constants(model: nn.Module, device: torch.device) -> None:
+    """Compute what no file holds of a timm model that was built on the meta device.
+
+    Raises:
+        WeightsError: a module does not say how.
+    """
+    for module in model.modules():
+        buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if b.is_meta]
+        for name, buffer in buffers:
+            setattr(module, name, torch.empty_like(buffer, device=device))
+        if not buffers:
+            continue
+        init: Any = getattr(module, "init_non_persistent_buffers", None)
+        if init is None:
+            raise WeightsError(f"{type(module).__name__} does not say how to compute its {name}")
+        init()
 
 
 def interpolate_pos_embed(pos_embed: Tensor, num_positions: int) -> Tensor:

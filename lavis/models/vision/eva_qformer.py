@@ -6,24 +6,19 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 
-from lavis.common.errors import DataError
 from lavis.common.hashing import file_digest
-from lavis.common.types import DTYPES
 from lavis.models.vision.config import EvaQFormerConfig
 from lavis.models.vision.eva import build_vit, load_vit
 from lavis.models.vision.qformer import build_qformer, qformer_config
+from lavis.models.vision.tower import compute_dtype, learns, require_images
 from lavis.models.weights.files import load_weights, open_pth
 from lavis.models.weights.original import QFORMER
-
-logger = logging.getLogger(__name__)
 
 _VIT_NORM_EPS = 1e-5
 _QFORMER_SETTINGS = (
@@ -120,12 +115,7 @@ class EvaQFormer(nn.Module):
         Raises:
             DataError: images of another shape.
         """
-        size = self.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-            raise DataError(
-                f"images have the shape {tuple(pixel_values.shape)}, not (N, 3, {size}, {size}) as "
-                "the vision encoder's image_size says; check vis_processor.image_size"
-            )
+        require_images(pixel_values, self.image_size)
         device_type = self.query_tokens.device.type
         amp = torch.is_autocast_enabled(device_type) and self.config.enable_autocast
         vit, weight = self.visual_encoder, self.visual_encoder.patch_embed.proj.weight
@@ -174,20 +164,6 @@ class EvaQFormer(nn.Module):
         return hashlib.blake2b(text, digest_size=32).hexdigest()
 
 
-def learns(module: nn.Module) -> bool:
-    """Whether anything in it does."""
-    return any(p.requires_grad for p in module.parameters())
-
-
-def layers_above(name: str, depth: int) -> int:
-    """Layers from a parameter to the end of a ViT of ``depth`` blocks: of block i ``depth - i``, of
-    what comes before the blocks one more than there are, and 0 of what is not the ViT's."""
-    found = re.search(r"(^|\.)visual_encoder\.(blocks\.(\d+)\.)?", name)
-    if found is None:
-        return 0
-    return depth - int(found[3]) if found[3] else depth + 1
-
-
 def resolve_qformer(config: EvaQFormerConfig, cache_root: str) -> Blip2QFormerConfig:
     """The Q-Former's sizes."""
     return qformer_config(
@@ -197,7 +173,4 @@ def resolve_qformer(config: EvaQFormerConfig, cache_root: str) -> Blip2QFormerCo
 
 def vit_dtype(config: EvaQFormerConfig, device: torch.device) -> torch.dtype:
     """What the ViT computes in on a device."""
-    if config.vit_precision == "fp16" and device.type == "cpu":
-        logger.info("vit_precision: fp16 is computed in fp32 on a CPU, as in the original")
-        return torch.float32
-    return DTYPES[config.vit_precision]
+    return compute_dtype(config.vit_precision, device, "vit_precision")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import PurePath
@@ -23,7 +24,8 @@ _WARNED = ("llm_model", "vit_weights", "pretrained", "vit_precision")  # of path
 _WARNED_IN_TRAINING = ("lora_dropout", "label_mask", "max_txt_len")
 # By the keys of ``arch: vlm``. Whatever is not in one of the next three changes what weights mean.
 _WARNED_OF_PARTS = (
-    "vision.vit_weights", "vision.pretrained", "vision.vit_precision", "language.",
+    "vision.vit_weights", "vision.pretrained", "vision.vit_precision", "vision.path",
+    "vision.precision", "language.",
 )  # fmt: skip
 _TRAINED_OF_PARTS = ("train.language.lora.dropout", "label_mask", "max_txt_len")
 _FREE_OF_PARTS = (
@@ -32,6 +34,7 @@ _FREE_OF_PARTS = (
     "language.grad_ckpt", "language.device_map", "language.config", "language.embedding_std",
     "language.from_scratch",
 )  # fmt: skip
+_TOWER = re.compile(r"(?<=^vision\.)towers\.\d+\.")
 _FREE = ("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -110,11 +113,12 @@ def _check_parts(label: object, saved: PartsConfig, config: PartsConfig, *, trai
     wrong = []
     for key in sorted(theirs.keys() | ours.keys()):
         then, now = theirs.get(key, "nothing"), ours.get(key, "nothing")
-        if then == now or _same_name(then, now) or key.startswith(_FREE_OF_PARTS):
+        setting = _TOWER.sub("", key)
+        if then == now or _same_name(then, now) or setting.startswith(_FREE_OF_PARTS):
             continue
         if key.endswith(_FREE) or (key.endswith("lora.targets") and "all" in (then, now)):
             continue  # the adapters' names are compared when they are loaded
-        warned = key.startswith(_WARNED_OF_PARTS)
+        warned = setting.startswith(_WARNED_OF_PARTS)
         if warned or key in _TRAINED_OF_PARTS:
             if dist.is_main() and (warned or training):
                 logger.warning("%s: model.%s was %s, now %s", label, key, then, now)
@@ -146,8 +150,10 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         inner = vars(value) if is_dataclass(value) else value
+        if isinstance(inner, tuple) and any(map(is_dataclass, inner)):
+            inner = dict(enumerate(inner))
         if isinstance(inner, dict):
-            flat |= {f"{key}.{k}": v for k, v in inner.items()}
+            flat |= {f"{key}.{k}": v for k, v in _flat(inner).items()}
         else:
             flat[key] = inner
     return flat

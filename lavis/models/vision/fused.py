@@ -1,0 +1,108 @@
+"""Several vision encoders side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lavis.common.errors import ConfigError, at
+from lavis.common.registry import VISION_ENCODERS
+from lavis.models.contracts import VisionEncoder
+from lavis.models.vision.config import FusedConfig, Key
+from lavis.models.vision.tower import Tower
+from lavis.models.vision.transforms import Normalization, normalization
+
+_KEY: Key = partial(str.format, "model.vision.{}")
+
+
+class FusedTowers(Tower):
+    """Encoders that see the same image, and whose features are concatenated: (N, Q, sum of D).
+
+    Attributes:
+        width: D, of a feature.
+        tokens: Q, features of an image.
+    """
+
+    config: FusedConfig
+
+    def __init__(
+        self,
+        config: FusedConfig,
+        cache_root: str,
+        device: torch.device,
+        *,
+        home: torch.device | None = None,
+    ) -> None:
+        """Build its towers; arguments and errors as theirs."""
+        super().__init__(config, config.transform(cache_root, _KEY).image_size)
+        self.tokens, self.width = self.shape(config, cache_root)
+        self.towers = nn.ModuleList(
+            VISION_ENCODERS.get(t.name)(t, cache_root, device, home=home) for t in config.towers
+        )
+        found = [t.transform(cache_root, key) for t, key in config.each(_KEY)]
+        self._normalizations: list[Normalization] = [normalization(t) for t in found]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W), normalized for the first tower -> (N, Q, D)."""
+        first, features = self._normalizations[0], []
+        for tower, own in zip(self.towers, self._normalizations, strict=True):
+            features.append(tower(pixels if own == first else renormalize(pixels, first, own)))
+        return torch.cat(features, -1)
+
+    @property
+    def keeps_precision(self) -> bool:
+        """Whether autocast leaves all of its towers alone."""
+        return all(getattr(tower, "keeps_precision", False) for tower in self.towers)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Those of its towers."""
+        for tower in self._encoders():
+            yield from tower.blocks()
+
+    def flops(self, cost: Callable[[nn.Module], float]) -> float:
+        """Those of its towers."""
+        return sum(tower.flops(cost) for tower in self._encoders())
+
+    def _encoders(self) -> Iterator[VisionEncoder]:
+        yield from self.towers  # type: ignore[misc]
+
+    @staticmethod
+    def shape(config: FusedConfig, cache_root: str) -> tuple[int, int]:
+        """(Q, D), the shape of an image's features.
+
+        Raises:
+            ConfigError: the towers' differ in Q.
+        """
+        shapes = []
+        for tower, key in config.each(_KEY):
+            with at(key("name").removesuffix(".name")):
+                shapes.append(VISION_ENCODERS.get(tower.name).shape(tower, cache_root))
+        if len({tokens for tokens, _ in shapes}) > 1:
+            numbers = ", ".join(str(tokens) for tokens, _ in shapes)
+            raise ConfigError(
+                f"model.vision.towers give different numbers of features ({numbers}), which cannot "
+                "be put side by side; choose image_size, patch size and class_token to match"
+            )
+        return shapes[0][0], sum(width for _, width in shapes)
+
+    @staticmethod
+    def fingerprint(config: FusedConfig, cache_root: str, device: torch.device) -> str:
+        """A hash of all that :meth:`forward` depends on."""
+        parts: list[object] = []
+        for tower, key in config.each(_KEY):
+            parts.append(VISION_ENCODERS.get(tower.name).fingerprint(tower, cache_root, device))
+            parts.append(normalization(tower.transform(cache_root, key)))
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).hexdigest()
+
+
+def renormalize(pixels: Tensor, given: Normalization, wanted: Normalization) -> Tensor:
+    """Pixels with another mean and standard deviation than they were given."""
+    (mean, std), (own_mean, own_std) = (
+        [pixels.new_tensor(values).view(3, 1, 1) for values in pair] for pair in (given, wanted)
+    )
+    return (pixels * std + mean - own_mean) / own_std
