@@ -110,8 +110,9 @@ def test_gqa_compares_strings_but_for_case_and_a_full_stop() -> None:
 
 
 def test_pope_by_hand() -> None:
-    """Random: 2 hits, 1 false alarm, 1 miss, 1 rejection. Popular: everything is called absent."""
+    """Random: 2 hits, 2 false alarms, 1 miss, 1 rejection. Popular: everything is called absent."""
     random = [("Yes", "yes"), ("A dog, yes.", "yes"), ("Maybe", "no"), ("No, it is", "yes")]
+    random += [("", "no")]
     random += [("There is not. Yes", "no")]
     popular = [("no", "yes"), ("No", "no")]
     sheet = _sheet(
@@ -119,23 +120,17 @@ def test_pope_by_hand() -> None:
         *(_said(*pair, kind="random") for pair in random),
         *(_said(*pair, kind="popular") for pair in popular),
     )
-    third = 200 / 3
+    recall, f1 = 200 / 3, 400 / 7  # of precision 1/2 and recall 2/3
     assert sheet["random"] == pytest.approx(
-        {
-            "accuracy": 60,
-            "precision": third,
-            "recall": third,
-            "f1": third,
-            "yes_ratio": 60,
-            "count": 5,
-        }
-    )
+        {"accuracy": 50, "precision": 50, "recall": recall, "f1": f1, "yes_ratio": 400 / 6,
+         "count": 6}
+    )  # fmt: skip
     assert sheet["popular"] == {
         "accuracy": 50, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0, "count": 2,
     }  # fmt: skip
     assert sheet["mean"] == pytest.approx(
-        {"accuracy": 55, "precision": third / 2, "recall": third / 2, "f1": third / 2,
-         "yes_ratio": 30, "count": 7}
+        {"accuracy": 50, "precision": 25, "recall": recall / 2, "f1": f1 / 2, "yes_ratio": 200 / 6,
+         "count": 8}
     )  # fmt: skip
 
 
@@ -157,7 +152,7 @@ def test_mme_by_hand() -> None:
 
     count = asked("count", "1", ("Yes.", "Yes"), ("no", "No"), division="perception")
     count += asked("count", "2", ("yes", "Yes"), ("Yes", "No"), division="perception")
-    scene = asked("scene", "1", ("other", "Yes"), ("NO", "no"), division="perception")
+    scene = asked("scene", "1", ("It is, yes", "Yes"), ("NO", "no"), division="perception")
     code = asked("code_reasoning", "1", ("Yes", "Yes"), ("No", "No"), division="cognition")
     sheet = _sheet("mme", *count, *scene, *code)
     assert sheet["count"] == {"accuracy": 75, "accuracy+": 50, "score": 125, "count": 4}
