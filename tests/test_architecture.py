@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis.common.schema import BuildInfo, DatasetConfig, RunConfig
+from lavis.common.schema import BenchmarkConfig, BuildInfo, DatasetConfig, RunConfig
 from lavis.models.config import (
     HfConfig,
     LinearConfig,
@@ -91,6 +91,7 @@ def test_pictures_are_read_in_one_place(path: Path) -> None:
         MiniGPT4QwenConfig, VlmConfig, EvaQFormerConfig, ViTConfig, QFormerConfig, LinearConfig,
         MergeConfig, ResamplerConfig, HfConfig, Qwen1Config, PartTraining, LoraConfig, RunConfig,
         DatasetConfig, BuildInfo, HfVisionConfig, TimmConfig, FusedConfig, ImageTrainConfig,
+        BenchmarkConfig,
     ],
 )  # fmt: skip
 def test_every_key_is_documented(config: type) -> None:

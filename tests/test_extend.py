@@ -6,15 +6,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from lavis.common.registry import CONNECTORS
+from lavis.common.errors import DataError
+from lavis.common.registry import CONNECTORS, METRICS
+from lavis.common.types import Reference
 from lavis.models.config import HfConfig
 from lavis.models.language.parts import _own_template
 from lavis.processors.contracts import Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
 from lavis.processors.proof import check
 from lavis.processors.templates import TokenizerTemplate
+from lavis.tasks.scoring import Prediction, score
 from tests.processors.families import FAMILIES
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "extend.md").read_text(encoding="utf-8")
@@ -53,3 +57,15 @@ def test_connector_gives_as_many_tokens_as_it_says(tmp_path: Path, monkeypatch: 
     config = CONNECTORS.config("mean")("mean", of=4)
     assert kind.tokens(config, 32) == 8
     assert kind(config, 6, 10)(torch.ones(2, 32, 6)).shape == (2, 8, 10)
+
+
+def test_score_has_a_sheet_of_its_own(tmp_path: Path, monkeypatch: Any) -> None:
+    write_page(tmp_path, monkeypatch)
+    __import__("extend_page.within")
+    reference = Reference(score="within", dataset="counting")
+    said = [("11.", "10."), ("12", "10"), ("many", "3"), ("3", "3")]
+    asked = [Prediction("id", "q", "-", "?", *pair, "", reference=reference) for pair in said]
+    assert score(asked)["sheets"] == {"counting": {"all": {"within": 50.0, "count": 4}}}
+    assert [p.right for p in asked] == [True, False, False, True]
+    with pytest.raises(DataError, match="must be a number, not 'many'"):
+        METRICS.get("within").check("many", reference)

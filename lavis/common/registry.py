@@ -115,6 +115,7 @@ VISION_ENCODERS: Registry[Any] = Registry("vision encoder", home="lavis.models")
 CONNECTORS: Registry[Any] = Registry("connector", home="lavis.models")
 LANGUAGE_MODELS: Registry[Any] = Registry("language model", home="lavis.models")
 TASKS: Registry[Any] = Registry("task", home="lavis.tasks")
+METRICS: Registry[Any] = Registry("score", home="lavis.tasks")
 RUNNERS: Registry[Any] = Registry("runner", home="lavis.runners")
 LR_SCHEDULERS: Registry[type[Schedule]] = Registry(
     "learning-rate schedule", home="lavis.common.optim"

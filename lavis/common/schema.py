@@ -14,6 +14,7 @@ from lavis.common.paths import cache_path, user_cache, user_path
 from lavis.common.registry import (
     BUILDERS,
     LR_SCHEDULERS,
+    METRICS,
     MODELS,
     PROCESSORS,
     RUNNERS,
@@ -107,10 +108,31 @@ class DatasetConfig:
     data_type: Literal["images", "videos"] = "images"
     vis_processor: SplitProcessors = SplitProcessors()
     text_processor: SplitProcessors = SplitProcessors()
+    score: str | None = None  # a metric; without, exact match by kind and language
+
+    def __post_init__(self) -> None:
+        if self.score is not None:
+            with at("score"):
+                METRICS.check(self.score)
 
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> Any:
         return _selected(BUILDERS, "builder", data, path, where)
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig(DatasetConfig):
+    """A block of ``datasets`` whose files are a public benchmark's; ``builder`` says which."""
+
+    format: Literal["minigpt4qwen", "llava"] = only(
+        "minigpt4qwen", "a benchmark's files have their own format; remove the key"
+    )
+    prompt: str | None = None  # with {question} in it; without, the benchmark's usual one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt is not None and self.prompt.count("{question}") != 1:
+            raise ConfigError(f"prompt must hold {{question}} once, not {self.prompt!r}")
 
 
 @dataclass(frozen=True)

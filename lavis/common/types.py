@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -121,6 +121,30 @@ class Batch:
         """Called by the data loader when it copies through pinned memory."""
         pinned = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **pinned)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an answer is scored by, besides the true answer.
+
+    Attributes:
+        score: the metric, a name in ``METRICS``; empty: exact match by kind and language.
+        dataset: the block of ``datasets`` that the score sheet is of.
+        answers: what several people answered (VQA).
+        options: what the letters of a multiple choice stand for (MMBench).
+        group: questions that count together: on one image (MME), or one question with its options
+            in several orders (MMBench).
+        group_size: how many of them the benchmark has.
+        division: what kinds of questions are summed up in: ``perception``, ``open``, ...
+    """
+
+    score: str = ""
+    dataset: str = ""
+    answers: tuple[str, ...] = ()
+    options: dict[str, str] = field(default_factory=dict)
+    group: str = ""
+    group_size: int = 1
+    division: str = ""
 
 
 @dataclass(frozen=True)

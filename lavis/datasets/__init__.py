@@ -1,7 +1,7 @@
 """Builders, the instruction data set, the batch plan and collation."""
 
 from lavis.common.registry import BUILDERS
-from lavis.common.schema import DatasetConfig
+from lavis.common.schema import BenchmarkConfig, DatasetConfig
 
 for _name in (
     "instruction",  # the user's own data
@@ -13,3 +13,5 @@ for _name in (
     "videochatgpt_100k",
 ):
     BUILDERS.register(_name, "lavis.datasets.builders:InstructionBuilder", config=DatasetConfig)
+for _name in ("gqa", "vqav2", "textvqa", "pope", "mme", "mmbench"):
+    BUILDERS.register(_name, "lavis.datasets.benchmarks:BenchmarkBuilder", config=BenchmarkConfig)

@@ -32,11 +32,11 @@ from typing import Any
 from lavis.common.errors import DataError, listed
 from lavis.common.images import refuse_address
 from lavis.common.paths import is_file
-from lavis.common.types import IMAGE_PLACEHOLDER, BadSample
+from lavis.common.types import IMAGE_PLACEHOLDER, BadSample, Reference
 from lavis.processors.conversation import IMAGE, Turn
 
 logger = logging.getLogger(__name__)
-_NOT_JSON = (ValueError, RecursionError)  # what `json.loads` raises
+NOT_JSON = (ValueError, RecursionError)  # what `json.loads` raises
 _READ = ("id", "image", "images", "video", "videos", "words", "kind", "language", "system")
 _TURN_KEYS = {
     "minigpt4qwen": ("instruction", "output", "input", "history"),
@@ -70,6 +70,7 @@ class Record:
         video: a video file, whose frames take the place of its one placeholder.
         words: phrases that take the place of an image, one per position of the span.
         tags: the record's ``kind`` and ``language``, if it has them; evaluation groups by them.
+        reference: what its last answer is scored by.
     """
 
     sample_id: str
@@ -78,6 +79,7 @@ class Record:
     video: Path | None = None
     words: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
+    reference: Reference = Reference()
 
     def with_frames(self, count: int) -> tuple[Turn, ...]:
         """The turns of a video record with one placeholder per frame."""
@@ -115,7 +117,7 @@ def read_annotations(
             yield BadSample(sample_id, str(raw))
             continue
         try:
-            unread.update(_check_keys(_object(raw), record_format))
+            unread.update(_check_keys(as_object(raw), record_format))
             for system in _systems(raw):
                 check_system(system)
             yield to_record(sample_id, raw, media_root)
@@ -126,7 +128,12 @@ def read_annotations(
         logger.info("%s: keys that are not read: %s", path, listed)
 
 
-def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
+def read_text(path: Path) -> str:
+    """The text of an annotation file.
+
+    Raises:
+        DataError: it cannot be read, or is the pointer to a file that was not fetched.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -135,6 +142,11 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
         raise DataError(f"{path} cannot be read: {error}") from error
     if text.startswith("version https://git-lfs"):
         raise DataError(f"{path} is a Git LFS pointer; fetch the file with: git lfs pull")
+    return text
+
+
+def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
+    text = read_text(path)
     if path.suffix.lower() == ".jsonl":
         if found := re.match(r"\s*(\[|{\s*\n)", text):
             what = "a list" if found[1] == "[" else "one object over several lines"
@@ -142,10 +154,10 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
                 f"{path} holds {what}, where a .jsonl file has an object on each line; rename it "
                 "to .json"
             )
-        return list(_read_lines(text))
+        return list(read_lines(text))
     try:
         data = json.loads(text)
-    except _NOT_JSON as error:
+    except NOT_JSON as error:
         raise DataError(
             f"{path} is not valid JSON: {error}. One object a line belongs in a .jsonl file"
         ) from error
@@ -156,16 +168,22 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
     return enumerate(data)
 
 
-def _read_lines(text: str) -> Iterator[tuple[int, Any]]:
+def read_lines(text: str) -> Iterator[tuple[int, Any]]:
+    """Values of JSON lines by their number, or the :class:`DataError` of a line that is none."""
     for number, line in enumerate(text.split("\n")):  # splitlines would cut at U+2028 in a text
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except _NOT_JSON as error:
+            except NOT_JSON as error:
                 yield number, DataError(f"not valid JSON: {error}")
 
 
-def _object(raw: Any) -> dict[str, Any]:
+def as_object(raw: Any) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        DataError: it is something else.
+    """
     if not isinstance(raw, dict):
         raise DataError(f"must be an object, not {type(raw).__name__}")
     return raw
@@ -257,7 +275,7 @@ def _from_llava(sample_id: str, raw: dict[str, Any], root: Path | None) -> Recor
     turns: list[Turn] = []
     for i, message in enumerate(messages[_has_system_message(messages) :]):
         expected = "human" if i % 2 == 0 else "gpt"
-        source, text = _object(message).get("from"), _object(message).get("value")
+        source, text = as_object(message).get("from"), as_object(message).get("value")
         if source != expected or not isinstance(text, str):
             why = ""
             if source == "system":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -54,7 +55,8 @@ class InstructionBuilder:
                     f"(it has: {', '.join(known)})"
                 )
             for path in self._annotation_files(split):
-                require(path, f"{key}.annotations.{split}.storage", DataError)
+                storage = f"{key}.annotations.{split}.storage"
+                require(path, storage, DataError, directory=self._in_folders)
         if (folder := self._media_root) is not None:
             require(folder, f"{key}.images.storage", DataError, directory=True)
 
@@ -121,12 +123,10 @@ class InstructionBuilder:
     ) -> tuple[list[tuple[Record, Length]], list[BadSample]]:
         good: list[tuple[Record, Length]] = []
         bad: list[BadSample] = []
-        check_system = cache(dataset.encoder.check_system)
-        root, kind = self._media_root, self.config.format
-        for path in self._annotation_files(split):
-            records = list(read_annotations(path, root, kind, check_system))
+        for name, records in self._records(split, dataset.encoder):
+            records = [self._scored(r) if isinstance(r, Record) else r for r in records]
             readable = [r for r in records if isinstance(r, Record)]
-            counts = iter(count_tokens(readable, dataset.encode, path.name))
+            counts = iter(count_tokens(readable, dataset.encode, name))
             for record in records:
                 if isinstance(record, BadSample):
                     bad.append(record)
@@ -135,6 +135,31 @@ class InstructionBuilder:
                 else:
                     good.append((record, count))
         return good, bad
+
+    def _records(
+        self, split: str, encoder: ConversationEncoder
+    ) -> Iterator[tuple[str, Iterable[Record | BadSample]]]:
+        """What each file holds, by its name."""
+        check_system = cache(encoder.check_system)
+        for path in self._annotation_files(split):
+            kind = self.config.format
+            yield path.name, read_annotations(path, self._media_root, kind, check_system)
+
+    def _scored(self, record: Record) -> Record:
+        if not self._score:
+            return record
+        reference = replace(record.reference, score=self._score, dataset=self.name)
+        return replace(record, reference=reference)
+
+    @property
+    def _score(self) -> str:
+        """The metric, or nothing."""
+        return self.config.score or ""
+
+    @property
+    def _in_folders(self) -> bool:
+        """Whether the annotations are named by their folder."""
+        return False
 
     @property
     def _media_root(self) -> Path | None:

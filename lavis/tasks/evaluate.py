@@ -153,6 +153,9 @@ def _read(path: Path) -> list[Prediction]:
 
 def _write_answers(path: Path, predictions: Iterable[Prediction], mode: str = "w") -> None:
     rows = [dataclasses.asdict(p) | {"right": p.right} for p in predictions]
+    for row in rows:
+        if not row["reference"]["score"]:
+            del row["reference"]
     _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), mode)
 
 

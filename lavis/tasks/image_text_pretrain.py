@@ -28,7 +28,7 @@ from lavis.models.config import PartsConfig
 from lavis.models.vision.frozen import FrozenVision
 from lavis.models.weights.files import open_pth
 from lavis.tasks.data import RunData, Splits, load_batches
-from lavis.tasks.scoring import require_bleu
+from lavis.tasks.scoring import check_scores
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +87,11 @@ class ImageTextPretrainTask:
         """Read and check splits whose questions are going to be answered.
 
         Raises:
-            DataError: as :meth:`build_datasets`.
-            ConfigError: the answers could not be scored.
+            DataError: as :meth:`build_datasets`, or answers could not be scored.
+            ConfigError: they could not be scored here.
         """
         read = {s: self.build_split(s, train=False, limit=limit) for s in splits}
-        records = (r for parts in read.values() for part in parts for r in part.records)
-        require_bleu(r.tags.get("kind") for r in records)
+        check_scores(r for parts in read.values() for part in parts for r in part.records)
         return read
 
     def build_split(

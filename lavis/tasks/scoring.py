@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from lavis.common import dist
 from lavis.common.cli import printable
-from lavis.common.errors import ConfigError, DataError
-from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, BadSample
+from lavis.common.errors import ConfigError, DataError, in_lines
+from lavis.common.registry import METRICS
+from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, BadSample, Reference
 from lavis.datasets.annotations import Record
 from lavis.datasets.collate import settle_bad, stack_words
 from lavis.datasets.instruction import InstructionDataset
@@ -39,6 +40,7 @@ class Prediction:
         language: the annotation's ``language``, or ``-``.
         image: the first image's path, empty without one.
         skipped: why it could not be asked; empty if it was.
+        reference: what the answer is scored by.
     """
 
     sample_id: str
@@ -49,10 +51,15 @@ class Prediction:
     truth: str
     image: str
     skipped: str = ""
+    reference: Reference = Reference()
 
     @property
     def right(self) -> bool:
-        """Whether the answer is the truth, after normalization."""
+        """Whether the answer is the truth, after normalization; whether a benchmark's metric gives
+        it half of the credit or more."""
+        if self.reference.score:
+            metric = METRICS.get(self.reference.score)
+            return bool(metric.credit(self.answer, self.truth, self.reference) >= 0.5)
         return normalize(self.answer) == normalize(self.truth)
 
 
@@ -228,6 +235,7 @@ def _prediction(record: Record, answer: str | None, skipped: str | None) -> Pred
         truth=record.turns[-1].text,
         image=str(record.images[0]) if record.images else "",
         skipped=skipped or "",
+        reference=record.reference,
     )
 
 
@@ -237,10 +245,15 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     Returns:
         ``{"overall": .., "count": .., "kinds": {kind: {language: {"exact": .., "count": ..}}},
         "skipped": [{"sample_id": .., "reason": ..}]}``; descriptions have ``bleu`` and do not count
-        towards ``overall``, which is ``None`` without a question.
+        towards ``overall``, which is ``None`` without a question. Of public benchmarks, which do
+        not count there, ``"sheets": {data set: Sheet}``.
     """
     groups: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
-    asked = [p for p in predictions if not p.skipped]
+    benchmarks: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
+    for p in predictions:
+        if p.reference.score and not p.skipped:
+            benchmarks[p.reference.dataset, p.reference.score].append(p)
+    asked = [p for p in predictions if not p.skipped and not p.reference.score]
     for prediction in asked:
         groups[prediction.kind, prediction.language].append(prediction)
     kinds: dict[str, dict[str, Any]] = {}
@@ -252,11 +265,12 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     questions = [p for p in asked if p.kind != DESCRIPTION]
     skipped = [{"sample_id": p.sample_id, "reason": p.skipped} for p in predictions if p.skipped]
     scores = {"overall": _percent(questions), "count": len(questions), "kinds": kinds}
-    return scores | {"skipped": skipped}
+    sheets = {name: METRICS.get(m).sheet(group) for (name, m), group in benchmarks.items()}
+    return scores | ({"sheets": sheets} if sheets else {}) | {"skipped": skipped}
 
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
-    """A text table: a row per kind and language, a column per named score."""
+    """A text table: a row per kind and language, or figure, and a column per named score."""
     keys = sorted(
         {(k, lang) for s in scores.values() for k, by in s["kinds"].items() for lang in by}
     )
@@ -264,7 +278,20 @@ def table(scores: dict[str, dict[str, Any]]) -> str:
         f"{k:<13} {lang:<3}": [_cell(s["kinds"].get(k, {}).get(lang)) for s in scores.values()]
         for k, lang in keys
     }
-    rows["all questions"] = [_cell({"exact": s["overall"]}) for s in scores.values()]
+    sheets = [s.get("sheets", {}) for s in scores.values()]
+    figures = {
+        (data, part, name): None  # a dictionary keeps the order of the sheets
+        for sheet in sheets
+        for data, parts in sheet.items()
+        for part, values in parts.items()
+        for name in values
+        if name != "count"
+    }
+    for data, part, name in figures:
+        values = [sheet.get(data, {}).get(part, {}).get(name) for sheet in sheets]
+        rows[f"{data} {part} {name}"] = ["-" if v is None else f"{v:.1f}" for v in values]
+    if keys or not figures:
+        rows["all questions"] = [_cell({"exact": s["overall"]}) for s in scores.values()]
     if any(s["skipped"] for s in scores.values()):
         rows["skipped"] = [str(len(s["skipped"])) for s in scores.values()]
     left = max(18, *(len(label) + 1 for label in rows))
@@ -285,6 +312,28 @@ def _cell(entry: dict[str, Any] | None) -> str:
 
 def _percent(group: Sequence[Prediction]) -> float | None:
     return 100.0 * sum(p.right for p in group) / len(group) if group else None
+
+
+def check_scores(records: Iterable[Record]) -> None:
+    """Check that the answers to records can be scored.
+
+    Raises:
+        DataError: a question lacks what its metric needs.
+        ConfigError: as :func:`require_bleu`.
+    """
+    wrong = []
+    kinds = set()
+    for record in records:
+        kinds.add(record.tags.get("kind"))
+        if (reference := record.reference).score:
+            try:
+                METRICS.get(reference.score).check(record.turns[-1].text, reference)
+            except DataError as error:
+                at = f"datasets.{reference.dataset}, {record.sample_id}"
+                wrong.append(f"{at}: {error}")
+    if wrong:
+        raise DataError(f"{len(wrong)} questions cannot be scored{in_lines(wrong)}")
+    require_bleu(kinds)
 
 
 def require_bleu(kinds: Iterable[str | None]) -> None:
