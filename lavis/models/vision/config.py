@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import cache_path, require
@@ -94,6 +94,10 @@ class VisionConfig(PartConfig):
         """Whether autocast leaves it alone where it is frozen, as it is in half precision there."""
         return False
 
+    def without_files(self) -> Self:
+        """The same sizes, for an encoder on the meta device whose weights nobody reads."""
+        return self
+
     def files(self, cache_root: str, key: Key) -> Iterator[Path]:
         """The weight files, checked.
 
@@ -160,6 +164,10 @@ class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
         return self.vit_precision == "bf16" or (
             self.vit_precision == "fp16" and device.type != "cpu"
         )
+
+    def without_files(self) -> Self:
+        """As its base says."""
+        return replace(self, from_scratch=("vit", "qformer"))
 
     def files(self, cache_root: str, key: Key) -> Iterator[Path]:
         """The weight files, checked.
