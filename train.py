@@ -20,6 +20,12 @@ def main() -> int:
         "--use-deepspeed", dest="options", action=AddOptions, nargs=0,
         const=["run.strategy=deepspeed"], help="short for --options run.strategy=deepspeed",
     )  # fmt: skip
+    parser.add_argument(
+        "--plan", nargs="?", const="rtx3090", metavar="CARD",
+        help="say what the run needs on a card, its longest packed row and its hours, and train "
+        "nothing: needs neither weights nor a GPU. CARD is a name (rtx3090, the default, a100, "
+        "...) or gigabytes; start it by torch.distributed.run for several cards",
+    )  # fmt: skip
     args = parser.parse_args()
     setup_logging()
     config = load_config(args.cfg_path, args.options)
@@ -28,6 +34,11 @@ def main() -> int:
     from lavis.common.registry import RUNNERS, TASKS
 
     task = TASKS.get(run.task)(config)
+    if args.plan:
+        from lavis.runners.estimate import card, length_of, plan_run
+
+        print_once(plan_run(config, length_of(task), card(args.plan)))
+        return 0
     task.check_paths()
 
     import torch

@@ -57,32 +57,13 @@ class Assembly:
         device = torch.device(device)
         home = torch.device("cpu") if mapped else device
         config.check_files(cache_root)
-        encoder, described, features = cls.describe(config, cache_root)
-        _, connector, llm = config.parts
-        spread = llm.device_map == "auto"
-        language = described.load(torch.device("cpu") if spread else home, mapped=mapped)
+        parts = cls.describe(config, cache_root)
+        spread = config.parts[2].device_map == "auto"
+        language = parts[1].load(torch.device("cpu") if spread else home, mapped=mapped)
         seeing = None
         if vision:
             seeing = cls.build_vision(config, cache_root=cache_root, device=device, home=home)
-        with home:
-            joint = CONNECTORS.get(connector.name)(connector, features[1], language.width)
-        if connector.init == "embeddings":
-            _scale_to_embeddings(joint, language)
-        model = VLM(
-            config,
-            seeing,
-            joint,
-            language,
-            encoder,
-            key_map=full_model(described.keys),
-            features=features,
-            image_size=config.transform(cache_root).image_size,
-        )
-        model.set_trainable()
-        if config.lora is not None:
-            add_lora(language, config.lora)
-            language.to(home)
-        model.set_schedule(StepSchedule(recompute="all" if llm.grad_ckpt else "none"))
+        model = cls._join(config, parts, seeing, language, home, cache_root)
         if not mapped:
             own_trainable(model)
         if path := config.finetuned_path(cache_root):
@@ -94,6 +75,53 @@ class Assembly:
         if home == device:
             widen_frozen_linears(model)  # where the weights stay: not on a card
         return model.train(False)
+
+    @classmethod
+    def outline(cls, config: PartsConfig, *, cache_root: str, vision: bool = True) -> VLM:
+        """The model on the meta device, of what the small files say; no weight is looked for.
+
+        Raises:
+            WeightsError, ConfigError: as :meth:`describe`.
+        """
+        parts, meta = cls.describe(config, cache_root), torch.device("meta")
+        seeing = None
+        if vision:
+            seeing = cls.build_vision(config, cache_root=cache_root, device=meta)
+        language = parts[1].sized_outline()
+        return cls._join(config, parts, seeing, language, meta, cache_root)
+
+    @classmethod
+    def _join(
+        cls,
+        config: PartsConfig,
+        described: tuple[ConversationEncoder, LanguagePart, tuple[int, int]],
+        seeing: VisionEncoder | None,
+        language: CausalLM,
+        home: torch.device,
+        cache_root: str,
+    ) -> VLM:
+        """A connector between them, and what learns."""
+        (encoder, part, features), (_, connector, llm) = described, config.parts
+        with home:
+            joint = CONNECTORS.get(connector.name)(connector, features[1], language.width)
+        if connector.init == "embeddings" and home.type != "meta":
+            _scale_to_embeddings(joint, language)
+        model = VLM(
+            config,
+            seeing,
+            joint,
+            language,
+            encoder,
+            key_map=full_model(part.keys),
+            features=features,
+            image_size=config.transform(cache_root).image_size,
+        )
+        model.set_trainable()
+        if config.lora is not None:
+            add_lora(language, config.lora)
+            language.to(home)
+        model.set_schedule(StepSchedule(recompute="all" if llm.grad_ckpt else "none"))
+        return model
 
     @classmethod
     def describe(

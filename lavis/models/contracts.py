@@ -16,7 +16,8 @@ class VisionEncoder(Protocol):
     """A module that encodes images.
 
     It is made with its configuration, the cache root, the device where it computes, and ``home``:
-    where its weights are until then if a strategy is going to shard them, else ``None``.
+    where its weights are until then if a strategy is going to shard them, else ``None``. On the
+    device ``meta`` it has sizes alone, and looks for no weights.
     """
 
     def __call__(self, pixel_values: Tensor) -> Tensor:

@@ -29,12 +29,12 @@ from lavis.common.types import Batch, Sample
 from lavis.datasets.collate import collate
 from lavis.models import MiniGPT4QwenConfig
 from lavis.models.build import Assembly, MiniGPT4Qwen
+from lavis.models.compute.fake_cuda import FakeCuda, on_card
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import EvaQFormerConfig, HfConfig, MlpConfig, VlmConfig
 from lavis.models.language.causal import CausalLM
 from lavis.models.vlm import VLM
 from tests.conftest import REPO, TOY
-from tests.fake_cuda import FakeCuda, on_card
 from tests.processors.families import FAMILIES
 
 GIB = 2**30

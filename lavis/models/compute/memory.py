@@ -17,7 +17,11 @@ _RESERVE = 0.15  # of the free memory: the head's pieces, the encoder, fragmenta
 
 
 def layers_to_recompute(
-    run: RunConfig, model: Any, device: torch.device | None = None, reserved: float = 0
+    run: RunConfig,
+    model: Any,
+    device: torch.device | None = None,
+    reserved: float = 0,
+    free: float | None = None,
 ) -> str | int:
     """``none``, ``all`` or ``n`` (every n-th layer): as little as the memory budget allows.
 
@@ -27,13 +31,13 @@ def layers_to_recompute(
     Args:
         device: where it computes; by default where the model is.
         reserved: bytes of what is free that something else is going to need.
+        free: bytes; by default what is free on the device now.
     """
-    device = device or model.device
-    budget = (
-        run.memory_budget_gb * 1e9
-        if run.memory_budget_gb is not None
-        else (free_memory(device) - reserved) * (1 - _RESERVE)
-    )
+    if run.memory_budget_gb is not None:
+        budget = run.memory_budget_gb * 1e9
+    else:
+        free = free_memory(device or model.device) if free is None else free
+        budget = (free - reserved) * (1 - _RESERVE)
     tokens = run.max_tokens_per_batch or run.batch_size_train * model.encoder.max_txt_len
     kept, entry = activation_bytes(model.language.model)
     depth = len(list(model.language.blocks()))

@@ -163,6 +163,20 @@ class GgufLinear(QuantizedLinear):
         return weight
 
 
+class OutlinedLinear(QuantizedLinear):
+    """The bytes of a packed layer, on the meta device."""
+
+    def __init__(self, linear: nn.Linear, bits: float) -> None:
+        """Take a layer's place, with so many bits a weight."""
+        count = int(linear.weight.numel() * bits / 8)
+        packed = torch.empty(count, dtype=torch.uint8, device=linear.weight.device)
+        super().__init__((linear.out_features, linear.in_features), linear.bias, packed=packed)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.packed.new_empty((self.out_features, self.in_features), dtype=dtype)
+
+
+PACKED_BITS = {"int8": 8.0, "nf4": 4 + 32 / _NF4_BLOCK}
 KINDS: dict[str, type[Int8Linear] | type[NF4Linear]] = {"int8": Int8Linear, "nf4": NF4Linear}
 
 

@@ -46,6 +46,7 @@ class StepSchedule:
         model: Any,
         device: torch.device | None = None,
         reserved: float = 0,
+        free: float | None = None,
     ) -> StepSchedule:
         """The schedule that ``run`` asks for.
 
@@ -55,7 +56,7 @@ class StepSchedule:
         recompute: str | int = run.recompute
         if recompute == "auto":
             recompute = (
-                layers_to_recompute(run, model, device, reserved)
+                layers_to_recompute(run, model, device, reserved, free)
                 if model.config.parts[2].grad_ckpt
                 else "none"
             )

@@ -11,10 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen2ForCausalLM
 from lavis.common.errors import ConfigError, LavisError
 from lavis.common.paths import cache_path
 from lavis.common.types import DTYPES
+from lavis.models.compute.quantized_linear import PACKED_BITS, OutlinedLinear
 from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
 from lavis.models.language.causal import CausalLM, context_of
 from lavis.models.language.hf import load_hf, stock_class
-from lavis.models.language.quantize import quantize
+from lavis.models.language.quantize import quantize, replace_linears
 from lavis.models.language.qwen1 import load_llm, new_llm, read_spec
 from lavis.models.vision.config import Key
 from lavis.models.weights.original import QWEN, SAME_NAMES, KeyMap
@@ -62,6 +63,17 @@ class LanguagePart:
         """The model without numbers, for the names of its layers."""
         with torch.device("meta"):
             return CausalLM(self.family(self.sizes))
+
+    def sized_outline(self) -> CausalLM:
+        """The model without numbers that takes the bytes it will: in its precision, or packed."""
+        precision = DTYPES.get(self.config.precision) or self.sizes.dtype or torch.bfloat16
+        llm = self.outline().to(precision)
+        if kind := self.config.quantize:
+            bits = (
+                PACKED_BITS.get(kind) or 8 * self.path.stat().st_size / llm.model.num_parameters()
+            )
+            replace_linears(llm, lambda _, linear: OutlinedLinear(linear, bits), kind)
+        return llm
 
     def require_room(self, new_tokens: int, key: str) -> None:
         """Refuse a setting by which an answer leaves no room for a question.

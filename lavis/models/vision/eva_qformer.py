@@ -47,7 +47,7 @@ class EvaQFormer(nn.Module):
         """Build it and load its weights, each tensor straight to its final place.
 
         Args:
-            device: where it computes.
+            device: where it computes; on ``meta`` no weights are read.
             home: where its weights are until then, if they are going to be sharded.
 
         Raises:
@@ -67,6 +67,8 @@ class EvaQFormer(nn.Module):
             self.query_tokens = nn.Parameter(
                 torch.randn(1, c.num_query_token, qformer.hidden_size) * qformer.initializer_range
             )
+        if device.type == "meta":  # without weights
+            return
         if "vit" not in c.from_scratch:
             path = c.path("vit_weights", cache_root)
             load_vit(self.visual_encoder, path, device=device, dtype=dtype)

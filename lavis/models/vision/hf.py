@@ -138,14 +138,15 @@ class HfVision(Tower):
         super().__init__(config, spec.image_size)
         self.tokens, self.width = self.shape(config, cache_root)
         folder = config.folder(cache_root)
-        weights = {name: tensor for name, tensor in open_shards(folder).items() if self._uses(name)}
-        model: Any = build_stock(
-            MODEL_MAPPING[type(spec.sizes)],
-            spec.sizes,
-            folder,
-            state_dict=weights,
-            dtype=compute_dtype(config.precision, device),
-        )
+        kind, dtype = MODEL_MAPPING[type(spec.sizes)], compute_dtype(config.precision, device)
+        model: Any
+        if device.type == "meta":
+            with device:
+                model = kind(spec.sizes).to(dtype)
+        else:
+            files = open_shards(folder).items()
+            weights = {name: tensor for name, tensor in files if self._uses(name)}
+            model = build_stock(kind, spec.sizes, folder, state_dict=weights, dtype=dtype)
         if not spec.normed or spec.sizes.model_type == "clip_vision_model":
             setattr(model, spec.family.norm, nn.Identity())  # CLIP's is the class token's alone
         if getattr(model.embeddings, "mask_token", None) is not None:

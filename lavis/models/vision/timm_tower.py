@@ -81,15 +81,16 @@ class TimmVision(Tower):
         super().__init__(config, size)
         self.tokens, self.width = self.shape(config, cache_root)
         dtype, place = compute_dtype(config.precision, device), home or device
-        load_weights(
-            model,
-            open_shard(cache_path(config.path, cache_root)),
-            SAME_NAMES,
-            device=place,
-            dtype=dtype,
-            extra_dropped=partial(_is_past, len(_blocks(model))),
-        )
-        fill_constants(model, place)
+        if device.type != "meta":
+            load_weights(
+                model,
+                open_shard(cache_path(config.path, cache_root)),
+                SAME_NAMES,
+                device=place,
+                dtype=dtype,
+                extra_dropped=partial(_is_past, len(_blocks(model))),
+            )
+            fill_constants(model, place)
         self.visual_encoder = model.to(dtype)
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -213,5 +213,5 @@ def on_card(model: nn.Module) -> None:
                 empty = torch.empty(like.shape, dtype=like.dtype, device="cuda")
                 made[like] = nn.Parameter(empty, requires_grad=like.requires_grad)
             setattr(module, name, made[like])
-        for name, like in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(like.shape, dtype=like.dtype, device="cuda"))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
