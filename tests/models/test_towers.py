@@ -331,7 +331,7 @@ def test_the_two_stages_of_a_project(home: Path, tmp_path: Path, project: str, t
     small = [
         f"model.vision.path={home / tower}", f"model.language.path={home / project.split('_')[0]}",
         "model.language.precision=fp32", "run.device=cpu", "run.amp=false", "run.num_workers=0",
-        "run.warmup_ratio=0", f"run.output_dir={tmp_path}",
+        "run.warmup_ratio=0", f"run.output_dir={tmp_path}", "model.max_txt_len=512",
     ]  # fmt: skip
     small += ["model.connector.size=2"] if tower == "siglip" else []
     saved: Path | None = None
