@@ -33,7 +33,7 @@ _READ = ("max_new_tokens", "until", "do_sample", *_SAMPLING)
 class LavisModel(lmms):
     """Answers the requests of lmms-eval's chat protocol.
 
-    Under ``accelerate launch`` every process has a whole model and answers its share.
+    Under ``torchrun`` every process has a whole model and answers its share.
 
     Args:
         cfg: a run's YAML.

@@ -12,7 +12,7 @@ import torch
 
 from examples.toybox.world.__main__ import make_record
 from lavis.common.errors import DataError
-from lavis.common.types import NO_FEATURES, NO_WORDS
+from lavis.common.types import NO_FEATURES, NO_WORDS, Reference
 from lavis.processors.conversation import Turn
 from lavis.tasks.scoring import Prediction, normalize, predict, score, table
 
@@ -129,6 +129,7 @@ def test_the_script_chooses_the_words_of_bleu(truth: str, answer: str, tokenize:
 
 class _Record:
     def __init__(self, number: int) -> None:
+        self.reference = Reference()
         self.sample_id = str(number)
         self.turns = (Turn("user", "<Img><ImageHere></Img> Which?"), Turn("assistant", str(number)))
         self.images = (f"{number}.png",)
