@@ -229,7 +229,7 @@ def test_a_recipe_fits_on_a_card(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     run, made = config.run, config.model
     kind = made.model_type or "qwen14b_chat", made.parts[2].quantize
     model, _ = qwen(*kind)
-    assert (made.image_size, made.training) == (224, model.config.training)
+    assert (made.parts[0].image_size, made.training) == (224, model.config.training)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     held, moving = weights, 0
     if layers := [m for m in model.language.modules() if isinstance(m, QuantizedLinear)]:
