@@ -70,7 +70,8 @@ def main() -> int:
         with dist.raise_together():
             data = RunData([], task.build_questions(names, args.limit))
         torch.manual_seed(config.run.seed)
-        model, splits, run = task.build_model(device, data).eval(), data.evaluated, config.run
+        model = task.build_model(device, data, start=args.checkpoint is not None).eval()
+        splits, run = data.evaluated, config.run
         untrained = {f"{split}, untrained": splits[split] for split in splits if args.baselines}
         before = {n: answer(model, parts, run, out, n) for n, parts in untrained.items()}
         if args.checkpoint is not None:

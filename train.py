@@ -54,7 +54,9 @@ def main() -> int:
         plan = None if run.evaluate else RunPlan.of(config, data, device)
         log_notes(without_effect(config, answers=run.evaluate or bool(run.test_splits)))
         torch.manual_seed(run.seed)
-        model = task.build_model(device, data, mapped=plan is not None and plan.strategy.shards)
+        mapped = plan is not None and plan.strategy.shards
+        start = plan is not None or run.resume_ckpt_path is not None
+        model = task.build_model(device, data, mapped=mapped, start=start)
         job_id = new_job_id(run)
         if run.evaluate:
             if run.resume_ckpt_path is not None:

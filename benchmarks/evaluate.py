@@ -37,7 +37,7 @@ class Bench:
         task: Any = TASKS.get(config.run.task)(config)
         data = RunData([], task.build_questions(("test",), limit))
         self.run = config.run
-        self.model: VLM = task.build_model(torch.device("cpu"), data).eval()
+        self.model: VLM = task.build_model(torch.device("cpu"), data, start=True).eval()
         self.model.load_checkpoint(checkpoint)
         self.dataset: InstructionDataset = data.evaluated["test"][0]
 

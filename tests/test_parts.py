@@ -35,8 +35,6 @@ from lavis.models.language.parts import Hf
 from lavis.models.weights.agreement import check_settings
 from lavis.processors.contracts import Piece, Turn
 from lavis.processors.templates import TokenizerTemplate
-from lavis.runners.prepare import RunPlan
-from lavis.runners.strategy import Strategy
 from lavis.tools.export import export
 from tests.conftest import REPO
 from tests.gguf_files import write_gguf
@@ -103,9 +101,13 @@ def model_yaml(language: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, language models, and ``run.yaml`` that names the first of them."""
-    home = tmp_path_factory.mktemp("parts")
-    for name, (template, options) in LANGUAGES.items():
+    return make_home(tmp_path_factory.mktemp("parts"), *LANGUAGES)
+
+
+def make_home(home: Path, *names: str) -> Path:
+    """Pictures, language models, and ``run.yaml`` for Llama."""
+    for name in names:
+        template, options = LANGUAGES[name]
         save_language(home / name, name, template, **options)
     for split, count in (("train", 8), ("test", 3)):
         write_split(home, split, count, 0, languages=("en",))
@@ -131,7 +133,7 @@ def prepare(home: Path, *options: str, job: str = "job", file: Path | None = Non
     task.check_paths()
     dataset = task.build_datasets()
     torch.manual_seed(config.run.seed)
-    model = task.build_model(torch.device("cpu"), dataset)
+    model = task.build_model(torch.device("cpu"), dataset, start=True)
     return RUNNERS.get(config.run.runner)(config, task, model, dataset, job)
 
 
@@ -283,15 +285,6 @@ ADAPTED = (
     "model.train={connector: {lr: 2e-3, weight_decay: 0.1}, "
     "language: {lr: 2e-4, lora: {r: 4, dropout: 0, targets: all}}}"
 )
-
-
-def test_packed_weights_are_not_sharded(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(home / "run.yaml", ["model.language.quantize=nf4"])
-    monkeypatch.setattr(Strategy, "shards", True)
-    with pytest.raises(
-        ConfigError, match=r"model\.language\.quantize: packed weights cannot be sharded"
-    ):
-        RunPlan.of(config, [], torch.device("cpu"))
 
 
 def test_each_part_at_its_rate(

@@ -17,10 +17,13 @@ from examples.toybox.world.__main__ import write_split
 from lavis.common.config import load_config
 from lavis.common.registry import RUNNERS, TASKS
 from tests.conftest import REPO
+from tests.test_parts import model_yaml
 
 PROJECTS = REPO / "lavis" / "projects"
 FILES = [str(p.relative_to(PROJECTS)) for p in sorted(PROJECTS.rglob("*.yaml"))]
 RECIPES = ["instruction_tuning/train.yaml", "instruction_tuning/train_3090x4.yaml"]
+NF4 = "instruction_tuning/train_14b_nf4.yaml"
+QLORA = "model.train={connector: 1e-4, language: {lr: 1e-4, lora: {r: 16, targets: all}}}"
 ZERO = [f"deepspeed/train_zero{stage}_3090x4.yaml" for stage in range(3)]
 SAMPLES = 24  # of each of two data sets: two or three steps
 
@@ -32,15 +35,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def in_small(pictures: Path, output: Path) -> list[str]:
+ORIGINAL = [
+    "model.model_type=toybox", "model.pretrained=examples/toybox/blip2.pth",
+    "model.llm_model=examples/toybox/llm", "model.image_size=84", "model.num_query_token=9",
+]  # fmt: skip
+PARTS = [f"model.vision.{k}={v}" for k, v in model_yaml(Path())["model"]["vision"].items()]
+PARTS += ["model.language.path=examples/toybox/llm", "model.language.precision=fp32"]
+
+
+def in_small(pictures: Path, output: Path, model: list[str] = ORIGINAL) -> list[str]:
     """What makes a recipe of the real model one of the toybox: paths, sizes, device, length."""
     options = [
         f"env.cache_root={REPO}",
-        "model.model_type=toybox",
-        "model.pretrained=examples/toybox/blip2.pth",
-        "model.llm_model=examples/toybox/llm",
-        "model.image_size=84",
-        "model.num_query_token=9",
+        *model,
         f"run.output_dir={output}",
         "run.device=cpu",
         "run.max_epoch=1",
@@ -80,13 +87,35 @@ def test_every_project_loads(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains(name: str, pictures: Path, tmp_path: Path) -> None:
     config: Any = load_config(PROJECTS / name, in_small(pictures, tmp_path))
+    check(train(config), config.run.batch_size_train * config.run.accum_grad_iters)
+
+
+def test_packed_weights_train_as_their_recipe_says(pictures: Path, tmp_path: Path) -> None:
+    """Its line for adapters, too, of which the file holds nothing but what learns."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    small = in_small(pictures, tmp_path, PARTS)
+    config: Any = load_config(PROJECTS / NF4, small)
+    assert config.model.language.quantize == "nf4"
+    check(train(config), config.run.batch_size_train * config.run.accum_grad_iters)
+    line = QLORA.removeprefix("model.").replace("=", ": ", 1)
+    assert f"#   {line}\n" in (PROJECTS / NF4).read_text(encoding="utf-8")
+    adapted = load_config(PROJECTS / NF4, [*small, QLORA])
+    state = torch.load(train(adapted), weights_only=True)["model"]
+    assert {n.rpartition(".lora_")[0].rpartition(".")[2] for n in state if "lora_" in n} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert {n for n in state if "lora_" not in n} == {"llm_proj.weight", "llm_proj.bias"}
+
+
+def train(config: Any) -> Path:
     task = TASKS.get(config.run.task)(config)
     task.check_paths()
     dataset = task.build_datasets()
     torch.manual_seed(config.run.seed)
     model = task.build_model(torch.device("cpu"), dataset)
-    runner = RUNNERS.get(config.run.runner)(config, task, model, dataset, "job")
-    check(runner.train(), config.run.batch_size_train * config.run.accum_grad_iters)
+    checkpoint: Path = RUNNERS.get(config.run.runner)(config, task, model, dataset, "job").train()
+    return checkpoint
 
 
 @pytest.mark.parametrize("name", ZERO)

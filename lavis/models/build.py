@@ -42,6 +42,7 @@ class Assembly:
         device: str | torch.device = "cpu",
         vision: bool = True,
         mapped: bool = False,
+        start: bool = False,
     ) -> VLM:
         """Build a model and load its weights, each tensor straight to its final place.
 
@@ -49,6 +50,8 @@ class Assembly:
         vision encoder, and reads features in place of images. ``mapped`` is for a strategy that
         shards: the weights stay in main memory, those of files as views of them, and each process
         copies its slices to ``device``; see :func:`lavis.models.weights.files.final_dtype`.
+        ``start``: ``model.finetuned`` may lack what is new, since it is going to be trained, or
+        another checkpoint to be loaded.
 
         Raises:
             WeightsError: a file is missing (found before anything is read), damaged, or unfit.
@@ -67,7 +70,7 @@ class Assembly:
         if not mapped:
             own_trainable(model)
         if path := config.finetuned_path(cache_root):
-            model.load_checkpoint(path)
+            model.load_checkpoint(path, start=start)
         if spread:
             _dispatch(language)
         weight = language.head.weight

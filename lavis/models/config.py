@@ -298,6 +298,14 @@ class PartsConfig(ModelConfig):
         language = self.training.get("language")
         return None if language is None else language.lora
 
+    @property
+    def new_parts(self) -> tuple[str, ...]:
+        """What may begin to learn from a checkpoint that was trained without it: parts whose
+        weights stand in files."""
+        vision, _, language = self.parts
+        drawn = {"vision": vision.random_parts, "language": getattr(language, "from_scratch", ())}
+        return tuple(part for part, random in drawn.items() if not random)
+
     def vision_files(self, cache_root: str) -> Iterator[Path]:
         """The weight files of the vision encoder, checked.
 

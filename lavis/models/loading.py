@@ -124,9 +124,10 @@ class FoundModel:
         target = pick_device(str(device), key, without)
         if self.checkpoint is not None:
             open_pth(self.checkpoint)  # its table of contents, before the weights of the parts
-        model = MODELS.get(config.model.arch).from_config(
-            config.model, cache_root=config.env.cache_root, device=target
-        )
+        options: dict[str, Any] = {"cache_root": config.env.cache_root, "device": target}
+        if getattr(config.model, "load_finetuned", False):
+            options["start"] = self.checkpoint is not None or not self.is_eval
+        model = MODELS.get(config.model.arch).from_config(config.model, **options)
         vis_processors = _processors(config, "vis_processor")
         model.vis_processor = vis_processors.get("eval")
         if self.checkpoint is not None:

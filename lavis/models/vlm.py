@@ -299,13 +299,16 @@ class VLM(nn.Module):
         """Parameters that are trained, by name."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
-    def load_checkpoint(self, path: str | Path) -> None:
+    def load_checkpoint(self, path: str | Path, *, start: bool = False) -> None:
         """Load a checkpoint of this project or of the original.
+
+        Args:
+            start: of training: it may lack parts that are new (``model.config.new_parts``).
 
         Raises:
             WeightsError: the file is damaged, does not fit, or lacks what is trained here.
         """
-        load_model_state(self, path)
+        load_model_state(self, path, new_parts=self.config.new_parts if start else ())
         self._prefixes.clear()  # the file may hold other language model weights
 
     def generate(self, *args: Any, **settings: Any) -> list[str] | list[list[int]]:

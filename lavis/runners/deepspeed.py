@@ -52,6 +52,7 @@ class DeepSpeedStrategy(Strategy):
             raise ConfigError(f"run.deepspeed_config: DeepSpeed refuses it: {reason}") from error
         self.stage = int((given.get("zero_optimization") or {}).get("stage", 0))
         self.shards = self.stage == 3
+        self.keeps_packed = not self.shards
         fp16 = _enabled(given, "fp16")
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.rescales = fp16  # by DeepSpeed

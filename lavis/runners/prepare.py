@@ -57,8 +57,8 @@ class RunPlan:
         """
         run = config.run
         strategy = build_strategy(run, device)
-        if strategy.shards:
-            _check_shardable(config)
+        if not strategy.keeps_packed:
+            _check_unpacked(config)
         source = newest_of(config) if run.resume_ckpt_path == "auto" else run.resume_ckpt_path
         before = None if source is None else open_checkpoint(Path(source))
         data = data_fingerprints(config, dataset)
@@ -85,12 +85,12 @@ class RunPlan:
         return cls(strategy, batches, schedule, rates, before, step, data)
 
 
-def _check_shardable(config: Config) -> None:
+def _check_unpacked(config: Config) -> None:
     model = config.model
     if isinstance(model, PartsConfig) and model.parts[2].quantize:
         raise ConfigError(
-            f"{model.key('language', 'quantize')}: packed weights cannot be sharded; train with "
-            "run.strategy: ddp, or without quantize"
+            f"{model.key('language', 'quantize')}: ZeRO stage 3 takes no packed weights; train "
+            "with run.strategy: ddp or fsdp2, or without quantize"
         )
 
 

@@ -34,9 +34,11 @@ class Strategy:
         module: what is called in place of the model.
         optimizer: AdamW over the trainable parameters.
         shards: whether frozen parameters are sharded, too; then the model may be a mapped one.
+        keeps_packed: whether a language model's weights may be packed in few bits.
     """
 
     shards: bool = False
+    keeps_packed: bool = True
 
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         self.run, self.device = run, device
@@ -187,6 +189,7 @@ class FSDP2Strategy(Strategy):
 
     The blocks that ``model.shardable_blocks`` lists are gathered one by one when they are used;
     frozen blocks are sharded, too. ``run.fsdp_cpu_offload`` keeps the slices in main memory.
+    Packed weights are buffers, of which every process holds the whole on its device.
     Gradients are sharded after every micro-batch: added up whole, those of a language model that
     learns would fill a card.
     """

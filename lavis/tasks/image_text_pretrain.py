@@ -141,7 +141,12 @@ class ImageTextPretrainTask:
         return fill_features(self.config, datasets, vision, device, estimate=estimate)
 
     def build_model(
-        self, device: torch.device, data: RunData | None = None, *, mapped: bool = False
+        self,
+        device: torch.device,
+        data: RunData | None = None,
+        *,
+        mapped: bool = False,
+        start: bool = False,
     ) -> nn.Module:
         """Build the model and load its weights.
 
@@ -149,10 +154,13 @@ class ImageTextPretrainTask:
             data: with ``run.feature_cache.enabled`` they get features, and the model has no vision
                 side. Every process must call it.
             mapped: leave the weights in their files, for a strategy that shards them.
+            start: of training, or a checkpoint is going to be loaded: ``model.finetuned`` may lack
+                what is new.
         """
         config, run = self.config.model, self.config.run
         options: dict[str, Any] = {"cache_root": self.config.env.cache_root, "device": device}
         options |= {"mapped": True} if mapped else {}
+        options |= {"start": True} if start and getattr(config, "load_finetuned", False) else {}
         if run.feature_cache.enabled and data is not None:
             self.cache_features(data, device)
             options["vision"] = False

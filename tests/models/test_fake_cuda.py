@@ -30,9 +30,11 @@ from lavis.datasets.collate import collate
 from lavis.models import MiniGPT4QwenConfig
 from lavis.models.build import Assembly, MiniGPT4Qwen
 from lavis.models.compute.fake_cuda import FakeCuda, on_card
+from lavis.models.compute.quantized_linear import QuantizedLinear
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import EvaQFormerConfig, HfConfig, MlpConfig, VlmConfig
 from lavis.models.language.causal import CausalLM
+from lavis.models.language.quantize import quantize
 from lavis.models.vlm import VLM
 from tests.conftest import REPO, TOY
 from tests.processors.families import FAMILIES
@@ -63,7 +65,7 @@ SHARES = {"train_fsdp2": 4, "train_14b_fsdp2": 2, "train_zero3_offload": 4}  # c
 
 
 @cache
-def qwen(model_type: str) -> tuple[VLM, FakeCuda]:
+def qwen(model_type: str, packed: str | None = None) -> tuple[VLM, FakeCuda]:
     """EVA ViT-g, Q-Former and a first-generation Qwen's sizes, on a card of their own."""
     config = MiniGPT4QwenConfig(
         arch="minigpt4qwen",
@@ -74,7 +76,10 @@ def qwen(model_type: str) -> tuple[VLM, FakeCuda]:
         from_scratch=("vit", "qformer", "llm"),
         **RANDOM,  # type: ignore[arg-type]
     )
-    return placed(MiniGPT4Qwen.from_config(config, cache_root="", device="meta"))
+    model = MiniGPT4Qwen.from_config(config, cache_root="", device="meta")
+    if packed is not None:
+        quantize(model.language, packed, device=torch.device("meta"), dtype=None)
+    return placed(model)
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +227,13 @@ def test_a_recipe_fits_on_a_card(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """At its own packed length, with the recomputation that it chooses."""
     config = load_config(path)
     run, made = config.run, config.model
-    model, _ = qwen(made.model_type)
-    assert (made.image_size, made.training) == (224, model.config.training)
-    weights = sum(p.nbytes for p in model.parameters())
+    kind = made.model_type or "qwen14b_chat", made.parts[2].quantize
+    model, _ = qwen(*kind)
+    assert (made.parts[0].image_size, made.training) == (224, model.config.training)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     held, moving = weights, 0
+    if layers := [m for m in model.language.modules() if isinstance(m, QuantizedLinear)]:
+        moving = 2 * max(m.in_features * m.out_features for m in layers)  # unpacked, in a kernel
     if path.stem in SHARES:  # a slice, a block in use, and the next one on its way
         held = weights // SHARES[path.stem]
         moving = 2 * max(sum(p.nbytes for p in b.parameters()) for b in model.shardable_blocks())
@@ -235,14 +243,14 @@ def test_a_recipe_fits_on_a_card(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(model, "config", made)
         patch.setattr(lavis.models.compute.memory, "free_memory", lambda device: CARD - held)
         schedule = StepSchedule.from_run(run, model, reserved=moving)
-    needed = peak(made.model_type, schedule, count, tokens // count)
+    needed = peak(kind, schedule, count, tokens // count)
     assert needed - weights + held + moving < CARD
 
 
 @cache
-def peak(model_type: str, schedule: StepSchedule, count: int, length: int) -> int:
+def peak(kind: tuple[str, str | None], schedule: StepSchedule, count: int, length: int) -> int:
     """Bytes of forward and backward pass. Autocast, which casts no weights, changes nothing."""
-    model, card = qwen(model_type)
+    model, card = qwen(*kind)
     model.train().set_schedule(schedule)
     batch = batch_of(model, count, length)
     try:

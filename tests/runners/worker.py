@@ -1,7 +1,7 @@
 """What tests start as one process of several: runs of the toybox, one after the other.
 
-``python -m torch.distributed.run --standalone --nproc_per_node=2 -m tests.runners.worker RUNS``;
-RUNS is a JSON file with a list of lists of ``--options``.
+``python -m torch.distributed.run --standalone --nproc_per_node=2 -m tests.runners.worker RUNS
+[CFG_PATH]``; RUNS is a JSON file with a list of lists of ``--options``.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def main() -> int:
     """Call ``train.py``'s main once for each run, all in one process group."""
     setup_logging()
     torch.set_num_threads(1)
+    path, *cfg_path = sys.argv[1:]
     status = 0
     with dist.process_group("cpu"):
-        runs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+        runs = json.loads(Path(path).read_text(encoding="utf-8"))
         for run in runs:
-            sys.argv[1:] = ["--cfg-path", str(PROJECT), "--options", *run]
+            sys.argv[1:] = ["--cfg-path", *(cfg_path or [str(PROJECT)]), "--options", *run]
             status = max(status, train.main())
     return status
 

@@ -221,6 +221,16 @@ def test_a_folder_with_something_in_it_is_refused(run: tuple[Path, Path]) -> Non
     ("change", "told"),
     [
         ({"language": {"path": "x.gguf"}}, r"model\.language\.path: x\.gguf: adapters cannot be"),
+        (
+            {"language": {"path": "x.gguf", "quantize": "gguf"}},
+            r"model\.language\.quantize: gguf: adapters cannot be merged into quantized weights",
+        ),
+        ({"language": {"path": "x", "quantize": "nf4"}}, r"quantize: nf4: .*full precision"),
+        ({"language": {"path": "x", "quantize": "int8"}}, r"quantize: int8: .*full precision"),
+        (
+            {"language": {"name": "qwen1", "path": "x", "from_scratch": True}},
+            r"model\.language\.from_scratch: random weights stand in no folder",
+        ),
         ({"train": {"connector": 1e-3}}, r"no adapters are trained with it \(model\.train\.lang"),
     ],
 )
@@ -229,7 +239,7 @@ def test_what_has_nothing_to_merge_is_refused(
 ) -> None:
     content = yaml.safe_load(run[0].read_text(encoding="utf-8"))
     for key, value in change.items():
-        content["model"][key] = value | ({"name": "hf"} if key == "language" else {})
+        content["model"][key] = ({"name": "hf"} if key == "language" else {}) | value
     path = tmp_path / "other.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.raises(ConfigError, match=told):
@@ -243,6 +253,19 @@ def test_adapters_of_other_settings_are_refused(run: tuple[Path, Path], tmp_path
         with pytest.raises(WeightsError, match=rf"set model\.train\.language\.lora\.{key}: "):
             merge(config, checkpoint, tmp_path / "out", dtype=None, device=torch.device("cpu"))
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_under_other_names_are_refused(tmp_path: Path) -> None:
+    """Those of a model without its head, which Transformers finds in their places."""
+    source = save_language(tmp_path / "qwen3", "qwen3", "qwen3", tie_word_embeddings=True)
+    AutoModelForCausalLM.from_pretrained(source).model.save_pretrained(source)
+    path = run_of(tmp_path, source, LORA)
+    checkpoint = train(path)[1]
+    with pytest.raises(
+        ConfigError, match=r"hold no model\.layers\.0\..*stored under other names, and adapters"
+    ):
+        merged(path, checkpoint, tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"qwen3", path.name, checkpoint.name}
 
 
 def test_another_model_is_not_kept(

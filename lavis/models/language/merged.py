@@ -93,7 +93,8 @@ def merge(
     state = _trained(config, require_checkpoint(checkpoint, "--checkpoint"))
     described: LanguagePart = family.describe(settings, root)[1]
     sees = "vision" in settings.training or settings.load_finetuned
-    model: VLM = family.from_config(settings, cache_root=root, device=device, vision=sees)
+    options: Any = {"cache_root": root, "device": device, "vision": sees, "start": True}
+    model: VLM = family.from_config(settings, **options)
     model.load_checkpoint(checkpoint)
     adapted: Any = model.language.model
     prompts = [model.encoder.prompt([Turn("user", q)]) for q in _QUESTIONS]

@@ -27,7 +27,8 @@ _WARNED_OF_PARTS = (
     "vision.vit_weights", "vision.pretrained", "vision.vit_precision", "vision.path",
     "vision.precision", "language.",
 )  # fmt: skip
-_TRAINED_OF_PARTS = ("train.language.lora.dropout", "label_mask", "max_txt_len")
+_LORA = "train.language.lora."
+_TRAINED_OF_PARTS = (f"{_LORA}dropout", "label_mask", "max_txt_len")
 _FREE_OF_PARTS = (
     "vision.bert_config", "vision.drop_path_rate", "vision.enable_autocast", "vision.from_scratch",
     "vision.use_grad_checkpoint", "connector.init", "language.name", "language.precision",
@@ -46,7 +47,12 @@ def saved_settings(content: object, section: str) -> dict[str, Any]:
 
 
 def check_settings(
-    label: object, content: object, config: ModelConfig, *, training: bool = False
+    label: object,
+    content: object,
+    config: ModelConfig,
+    *,
+    training: bool = False,
+    new_adapters: bool = False,
 ) -> None:
     """Compare a checkpoint's settings with a model's; what cannot be compared passes.
 
@@ -54,6 +60,7 @@ def check_settings(
         label: names the checkpoint in messages.
         content: what the file holds.
         training: whether training goes on from it.
+        new_adapters: whether adapters may be new here, which it was trained without.
 
     Raises:
         WeightsError: its weights would compute something else here than where they were trained.
@@ -61,7 +68,10 @@ def check_settings(
     saved = saved_settings(content, "model")
     if isinstance(config, PartsConfig) and "vlm" in (config.arch, saved.get("arch")):
         if (theirs_config := _parsed(saved)) is not None:
-            _check_parts(label, theirs_config, config, training=training)
+            theirs, ours = _of_parts(theirs_config), _of_parts(config)
+            if new_adapters and theirs_config.lora is None:
+                ours = {k: v for k, v in ours.items() if not k.startswith(_LORA)}
+            _check_parts(label, theirs, ours, training=training)
         else:
             logger.info("%s does not say how it was trained: settings are not compared", label)
         return
@@ -103,13 +113,17 @@ def _parsed(saved: dict[str, Any]) -> PartsConfig | None:
     return config if isinstance(config, PartsConfig) else None
 
 
-def _check_parts(label: object, saved: PartsConfig, config: PartsConfig, *, training: bool) -> None:
+def _check_parts(
+    label: object, theirs: dict[str, Any], ours: dict[str, Any], *, training: bool
+) -> None:
     """Compare models of parts, whichever keys they were written with.
+
+    Args:
+        theirs, ours: as :func:`_of_parts` gives them.
 
     Raises:
         WeightsError: as :func:`check_settings`.
     """
-    theirs, ours = _of_parts(saved), _of_parts(config)
     wrong = []
     for key in sorted(theirs.keys() | ours.keys()):
         then, now = theirs.get(key, "nothing"), ours.get(key, "nothing")
@@ -134,9 +148,9 @@ def _of_parts(config: PartsConfig) -> dict[str, Any]:
     for name, part in zip(("vision", "connector", "language"), config.parts, strict=True):
         flat |= {f"{name}.{k}": v for k, v in _flat(vars(part)).items()}
     if (lora := config.lora) is not None:
-        flat |= {f"train.language.lora.{k}": v for k, v in vars(lora).items()}
+        flat |= {_LORA + k: v for k, v in vars(lora).items()}
         if lora.targets != "all":
-            flat["train.language.lora.targets"] = sorted(lora.targets)
+            flat[f"{_LORA}targets"] = sorted(lora.targets)
     return flat
 
 

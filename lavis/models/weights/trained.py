@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lavis.common import dist
 from lavis.common.errors import WeightsError, listed
 from lavis.common.paths import require_checkpoint
 from lavis.common.registry import did_you_mean
@@ -16,6 +18,8 @@ from lavis.common.schema import ModelConfig
 from lavis.models.weights.agreement import check_settings
 from lavis.models.weights.files import WeightFile, final_dtype, load_pickle, state_dict_in
 from lavis.models.weights.original import SAME_NAMES, KeyMap
+
+logger = logging.getLogger(__name__)
 
 
 def _key_map(model: nn.Module) -> KeyMap:
@@ -42,8 +46,14 @@ def trainable_state(
     )
 
 
-def load_model_state(model: nn.Module, path: str | Path) -> None:
+def load_model_state(
+    model: nn.Module, path: str | Path, *, new_parts: Collection[str] = ()
+) -> None:
     """Load a checkpoint's ``model`` entry into a model, in place.
+
+    Args:
+        new_parts: that may begin to learn here: the checkpoint may lack all that is trained of
+            one, but not some of it.
 
     Raises:
         WeightsError: the file is missing or damaged, was trained with settings that change what
@@ -53,12 +63,17 @@ def load_model_state(model: nn.Module, path: str | Path) -> None:
     path = require_checkpoint(path)
     content = load_pickle(path)
     if isinstance(config := getattr(model, "config", None), ModelConfig):
-        check_settings(path, content, config)
-    assign_model_state(model, state_dict_in(path, content))
+        check_settings(path, content, config, new_adapters="language" in new_parts)
+    assign_model_state(model, state_dict_in(path, content), new_parts=new_parts)
 
 
-def assign_model_state(model: nn.Module, file: WeightFile) -> None:
+def assign_model_state(
+    model: nn.Module, file: WeightFile, *, new_parts: Collection[str] = ()
+) -> None:
     """Copy a checkpoint's tensors into a model's parameters.
+
+    Args:
+        new_parts: as in :func:`load_model_state`.
 
     Raises:
         WeightsError: as :func:`load_model_state`.
@@ -67,11 +82,14 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
     sources = {name: names.source(name) for name, _ in model.named_parameters()}
     known = {source.key for source in sources.values()}
     left_over = [key for key in file if key not in known]
+    trained = {n: n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    begun = {part for n, part in trained.items() if sources[n].key in file}
+    new_parts = (set(new_parts) & set(trained.values())) - begun
     new: list[tuple[nn.Parameter, Tensor]] = []
     for name, parameter in model.named_parameters():
         source = sources[name]
         if source.key not in file:
-            if parameter.requires_grad:
+            if name in trained and trained[name] not in new_parts:
                 raise WeightsError(
                     f"{file.label} lacks {source.key}, which is trained with this configuration; "
                     + (_whose(left_over) or _missing(model, lora="lora_" in name))
@@ -99,6 +117,11 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
             f"{file.label} holds {len(left_over)} tensors that are not part of this model: "
             f"{listed(left_over)}{did_you_mean(left_over[0], known)}"
         )
+    if new_parts and dist.is_main():
+        logger.info(
+            "%s has nothing of what is trained in %s, which starts as its files have it, adapters "
+            "at zero", file.label, " and ".join(sorted(new_parts)),
+        )  # fmt: skip
     for parameter, tensor in new:
         if hasattr(parameter, "final_dtype"):
             parameter.data = tensor  # mapped like what it replaces, until it is sharded
