@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from examples.toybox.world.__main__ import write_split
+from lavis.common import dist
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError
 from lavis.common.registry import TASKS
+from lavis.common.schema import RunConfig
+from lavis.models.weights.files import set_final_dtype
+from lavis.models.weights.slices import own_rows, take_out
+from lavis.runners.strategy import FSDP2Strategy
 from tests.conftest import REPO
 from tests.runners.worker import PROJECT, options
 from tests.test_parts import model_yaml, save_language
@@ -91,6 +98,48 @@ def test_a_folder_of_transformers_in_slices(data: Path, tmp_path: Path) -> None:
     total, moved = train_twice(tmp_path, path, *SHORT, "run.amp=true", "run.autocast_dtype=bf16")
     assert moved > 20  # embeddings and head, by both names, layers, norms, connector
     assert total > moved
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(1, 3), (4, 2), (5, 2), (5, 4), (0, 2)])
+def test_rows_of_each_process(rows: int, processes: int) -> None:
+    """As PyTorch's ``Shard(0)`` cuts them: of five rows for four, 2, 2, 1 and none."""
+    tensor = torch.arange(2 * rows).view(rows, 2)
+    each = -(-rows // processes)
+    for rank in range(processes):
+        wanted = tensor[rank * each : (rank + 1) * each]
+        assert torch.equal(own_rows(tensor, rank, processes), wanted)
+
+
+def test_what_is_taken_out_stays_tied_and_frozen() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False), nn.Linear(5, 2))
+    model[1].weight = model[0].weight
+    model[2].weight.requires_grad_(False)
+    set_final_dtype([model[2].weight], torch.bfloat16)
+    before = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    held = take_out(model)
+    assert {n: t.data_ptr() for n, t in held.items()} == {
+        n: t.data_ptr() for n, t in before.items()
+    }
+    assert model[1].weight is model[0].weight
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"2.weight"}
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert [p.dtype for p in model.parameters()] == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_memory_that_steps_need_beside_activations() -> None:
+    """Of what is gathered: the rest of the model and two blocks; of what learns, three copies."""
+    model: Any = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 20), nn.Linear(20, 1))
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    model.shardable_blocks = lambda: model[:2]
+    strategy = FSDP2Strategy(RunConfig(amp=True, autocast_dtype="bf16"), torch.device("cpu"))
+    groups = [{"params": list(model[2].parameters())}]
+    with dist.process_group("cpu", always=True):
+        strategy.setup(model, groups)
+        blocks, learns = 2 * (2 * (10 * 20 + 20)), 21
+        assert strategy.reserved() == blocks + learns * (2 * 2 + 4) + 3 * 4 * learns
+        strategy.run = RunConfig(fsdp_cpu_offload=True)
+        assert strategy.reserved() == blocks + learns * (2 * 2 + 4)
 
 
 def test_a_language_model_spread_for_chat_is_not_trained() -> None:
