@@ -86,7 +86,7 @@ class Assembly:
         if not mapped:
             own_trainable(model)
         if path := config.finetuned_path(cache_root):
-            model.load_checkpoint(path)
+            model.load_checkpoint(path, start=True)
         if spread:
             _dispatch(language)
         weight = language.head.weight

@@ -299,13 +299,16 @@ class VLM(nn.Module):
         """Parameters that are trained, by name."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
-    def load_checkpoint(self, path: str | Path) -> None:
+    def load_checkpoint(self, path: str | Path, *, start: bool = False) -> None:
         """Load a checkpoint of this project or of the original.
+
+        Args:
+            start: what it lacks of vision encoder and language model may begin to learn from here.
 
         Raises:
             WeightsError: the file is damaged, does not fit, or lacks what is trained here.
         """
-        load_model_state(self, path)
+        load_model_state(self, path, start=start)
         self._prefixes.clear()  # the file may hold other language model weights
 
     def generate(self, *args: Any, **settings: Any) -> list[str] | list[list[int]]:

@@ -32,7 +32,8 @@ from lavis.models.config import HfConfig
 from lavis.models.language.parts import Hf
 from lavis.models.vlm import VLM
 from lavis.models.weights.agreement import check_settings
-from lavis.models.weights.trained import trainable_state
+from lavis.models.weights.files import WeightFile
+from lavis.models.weights.trained import assign_model_state, trainable_state
 from lavis.processors.conversation import Turn
 from tests.conftest import REPO
 from tests.models.towers import (
@@ -343,6 +344,11 @@ def test_the_two_stages_of_a_project(home: Path, tmp_path: Path, project: str, t
         file = REPO / "lavis" / "projects" / project / f"{stage}.yaml"
         runner = prepare(home, *given, file=file, job=stage)
         before = loss(runner)
+        if saved is not None:  # new adapters are for a start alone, and a connector never is
+            with pytest.raises(WeightsError, match=r"set model\.train\.language\.lora"):
+                runner.model.load_checkpoint(saved)
+            with pytest.raises(WeightsError, match=r"lacks connector\.0\.bias, which is trained"):
+                assign_model_state(runner.model, WeightFile.of("x", {}), start=True)
         saved = runner.train()
         assert loss(runner) < before
     assert saved is not None

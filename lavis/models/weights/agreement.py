@@ -46,7 +46,12 @@ def saved_settings(content: object, section: str) -> dict[str, Any]:
 
 
 def check_settings(
-    label: object, content: object, config: ModelConfig, *, training: bool = False
+    label: object,
+    content: object,
+    config: ModelConfig,
+    *,
+    training: bool = False,
+    start: bool = False,
 ) -> None:
     """Compare a checkpoint's settings with a model's; what cannot be compared passes.
 
@@ -54,6 +59,7 @@ def check_settings(
         label: names the checkpoint in messages.
         content: what the file holds.
         training: whether training goes on from it.
+        start: whether another training starts from it; adapters may be new then.
 
     Raises:
         WeightsError: its weights would compute something else here than where they were trained.
@@ -61,7 +67,8 @@ def check_settings(
     saved = saved_settings(content, "model")
     if isinstance(config, PartsConfig) and "vlm" in (config.arch, saved.get("arch")):
         if (theirs_config := _parsed(saved)) is not None:
-            _check_parts(label, theirs_config, config, training=training)
+            new_lora = start and theirs_config.lora is None
+            _check_parts(label, theirs_config, config, training=training, new_lora=new_lora)
         else:
             logger.info("%s does not say how it was trained: settings are not compared", label)
         return
@@ -103,7 +110,9 @@ def _parsed(saved: dict[str, Any]) -> PartsConfig | None:
     return config if isinstance(config, PartsConfig) else None
 
 
-def _check_parts(label: object, saved: PartsConfig, config: PartsConfig, *, training: bool) -> None:
+def _check_parts(
+    label: object, saved: PartsConfig, config: PartsConfig, *, training: bool, new_lora: bool
+) -> None:
     """Compare models of parts, whichever keys they were written with.
 
     Raises:
@@ -115,6 +124,8 @@ def _check_parts(label: object, saved: PartsConfig, config: PartsConfig, *, trai
         then, now = theirs.get(key, "nothing"), ours.get(key, "nothing")
         setting = _TOWER.sub("", key)
         if then == now or _same_name(then, now) or setting.startswith(_FREE_OF_PARTS):
+            continue
+        if new_lora and key.startswith("train.language.lora."):
             continue
         if key.endswith(_FREE) or (key.endswith("lora.targets") and "all" in (then, now)):
             continue  # the adapters' names are compared when they are loaded

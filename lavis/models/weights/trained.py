@@ -42,8 +42,12 @@ def trainable_state(
     )
 
 
-def load_model_state(model: nn.Module, path: str | Path) -> None:
+def load_model_state(model: nn.Module, path: str | Path, *, start: bool = False) -> None:
     """Load a checkpoint's ``model`` entry into a model, in place.
+
+    Args:
+        start: training starts from it: a vision encoder, a language model or its adapters that
+            learn from here on, and none of which it holds, stay as they are.
 
     Raises:
         WeightsError: the file is missing or damaged, was trained with settings that change what
@@ -53,12 +57,12 @@ def load_model_state(model: nn.Module, path: str | Path) -> None:
     path = require_checkpoint(path)
     content = load_pickle(path)
     if isinstance(config := getattr(model, "config", None), ModelConfig):
-        check_settings(path, content, config)
-    assign_model_state(model, state_dict_in(path, content))
+        check_settings(path, content, config, start=start)
+    assign_model_state(model, state_dict_in(path, content), start=start)
 
 
-def assign_model_state(model: nn.Module, file: WeightFile) -> None:
-    """Copy a checkpoint's tensors into a model's parameters.
+def assign_model_state(model: nn.Module, file: WeightFile, *, start: bool = False) -> None:
+    """Copy a checkpoint's tensors into a model's parameters; ``start`` as above.
 
     Raises:
         WeightsError: as :func:`load_model_state`.
@@ -67,11 +71,13 @@ def assign_model_state(model: nn.Module, file: WeightFile) -> None:
     sources = {name: names.source(name) for name, _ in model.named_parameters()}
     known = {source.key for source in sources.values()}
     left_over = [key for key in file if key not in known]
+    held = {name.partition(".")[0] for name, source in sources.items() if source.key in file}
+    new_parts = {"vision", "language"} - held if start else set()
     new: list[tuple[nn.Parameter, Tensor]] = []
     for name, parameter in model.named_parameters():
         source = sources[name]
         if source.key not in file:
-            if parameter.requires_grad:
+            if parameter.requires_grad and name.partition(".")[0] not in new_parts:
                 raise WeightsError(
                     f"{file.label} lacks {source.key}, which is trained with this configuration; "
                     + (_whose(left_over) or _missing(model, lora="lora_" in name))
