@@ -60,7 +60,7 @@ def test_zero_3_refuses_them(tmp_path: Path) -> None:
     command = ["train.py", "--use-deepspeed", "--cfg-path", str(home / "run.yaml"), "--options"]
     done = run([*command, *chosen])
     told = "model.language.quantize: ZeRO stage 3 takes no packed weights; train with run.strategy"
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert told in done.stderr
 
 
