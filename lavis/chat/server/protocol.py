@@ -156,32 +156,37 @@ class ChatBody(_Part):
             raise _explained(worst["type"], worst["loc"], worst["msg"]) from None
 
 
+_NAMES = {
+    *ChatBody.model_fields, *Message.model_fields, *TextPart.model_fields, *ImagePart.model_fields,
+    *ImageUrl.model_fields, *StreamOptions.model_fields,
+}  # fmt: skip
+
+
 def _explained(kind: str, place: tuple[int | str, ...], message: str) -> ApiError:
     """Pydantic's finding in OpenAI's words."""
     if kind == "json_invalid":
         return ApiError(f"The body is no JSON ({message}): send one JSON object in UTF-8")
-    known = {*ChatBody.model_fields, "role", "content", "image_url", "url", "detail", "text",
-             "type", "include_usage"}  # fmt: skip
-    last = len(place) - 1
-    named = [str(p) for i, p in enumerate(place) if isinstance(p, int) or p in known or i == last]
-    # A part's kind stands in the place, too, though not in the request.
-    steps = [
-        p
-        for i, p in enumerate(named)
-        if not (p in ("text", "image_url") and named[i - 1].isdigit())
-    ]
-    param = ".".join(p for p in steps if p.isidentifier() or p.isdigit()) or None
+    param = _param(place, unknown=kind == "extra_forbidden")
     if kind == "extra_forbidden":
         near = did_you_mean(str(place[-1]), list(ChatBody.model_fields))
-        return ApiError(
-            f"Unknown or unsupported parameter {param}{near}: leave it out",
-            param=param,
-            code="unknown_parameter",
-        )
+        text = f"Unknown or unsupported parameter {param}{near or ': leave it out'}"
+        return ApiError(text, param=param, code="unknown_parameter")
     if kind == "missing":
         return ApiError(f"{param} is missing", param=param, code="missing_required_parameter")
     text = message.removeprefix("Value error, ")
     return ApiError(f"{param}: {text}" if param else text, param=param, code="invalid_value")
+
+
+def _param(place: tuple[int | str, ...], *, unknown: bool) -> str | None:
+    """Pydantic's place without what the request does not have: the kinds of values."""
+    last = len(place) - 1
+    steps = [
+        str(step)
+        for i, step in enumerate(place)
+        if (isinstance(step, int) or step in _NAMES or (unknown and i == last))
+        and not (i and isinstance(place[i - 1], int) and step in ("text", "image_url") and i < last)
+    ]
+    return ".".join(steps) or None
 
 
 def usage(prompt: int, cached: int, completion: int) -> Json:
