@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib.util
 import signal
 
+from lavis.chat.address import check_address
 from lavis.chat.command import add_chat_arguments, load_chat
-from lavis.chat.web.server import bind
 from lavis.common.cli import run_cli, setup_logging
 from lavis.common.errors import ConfigError
 
@@ -43,28 +42,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service's stop is a Ctrl-C
     web.wait()
     return 0
-
-
-def check_address(host: str, port: int) -> None:
-    """Find out before the weights are loaded whether the address is free.
-
-    Raises:
-        ConfigError: it is not, or is no address of this machine.
-    """
-    advice = {
-        errno.EADDRINUSE: "another program uses this port; choose another --port, or 0 for any",
-        errno.EACCES: "ports below 1024 are the administrator's; choose one above",
-        errno.EADDRNOTAVAIL: "this machine has no such address",
-    }
-    try:
-        if not 0 <= port < 2**16:
-            raise ConfigError(f"--port {port} cannot be used: ports are from 0 to 65535")
-        with bind(host, port):
-            pass
-    except (OSError, UnicodeError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        why = advice.get(number or 0, str(error))
-        raise ConfigError(f"--host {host} --port {port} cannot be used: {why}") from error
 
 
 if __name__ == "__main__":

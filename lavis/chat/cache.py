@@ -108,6 +108,16 @@ class ConversationCache(Cache):
         self.layers.clear()
         self.graph = None
 
+    def beginning(self, length: int) -> ConversationCache:
+        """A copy of the first ``length`` tokens, at most of those held."""
+        copy = ConversationCache()
+        copy.content = self.content[:length]
+        for i, layer in enumerate(self.layers):
+            copy.update(
+                layer.keys[:, :, : len(copy.content)], layer.values[:, :, : len(copy.content)], i
+            )
+        return copy
+
     def repeated(self, times: int) -> DynamicCache:
         """A copy with ``times`` equal rows, for beam search."""
         copy = DynamicCache()

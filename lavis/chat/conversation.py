@@ -70,7 +70,9 @@ class Conversation:
         settings: ChatSettings | None = None,
         *,
         system: str | None = None,
+        cache: ConversationCache | None = None,
     ) -> None:
+        """Begin one; ``cache`` may hold keys and values of another text."""
         self.settings = settings or ChatSettings()
         self.exchanges: list[Exchange] = []
         self.waiting: list[ChatImage] = []
@@ -78,7 +80,7 @@ class Conversation:
         self.system = engine.model.encoder.system if system is None else system
         self.engine = engine
         self._encoder = dataclasses.replace(engine.model.encoder, system=self.system)
-        self._cache = ConversationCache()
+        self._cache = ConversationCache() if cache is None else cache
         self._lock = threading.RLock()
         self._answer: weakref.ref[Answer] | None = None
 

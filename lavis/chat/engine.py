@@ -122,6 +122,11 @@ class ChatEngine:
         number = iter(numbers)
         return [next(number) if t == self.tokenizer.image_id else t for t in prompt]
 
+    def branch(self, cache: ConversationCache, content: Sequence[int]) -> ConversationCache:
+        """A cache for another conversation: a copy of what ``cache`` has in common with it."""
+        with self._lock, torch.no_grad():  # no pass changes it meanwhile
+            return cache.beginning(cache.common(list(content)))
+
     def extend(
         self, cache: ConversationCache, content: Sequence[int], images: Sequence[ChatImage]
     ) -> Tensor:
@@ -234,6 +239,12 @@ class ChatEngine:
             )
         ids: list[int] = generated[0].tolist()
         return ids
+
+    @torch.no_grad()
+    def prompt_embeds(self, prompt: Sequence[int], images: Sequence[ChatImage]) -> Tensor:
+        """(T, C) embeddings of a prompt's ids, images in place."""
+        with self._lock:
+            return self._embed(self.content(prompt, images), _by_number(images))[0]
 
     def _needed(self, cache: ConversationCache, tokens: int) -> float:
         return max(cache.nbytes, self._token_bytes * room(tokens))

@@ -28,6 +28,11 @@ for _plugin in ("pillow_heif", "pillow_jxl"):  # where they are installed, their
     with contextlib.suppress(ImportError):
         getattr(importlib.import_module(_plugin), "register_heif_opener", lambda: None)()
 
+Image.init()
+_WANTED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JXL")
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
+"""What is read of strangers: less than all that Pillow knows, some of which runs other programs."""
+
 _T = Image.Transpose
 _UPRIGHT = {
     2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE,

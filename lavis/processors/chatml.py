@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Sequence
 
 from lavis.common.types import IMAGE_PLACEHOLDER
@@ -10,12 +11,21 @@ from lavis.processors.contracts import Kind, Piece, Turn
 from lavis.processors.tokenizer import QwenTokenizer
 
 SYSTEM_PROMPT = "You are a helpful assistant."
+_TYPED = f"\ue000{secrets.token_hex(8)}\ue001"  # a name nobody can type
+
+
+def as_typed(text: str) -> str:
+    """A user's text in which ``<ImageHere>`` is characters like any other: :func:`text_pieces`
+    makes no image's place of it."""
+    return text.replace(IMAGE_PLACEHOLDER, _TYPED)
 
 
 def text_pieces(text: str, kind: Kind, *, images: bool) -> list[Piece]:
     """A text's pieces, with those of its images if it may hold some."""
     parts = re.split(f"({IMAGE_PLACEHOLDER})", text) if images else [text]
-    return [Piece(part, Kind.IMAGE if i % 2 else kind) for i, part in enumerate(parts) if part]
+    kinds = (Kind.IMAGE if i % 2 else kind for i in range(len(parts)))
+    typed = (part.replace(_TYPED, IMAGE_PLACEHOLDER) for part in parts)
+    return [Piece(part, kind) for part, kind in zip(typed, kinds, strict=True) if part]
 
 
 class ChatML:

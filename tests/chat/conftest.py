@@ -108,6 +108,20 @@ def gate(toybox: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Sem
     tokens.release(10_000)
 
 
+@pytest.fixture()
+def rows(toybox: ChatEngine) -> Iterator[list[int]]:
+    """How many tokens each pass of the language model computes."""
+    seen: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["inputs_embeds"].shape[1])
+
+    base = toybox.model.language.base
+    hook = base.register_forward_pre_hook(count, with_kwargs=True)
+    yield seen
+    hook.remove()
+
+
 @pytest.fixture(scope="session")
 def huge_png(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """100 million pixels in a few kilobytes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,20 +39,6 @@ def test_a_token_of_each_in_every_family(name: str) -> None:
         for row, logits, n in zip(got, wanted, lengths, strict=True):
             close(row, logits[n])
     assert caches[1].content == texts[1][0, :15].tolist()
-
-
-@pytest.fixture()
-def rows(toybox: ChatEngine) -> Iterator[list[int]]:
-    """How many tokens each pass of the language model computes."""
-    seen: list[int] = []
-
-    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["inputs_embeds"].shape[1])
-
-    base = toybox.model.language.base
-    hook = base.register_forward_pre_hook(count, with_kwargs=True)
-    yield seen
-    hook.remove()
 
 
 def begin(engine: ChatEngine, limit: int = 24) -> list[Answer]:

@@ -8,12 +8,8 @@ from PIL import Image
 
 from lavis.chat.web.texts import LIMITS, VisitorError
 from lavis.common.errors import DataError
-from lavis.common.images import TooLargeError, open_image
+from lavis.common.images import FORMATS, TooLargeError, open_image
 
-Image.init()
-# Less than all that Pillow knows: some of that runs other programs.
-_WANTED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JXL")
-FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 MAX_PIXELS = LIMITS["megapixels"] * 10**6
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lavis.chat.address import bind
 from lavis.common.errors import ConfigError
 
 _PAGES = ("docs_url", "redoc_url", "openapi_url")
@@ -34,13 +34,6 @@ def direct(hosts: str = "*") -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens there; the system's error if it cannot."""
-    host = host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family)
 
 
 def serve(

@@ -1,0 +1,1 @@
+"""The chat engine behind OpenAI's chat completions."""
