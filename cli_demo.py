@@ -7,8 +7,8 @@ import sys
 
 from lavis.chat.command import TOYBOX_IMAGE, add_chat_arguments, load_chat
 from lavis.common.cli import printable, run_cli, setup_logging
-from lavis.common.images import open_image
 from lavis.common.paths import user_path
+from lavis.common.videos import check_media
 
 EXAMPLES = """examples:
   python cli_demo.py                                     the toybox, a tiny model that is included
@@ -32,12 +32,12 @@ def main() -> int:
         action="extend",
         type=user_path,
         default=[],
-        help="images of the first question",
+        help="images or videos of the first question",
     )
     args = parser.parse_args()
     setup_logging()
     for path in args.image:
-        open_image(path)  # a wrong path is told before a model is loaded
+        check_media(path)  # a wrong path is told before a model is loaded
 
     engine, settings, toybox = load_chat(args)
     from lavis.chat.terminal.repl import Repl, pipe_reader

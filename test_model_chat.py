@@ -9,8 +9,8 @@ from pathlib import Path
 from lavis.chat.command import TOYBOX_IMAGE, add_chat_arguments, load_chat
 from lavis.common.cli import printable, run_cli, setup_logging
 from lavis.common.errors import DataError
-from lavis.common.images import open_image
 from lavis.common.paths import user_path
+from lavis.common.videos import check_media
 
 FIRST = "Describe this image in detail."
 SECOND = "Is there a refrigerator in the picture? Answer yes or no."
@@ -21,7 +21,9 @@ def main() -> int:
     """Load the model, ask two questions in one conversation, print the answers."""
     parser = argparse.ArgumentParser(description="Ask two questions about an image.")
     add_chat_arguments(parser)
-    parser.add_argument("--image", type=user_path, help="image file; the toybox has one of its own")
+    parser.add_argument(
+        "--image", type=user_path, help="image or video file; the toybox has one of its own"
+    )
     parser.add_argument("--question", default=FIRST, help="default: %(default)s")
     parser.add_argument("--second-question", help=f"default: {SECOND}; empty: only one question")
     args = parser.parse_args()
@@ -29,7 +31,7 @@ def main() -> int:
     if args.image is None and (args.checkpoint or args.cfg_path or args.model_type):
         raise DataError("--image is missing: name an image file")
     image = Path(args.image or TOYBOX_IMAGE)
-    open_image(image)  # a wrong path is told before a model is loaded
+    check_media(image)  # a wrong path is told before a model is loaded
 
     engine, settings, toybox = load_chat(args)
     from lavis.chat.conversation import Conversation

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lavis.common.frames import VideoConfig
 from lavis.common.schema import BenchmarkConfig, BuildInfo, DatasetConfig, RunConfig
 from lavis.models.config import (
     HfConfig,
@@ -91,7 +92,7 @@ def test_pictures_are_read_in_one_place(path: Path) -> None:
         MiniGPT4QwenConfig, VlmConfig, EvaQFormerConfig, ViTConfig, QFormerConfig, LinearConfig,
         MergeConfig, ResamplerConfig, HfConfig, Qwen1Config, PartTraining, LoraConfig, RunConfig,
         DatasetConfig, BuildInfo, HfVisionConfig, TimmConfig, FusedConfig, ImageTrainConfig,
-        BenchmarkConfig,
+        BenchmarkConfig, VideoConfig,
     ],
 )  # fmt: skip
 def test_every_key_is_documented(config: type) -> None:

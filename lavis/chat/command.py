@@ -142,6 +142,7 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
     engine = ChatEngine(
         loaded,
         processors["eval"],
+        video=found.config.preprocess.video,
         cache_bytes=args.cache_bytes or room_for_cache({p.device for p in loaded.parameters()}),
         record=record_cuda if args.cuda_graphs else None,
     )

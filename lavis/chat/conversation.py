@@ -46,7 +46,7 @@ class Exchange:
     @property
     def question(self) -> str:
         """The text with its images in place."""
-        return place_images(self.text, len(self.images))
+        return place_images(self.text, [len(image.numbers) for image in self.images])
 
 
 class Conversation:
@@ -90,7 +90,7 @@ class Conversation:
         return [i for e in self.exchanges for i in e.images] + self.waiting
 
     def show(self, *images: object) -> list[ChatImage]:
-        """Show images with the next question: encoded ones, or what ``encode_image`` takes.
+        """Show images or videos with the next question: encoded, or what ``encode_image`` takes.
 
         Raises:
             DataError: one is missing or no image; then none of them is shown.

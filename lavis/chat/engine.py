@@ -32,28 +32,36 @@ from lavis.chat.settings import ChatSettings
 from lavis.chat.together import Request, Waiting, next_tokens
 from lavis.common.device import to_device
 from lavis.common.errors import ConfigError, DataError, WeightsError
-from lavis.common.images import as_image
+from lavis.common.frames import VideoConfig
+from lavis.common.images import as_image, is_video
+from lavis.common.videos import read_video
 from lavis.models.decode import NOT_A_NUMBER
 
 if TYPE_CHECKING:
     from lavis.models import VLM
 
 _NUMBERS = itertools.count(1)
+_AT_ONCE = 16  # frames: bounded memory
 
 
 @dataclass(frozen=True, eq=False)
 class ChatImage:
-    """An image as the language model reads it.
+    """An image, or a video, as the language model reads it.
 
     Attributes:
         name: how it is shown: a file's name.
-        embeds: (Q, C) soft tokens.
-        number: over 0, no other image's.
+        embeds: (N, Q, C) soft tokens, of each frame of a video.
+        numbers: of these N, over 0, and no other's.
     """
 
     name: str
     embeds: Tensor
-    number: int
+    numbers: tuple[int, ...]
+
+    @property
+    def number(self) -> int:
+        """That stands for it as a whole."""
+        return self.numbers[0]
 
 
 class ChatEngine:
@@ -68,6 +76,7 @@ class ChatEngine:
         model: VLM,
         processor: Callable[[Image.Image], Tensor],
         *,
+        video: VideoConfig | None = None,
         cache_bytes: float = math.inf,
         record: Record | None = None,
     ) -> None:
@@ -76,12 +85,17 @@ class ChatEngine:
         Args:
             model: in evaluation mode.
             processor: its image processor, ``vis_processors["eval"]``.
+            video: which frames of a video are shown, ``preprocess.video`` of a configuration.
             cache_bytes: keys and values that are kept of all conversations. Those used least
                 recently are given up beyond, and computed anew at the conversation's next
                 question; the conversation that is being answered keeps its own in any case.
             record: records the pass of a token, to replay it: :func:`lavis.chat.graph.record_cuda`.
+
+        Raises:
+            ConfigError: not one frame of a video fits into ``video.max_tokens``.
         """
         self.model = model
+        self.video = (video or VideoConfig()).within(model.encoder.num_query_token)
         self.cache_bytes = cache_bytes
         self._token_bytes = 0.0  # of keys and values; known after the first pass
         self._used: weakref.WeakKeyDictionary[ConversationCache, None] = (
@@ -95,27 +109,42 @@ class ChatEngine:
         self._record = record
 
     def encode_image(self, image: object, name: str = "") -> ChatImage:
-        """Encode an image, once for all turns.
+        """Encode an image or a video, once for all turns.
 
         Args:
             image: what :func:`~lavis.common.images.as_image` takes (a path, a Pillow image, an
-                array, bytes, a file), or the (3, H, W) tensor that a processor made of it.
+                array, bytes, a file), the (3, H, W) tensor that a processor made of it, or a
+                video's path.
             name: how it is shown; the file's name by default.
 
         Raises:
-            DataError: it is no image, or a tensor has the wrong shape.
+            DataError: it is no image or video, or a tensor has the wrong shape.
         """
+        if isinstance(image, Tensor):
+            return self._encode(image[None], name)
         if isinstance(image, str | PathLike):
             name = name or Path(image).name
-        pixels = image if isinstance(image, Tensor) else self._processor(as_image(image))
+            if is_video(image):
+                return self.encode_pictures(read_video(Path(image), self.video), name)
+        return self.encode_pictures([as_image(image)], name)
+
+    def encode_pictures(self, pictures: Sequence[Image.Image], name: str = "") -> ChatImage:
+        """Encode one picture, or the frames of a video."""
+        return self._encode(torch.stack([self._processor(p) for p in pictures]), name)
+
+    def _encode(self, pixels: Tensor, name: str) -> ChatImage:
         with self._lock, torch.no_grad():
-            embeds = self.model.encode_image(to_device(pixels[None], self.model.device))[0]
-        return ChatImage(name or "image", embeds, next(_NUMBERS))
+            parts = [
+                self.model.encode_image(to_device(part, self.model.device))
+                for part in pixels.split(_AT_ONCE)
+            ]
+        numbers = tuple(next(_NUMBERS) for _ in pixels)
+        return ChatImage(name or "image", torch.cat(parts), numbers)
 
     def content(self, prompt: Sequence[int], images: Sequence[ChatImage]) -> list[int]:
         """What a prompt's tokens are: ids, and for each image's span its number below 0."""
         spans = self.model.encoder.num_query_token
-        numbers = [-image.number for image in images for _ in range(spans)]
+        numbers = [-n for image in images for n in image.numbers for _ in range(spans)]
         expected = sum(token == self.tokenizer.image_id for token in prompt)
         if expected != len(numbers):
             raise DataError(f"{len(numbers)} image positions are given, the text has {expected}")
@@ -269,8 +298,9 @@ class ChatEngine:
 
 
 def _by_number(images: Sequence[ChatImage]) -> dict[int, Tensor]:
-    """Soft tokens of images by what stands for them in a conversation's content."""
-    return {-image.number: image.embeds for image in images}
+    """(Q, C) soft tokens of images by what stands for them in a conversation's content."""
+    pairs = (zip(image.numbers, image.embeds, strict=True) for image in images)
+    return {-number: soft for pair in pairs for number, soft in pair}
 
 
 @contextmanager

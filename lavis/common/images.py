@@ -40,6 +40,7 @@ _UPRIGHT = {
 }  # fmt: skip
 # Pillow scales these to 8 bits, but leaves the transparent colour as it stands in the file.
 _KEY_SCALE = {"L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}
+_VIDEO = "it is a video"
 _CONVERT = "or convert it to JPEG or PNG"
 _CONTENTS = (
     (rb"$", "it is empty"),
@@ -48,7 +49,8 @@ _CONTENTS = (
     (rb".{4}ftyp(hei|hev|mif1|msf1)", f"it is HEIC: install pillow-heif, {_CONVERT}"),
     (rb".{4}ftypavi[fs]", f"it is AVIF: install pillow-avif-plugin, {_CONVERT}"),
     (rb"\xff\x0a|.{4}JXL ", f"it is JPEG XL: install pillow-jxl-plugin, {_CONVERT}"),
-    (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", "it is a video"),
+    (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV\x01|OggS", _VIDEO),
+    (rb"\x00\x00\x01[\xb3\xba]|\x30\x26\xb2\x75", _VIDEO),  # MPEG, WMV
     (rb"(<\?xml.*?>|<!--.*?-->|<!doctype svg.*?>|\s)*<svg", "it is SVG: draw it to a PNG"),
     (rb"%PDF-", "it is PDF: draw its page to a PNG"),
     (rb"\s*<", "it holds HTML or XML, as a failed download leaves it: download it again"),
@@ -152,6 +154,21 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
         return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
+def is_video(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's first bytes are a video's. An animation (GIF, WebP) is a picture."""
+    try:
+        with Path(path).open("rb") as file:
+            return _contents(file.read(1000)) == _VIDEO
+    except (OSError, ValueError):
+        return False
+
+
+def _contents(head: bytes) -> str:
+    """What a file that is no picture holds, by its first bytes; "" if that is not known."""
+    head = head.removeprefix(b"\xef\xbb\xbf")
+    return next((about for start, about in _CONTENTS if re.match(start, head, re.S | re.I)), "")
+
+
 def refuse_address(path: str) -> None:
     """Refuse an address in place of a file's path.
 
@@ -169,9 +186,9 @@ def _decode(
         image = Image.open(file, formats=formats)
     except UnidentifiedImageError as error:
         file.seek(0)
-        head = file.read(1000).removeprefix(b"\xef\xbb\xbf")
+        holds = _contents(file.read(1000))
         kinds = f" as {', '.join(formats)}" if formats else ""
-        about = next((f": {a}" for p, a in _CONTENTS if re.match(p, head, re.S | re.I)), "")
+        about = f": {holds}" if holds else ""
         raise DataError(f"{name} is not an image that can be read{kinds}{about}") from error
     if image.format == "EPS":  # Pillow would have Ghostscript run what the file says
         raise DataError(f"{name} is PostScript: draw it to a PNG")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lavis.common.errors import ConfigError, at
+from lavis.common.frames import VideoConfig
 from lavis.common.paths import cache_path, user_cache, user_path
 from lavis.common.registry import (
     BUILDERS,
@@ -59,6 +60,7 @@ class PreprocessConfig:
 
     vis_processor: SplitProcessors = SplitProcessors()
     text_processor: SplitProcessors = SplitProcessors()
+    video: VideoConfig = VideoConfig()
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class BuildInfo:
 
     annotations: dict[str, AnnotationConfig]
     images: ImagesConfig = ImagesConfig()
-    max_frames: int = 32
+    max_frames: int | None = None  # in place of preprocess.video's
 
     def __post_init__(self) -> None:
         require_range(self, 1, "max_frames")

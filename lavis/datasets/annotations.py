@@ -33,7 +33,8 @@ from lavis.common.errors import DataError, listed
 from lavis.common.images import refuse_address
 from lavis.common.paths import is_file
 from lavis.common.types import IMAGE_PLACEHOLDER, BadSample, Reference
-from lavis.processors.conversation import IMAGE, Turn
+from lavis.common.videos import Picture
+from lavis.processors.conversation import IMAGE, Turn, show_all
 
 logger = logging.getLogger(__name__)
 NOT_JSON = (ValueError, RecursionError)  # what `json.loads` raises
@@ -68,6 +69,7 @@ class Record:
         turns: alternating user and assistant.
         images: image files, one per placeholder; empty for text only.
         video: a video file, whose frames take the place of its one placeholder.
+        frames: numbers of these, once the video's header has been read.
         words: phrases that take the place of an image, one per position of the span.
         tags: the record's ``kind`` and ``language``, if it has them; evaluation groups by them.
         reference: what its last answer is scored by.
@@ -77,14 +79,28 @@ class Record:
     turns: tuple[Turn, ...]
     images: tuple[Path, ...] = ()
     video: Path | None = None
+    frames: tuple[int, ...] = ()
     words: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     reference: Reference = Reference()
 
-    def with_frames(self, count: int) -> tuple[Turn, ...]:
-        """The turns of a video record with one placeholder per frame."""
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """What is shown, in order: images, or the frames of the video."""
+        if self.video is not None:
+            return tuple(Picture(self.video, frame) for frame in self.frames)
+        return tuple(map(Picture, self.images))
+
+    @property
+    def shown_turns(self) -> tuple[Turn, ...]:
+        """The turns with a placeholder for each of :attr:`pictures`."""
+        if self.video is None:
+            return self.turns
+        count = len(self.frames)
         return tuple(
-            Turn(role, text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * count))
+            Turn(role, show_all(text, [count] * text.count(IMAGE_PLACEHOLDER)))
+            if role == "user"
+            else Turn(role, text)
             for role, text in self.turns
         )
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from lavis.common.errors import ConfigError, DataError, in_lines
+from lavis.common.frames import VideoConfig
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import PROCESSORS, did_you_mean
 from lavis.common.schema import DatasetConfig, PreprocessConfig, ProcessorConfig
 from lavis.common.types import BadSample
+from lavis.common.videos import read_header
 from lavis.datasets.annotations import Record, read_annotations
 from lavis.datasets.collate import report_bad
 from lavis.datasets.features import CachedFeatures
@@ -22,6 +27,7 @@ from lavis.processors.config import BaseInstructionConfig
 from lavis.processors.conversation import ConversationEncoder
 
 logger = logging.getLogger(__name__)
+_THREADS = 8  # that read the headers of videos
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,6 @@ class InstructionBuilder:
             encoder,
             images,
             PROCESSORS.get(text.name)(text),
-            self.config.build_info.max_frames,
             seed,
             features=None if views is None else CachedFeatures(images, seed, views),
         )
@@ -123,8 +128,9 @@ class InstructionBuilder:
     ) -> tuple[list[tuple[Record, Length]], list[BadSample]]:
         good: list[tuple[Record, Length]] = []
         bad: list[BadSample] = []
-        for name, records in self._records(split, dataset.encoder):
-            records = [self._scored(r) if isinstance(r, Record) else r for r in records]
+        for name, read in self._records(split, dataset.encoder):
+            scored = [self._scored(r) if isinstance(r, Record) else r for r in read]
+            records = self._find_frames(scored, dataset.encoder.num_query_token, name)
             readable = [r for r in records if isinstance(r, Record)]
             counts = iter(count_tokens(readable, dataset.encode, name))
             for record in records:
@@ -161,6 +167,29 @@ class InstructionBuilder:
         """Whether the annotations are named by their folder."""
         return False
 
+    def _find_frames(
+        self, records: Sequence[Record | BadSample], tokens: int, file: str
+    ) -> list[Record | BadSample]:
+        """Records with the numbers of their videos' frames, of so many tokens each.
+
+        Raises:
+            ConfigError: not one frame fits into ``preprocess.video.max_tokens``.
+        """
+        if not any(isinstance(r, Record) and r.video is not None for r in records):
+            return list(records)
+        video, most = self.preprocess.video, self.config.build_info.max_frames
+        if most not in (None, video.max_frames):
+            logger.warning(
+                "datasets.%s.build_info.max_frames is %d; chat shows up to %d frames of a video "
+                "(preprocess.video.max_frames), other than what is trained on",
+                self.name, most, video.max_frames,
+            )  # fmt: skip
+        video = replace(video, max_frames=most or video.max_frames).within(tokens)
+        find = partial(_with_frames, video=video)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = pool.map(find, records)
+            return list(tqdm(found, f"videos of {file}", len(records), unit=" records"))
+
     @property
     def _media_root(self) -> Path | None:
         storage = self.config.build_info.images.storage
@@ -183,3 +212,13 @@ class InstructionBuilder:
             f"datasets.{self.name}.{kind}.{side} is missing, and the model's preprocess section "
             "names none"
         )
+
+
+def _with_frames(record: Record | BadSample, video: VideoConfig) -> Record | BadSample:
+    """A record with the numbers of its video's frames; bad if the video cannot be read."""
+    if isinstance(record, BadSample) or record.video is None:
+        return record
+    try:
+        return replace(record, frames=tuple(video.choose(*read_header(record.video))))
+    except DataError as error:
+        return BadSample(record.sample_id, str(error))

@@ -1,4 +1,4 @@
-"""Encode every distinct image once per view, ahead of training."""
+"""Encode every distinct image, and every frame of a video, once per view, ahead of training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -20,6 +21,7 @@ from lavis.common.errors import ConfigError, DataError
 from lavis.common.hashing import file_digest
 from lavis.common.schema import Config, RunConfig
 from lavis.common.types import BadSample
+from lavis.common.videos import Picture, open_pictures
 from lavis.common.workers import leave_signals_to_parent
 from lavis.datasets.collate import report_bad
 from lavis.datasets.feature_store import FeatureStore
@@ -47,14 +49,14 @@ class Counts(NamedTuple):
 
     found: int  # views of images
     encoded: int  # views of images
-    failed: int  # images
+    failed: int  # images and videos
 
 
 class _View(NamedTuple):
     """One thing to encode."""
 
     key: bytes
-    path: Path
+    picture: Picture
     digest: str
     number: int
     source: CachedFeatures
@@ -76,16 +78,15 @@ def fill_features(
     the images. PyTorch's random numbers go on as if nothing had been drawn.
 
     Raises:
-        ConfigError: a record holds a video, the disk has no room for what is lacking, or the
-            processes do not see the same folder.
+        ConfigError: the disk has no room for what is lacking, or the processes do not see the
+            same folder.
         DataError: an image cannot be encoded and ``run.on_bad_sample`` is ``error``.
         LavisError: the folder cannot be written, or the disk is full.
     """
-    _refuse_videos(datasets)
     cache = config.run.feature_cache
     encoder, shape = vision.describe(device)
     store = FeatureStore(cache.folder(config.env.cache_root), shape, cache.dtype)
-    names = {p: r.sample_id for d in datasets for r in d.records for p in r.images}
+    names = {p: r.sample_id for d in datasets for r in d.records for p, _ in r.pictures}
     digests, failures = _hash(list(names)[dist.rank() :: dist.world_size()])
     index = FeatureIndex(store, encoder, digests, failures)
     views = {v.key: v for d in datasets for v in _views(d, index)}  # of this process's images
@@ -111,7 +112,7 @@ def fill_features(
         "records with these images are left out",
     )
     store.refresh()
-    kept = [v for d in datasets for v in _views(d, index) if v.path not in failures]
+    kept = [v for d in datasets for v in _views(d, index) if v.picture.path not in failures]
     unseen = sum(view.key not in store for view in kept)
     if any(dist.gather(unseen)):
         raise ConfigError(
@@ -142,15 +143,6 @@ def _require_room(store: FeatureStore, total: int, absent: int) -> None:
         )
 
 
-def _refuse_videos(datasets: Sequence[InstructionDataset]) -> None:
-    for record in (r for d in datasets for r in d.records):
-        if record.video is not None:
-            raise ConfigError(
-                f"run.feature_cache keeps features of images, but {record.sample_id} holds a video "
-                f"({record.video}); set run.feature_cache.enabled: false, or leave its data set out"
-            )
-
-
 def _hash(paths: Sequence[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
     """Hashes of files, and why some cannot be read."""
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -169,13 +161,14 @@ def _digest(path: Path) -> str | OSError:
 
 
 def _views(dataset: InstructionDataset, index: FeatureIndex) -> Iterator[_View]:
-    """All views of a data set's readable images, whose features it will find in the index."""
+    """All views of a data set's readable pictures, whose features it will find in the index."""
     assert dataset.features is not None, "built for pixels"
     dataset.features.index = index
-    for path in dict.fromkeys(p for r in dataset.records for p in r.images if p in index.digests):
-        for number in range(dataset.features.views):
-            key = dataset.features.key(path, number)
-            yield _View(key, path, index.digests[path], number, dataset.features)
+    for picture in dict.fromkeys(p for r in dataset.records for p in r.pictures):
+        if (digest := index.digests.get(picture.path)) is not None:
+            for number in range(dataset.features.views):
+                key = dataset.features.key(picture, number)
+                yield _View(key, picture, digest, number, dataset.features)
 
 
 def _encode(
@@ -199,7 +192,7 @@ def _encode(
                         store.add(view.key, feature)
                     else:
                         failed[view.digest] = (
-                            f"the features of {view.path} are not finite in "
+                            f"the features of {view.picture.path} are not finite in "
                             f"{run.feature_cache.dtype} (run.feature_cache.dtype)"
                         )
             if failed and run.on_bad_sample == "error":
@@ -230,11 +223,14 @@ def _batches(views: Sequence[_View], workers: int) -> Iterator[list[tuple[_View,
 
 def _draw(views: Sequence[_View]) -> list[Tensor | str]:
     drawn: list[Tensor | str] = []
-    for view in views:
+    for path, group in groupby(views, key=lambda view: view.picture.path):
+        same = list(group)
+        pictures = list(dict.fromkeys(view.picture for view in same))
         try:
-            drawn.append(view.source.draw(view.path, view.number))
+            images = dict(zip(pictures, open_pictures(pictures), strict=True))
+            drawn += [v.source.draw(images[v.picture], path, v.number) for v in same]
         except DataError as error:
-            drawn.append(str(error))
+            drawn += [str(error)] * len(same)
     return drawn
 
 

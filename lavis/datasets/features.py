@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lavis.common import dist
 from lavis.common.errors import DataError
-from lavis.common.images import IMAGE_READING, open_image
+from lavis.common.images import IMAGE_READING
 from lavis.common.seeds import drawing_from
+from lavis.common.videos import Picture
 from lavis.datasets.feature_store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ class FeatureIndex(NamedTuple):
 
     store: FeatureStore  # of (Q, D) features
     encoder: str  # fingerprint of the vision side
-    digests: Mapping[Path, str]  # of each image file's bytes
-    failures: Mapping[Path, str]  # why an image has no features
+    digests: Mapping[Path, str]  # of each image or video file's bytes
+    failures: Mapping[Path, str]  # why a file has no features
 
 
 class CachedFeatures:
@@ -62,37 +63,39 @@ class CachedFeatures:
         self.processor, self.seed, self.views = processor, seed, views
         self._transform = transform_fingerprint(processor, seed)
 
-    def key(self, path: Path, view: int) -> bytes:
-        """32 bytes for a view of an image whose hash is known."""
+    def key(self, picture: Picture, view: int) -> bytes:
+        """32 bytes for a view of a picture whose file's hash is known."""
         index = self.index
         parts: list[object] = [_FORMAT, index.encoder, self._transform, str(index.store.dtype)]
-        parts += [index.digests[path], view]
+        parts += [index.digests[picture.path], view]
+        parts += [] if picture.frame is None else [picture.frame]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).digest()
 
-    def draw(self, path: Path, view: int) -> Tensor:
-        """A view, (3, H, W): a function of the image's content, the seed and the view's number.
+    def draw(self, image: Image.Image, path: Path, view: int) -> Tensor:
+        """A view, (3, H, W): a function of the file's content, the seed and the view's number.
 
-        Raises:
-            DataError: the image cannot be read.
+        Frames of a video are cropped and flipped alike.
+
+        Args:
+            image: what the file shows, or one of its frames.
         """
-        image = open_image(path)
         with drawing_from(self.seed, view, self.index.digests[path]):
             return self.processor(image)
 
-    def read(self, path: Path, epoch: int) -> Tensor:
-        """(Q, D) features of an image in an epoch.
+    def read(self, picture: Picture, epoch: int) -> Tensor:
+        """(Q, D) features of a picture in an epoch.
 
         Raises:
             DataError: the image cannot be read, or its features have been damaged since the start.
         """
         store, failures = self.index.store, self.index.failures
-        if path in failures:
-            raise DataError(failures[path])
-        features = store.get(self.key(path, epoch % self.views))
+        if picture.path in failures:
+            raise DataError(failures[picture.path])
+        features = store.get(self.key(picture, epoch % self.views))
         if features is None:
             raise DataError(
-                f"the cached features of {path} are gone or damaged ({store.folder}); the next "
-                "start makes them again"
+                f"the cached features of {picture.path} are gone or damaged ({store.folder}); the "
+                "next start makes them again"
             )
         return features
 

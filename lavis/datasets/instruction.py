@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lavis.common.errors import DataError
-from lavis.common.images import open_image
 from lavis.common.seeds import drawing_from
 from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, NO_WORDS, BadSample, Encoded, Sample
+from lavis.common.videos import open_pictures
 from lavis.datasets.annotations import Record
 from lavis.datasets.features import CachedFeatures, ImageProcessor
-from lavis.datasets.media import count_frames, frame_indices, open_frames
 from lavis.datasets.plan import Key
 from lavis.processors.conversation import ConversationEncoder, Turn
 from lavis.processors.text import process_around_images
@@ -30,7 +29,6 @@ class InstructionDataset(Dataset[Sample | BadSample]):
     the order of reading change nothing.
 
     Attributes:
-        max_frames: of a video.
         seed: of the augmentation.
         lengths: tokens of each record.
         features: given in place of pixels, where the run keeps features.
@@ -40,7 +38,6 @@ class InstructionDataset(Dataset[Sample | BadSample]):
     encoder: ConversationEncoder
     vis_processor: ImageProcessor
     text_processor: Callable[[str], str]
-    max_frames: int = 32
     seed: int = 0
     lengths: tuple[int, ...] = ()
     features: CachedFeatures | None = None
@@ -86,21 +83,17 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         """A record's turns as the model reads them.
 
         Raises:
-            DataError: its video is damaged, it has not as many phrases as an image has positions,
-                or the text processor changes the placeholders.
+            DataError: it has not as many phrases as an image has positions, or the text processor
+                changes the placeholders.
         """
-        turns: Sequence[Turn] = record.turns
         if record.words and len(record.words) != self.encoder.num_query_token:
             raise DataError(
                 f"{len(record.words)} phrases in `words`, but an image takes "
                 f"{self.encoder.num_query_token} positions (model.num_query_token)"
             )
-        images = 1 if record.words else len(record.images)
-        if record.video is not None:
-            images = len(frame_indices(count_frames(record.video), self.max_frames))
-            turns = record.with_frames(images)
+        images = 1 if record.words else len(record.pictures)
         process = partial(process_around_images, self.text_processor)
-        turns = [Turn(r, process(x)) if r == "user" else Turn(r, x) for r, x in turns]
+        turns = [Turn(r, process(x)) if r == "user" else Turn(r, x) for r, x in record.shown_turns]
         left = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns if t.role == "user")
         if left != images:
             raise DataError(
@@ -116,14 +109,15 @@ class InstructionDataset(Dataset[Sample | BadSample]):
             DataError: an image or a video cannot be read.
         """
         if self.features is not None:
-            cached = [self.features.read(path, epoch) for path in record.images]
+            cached = [self.features.read(picture, epoch) for picture in record.pictures]
             return torch.empty(0), torch.stack(cached) if cached else NO_FEATURES
-        if record.video is not None:
-            images = open_frames(record.video, self.max_frames)
-        else:
-            images = [open_image(path) for path in record.images]
-        with drawing_from(self.seed, epoch, index):
-            pixels = [self.vis_processor(image) for image in images]
+        images = open_pictures(record.pictures)
+        # Frames of a video are cropped and flipped alike: what moves in it is what moved.
+        alike = [images] if record.video is None else [[image] for image in images]
+        pixels: list[Tensor] = []
+        for group in alike:
+            with drawing_from(self.seed, epoch, index):
+                pixels += [self.vis_processor(image) for image in group]
         return torch.stack(pixels) if pixels else torch.empty(0), NO_FEATURES
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,11 +16,12 @@ from lavis.processors.contracts import ChatTemplate, Ids, Kind, Piece, Tokenizer
 
 __all__ = [
     "DEFAULT_PROMPT", "IMAGE", "SYSTEM_PROMPT", "ChatML", "ConversationEncoder", "LabelMask",
-    "Turn", "place_images",
+    "Turn", "place_images", "show_all",
 ]  # fmt: skip
 
 IMAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 """An image in a question, as the instruction data write it."""
+_PLACE = re.compile(f"<Img>(?:{IMAGE_PLACEHOLDER})+</Img>|{IMAGE_PLACEHOLDER}")
 DEFAULT_PROMPT = f"{IMAGE} Describe this image in detail."
 
 LabelMask = Literal["chatml_delimiters", "assistant_only"]
@@ -29,20 +31,30 @@ _SUPERVISED: dict[LabelMask, frozenset[Kind]] = {
 }
 
 
-def place_images(text: str, number: int) -> str:
-    """A question with a place for each of its images: in front, unless it names them itself.
+def place_images(text: str, pictures: Sequence[int]) -> str:
+    """A question with places for its images: in front, unless it names them itself.
+
+    Args:
+        pictures: for each image one, for each video its number of frames.
 
     Raises:
         DataError: it names more or fewer.
     """
     named = text.count(IMAGE_PLACEHOLDER)
-    if named == number:
-        return text
-    if named:
+    if named not in (0, len(pictures)):
         raise DataError(
-            f"the question names {named} images ({IMAGE_PLACEHOLDER}), but {number} are new in it"
+            f"the question names {named} images ({IMAGE_PLACEHOLDER}), but {len(pictures)} are new "
+            "in it"
         )
-    return f"{IMAGE * number} {text}"
+    return show_all(text if named or not pictures else f"{IMAGE * len(pictures)} {text}", pictures)
+
+
+def show_all(text: str, pictures: Sequence[int]) -> str:
+    """A text each of whose placeholders becomes so many, as the frames of a video need."""
+    first, *rest = text.split(IMAGE_PLACEHOLDER)
+    return first + "".join(
+        IMAGE_PLACEHOLDER * number + part for number, part in zip(pictures, rest, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -150,9 +162,10 @@ class ConversationEncoder:
                 t for q, a in history[dropped:] for t in (Turn("user", q), Turn("assistant", a))
             ]
             first, *rest = [*kept, Turn("user", query)]
-            images = sum(q.count(IMAGE_PLACEHOLDER) for q, _ in history[:dropped])
+            images = [place for q, _ in history[:dropped] for place in _PLACE.findall(q)]
             if images:
-                first = Turn("user", f"{IMAGE * images} {first.text}")
+                moved = "".join(IMAGE if i == IMAGE_PLACEHOLDER else i for i in images)
+                first = Turn("user", f"{moved} {first.text}")
             prompt = self.prompt([first, *rest])
             if len(prompt) <= room:
                 break

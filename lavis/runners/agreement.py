@@ -30,8 +30,9 @@ _RATE = (
 def fingerprint(datasets: Sequence[Any]) -> str:
     """How many records there are, and a hash of all in their order, wherever their files lie.
 
-    It covers turns, words, and the names of media below the folder that holds them all, not what
-    pictures show. Data sets without ``records`` are only counted.
+    It covers turns, words, the numbers of the frames that are shown of videos, and the names of
+    media below the folder that holds them all, not what pictures show. Data sets without
+    ``records`` are only counted.
     """
     records = [record for dataset in datasets for record in _records(dataset)]
     media = [[str(p) for p in (*r.images, r.video) if p is not None] for r in records]
@@ -39,7 +40,8 @@ def fingerprint(datasets: Sequence[Any]) -> str:
     start = len(os.path.commonpath(folders)) if folders else 0
     digest = hashlib.blake2b(digest_size=8)
     for record, paths in zip(records, media, strict=True):
-        content = [record.turns, [path[start:] for path in paths], record.words]
+        content: list[object] = [record.turns, [path[start:] for path in paths], record.words]
+        content += [record.frames] if record.frames else []
         digest.update(json.dumps(content).encode() + b"\n")
     return f"{sum(map(len, datasets))} samples, {digest.hexdigest()}"
 

@@ -1,4 +1,4 @@
-"""A picture of answers: test images with question, answer and truth."""
+"""A picture of answers: test images and videos with question, answer and truth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from lavis.common.cli import printable
-from lavis.common.images import open_image
+from lavis.common.videos import preview
 from lavis.tasks.scoring import Prediction
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def draw_answers(
     for axes in grid:
         axes.set_axis_off()
     for axes, prediction in zip(grid, shown, strict=False):
-        axes.imshow(open_image(prediction.image))
+        axes.imshow(preview(Path(prediction.image)))
         verdict = "" if prediction.right else f"\n(truth: {_wrapped(prediction.truth)})"
         axes.set_title(
             f"{_wrapped(prediction.question)}\n{_wrapped(prediction.answer)}{verdict}",

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,9 +134,9 @@ def predict(
         DataError: in every process, an image cannot be read.
     """
     records = dataset.records
-    source = _shuffled(records, seed) if blind else range(len(records))
+    shown = _shuffled(records, seed) if blind else records
     # Prompts of like length are answered together, so that little room is left in the buffers.
-    prompts = [model.encoder.prompt(dataset.turns(r)[:-1]) for r in records]
+    prompts = [model.encoder.prompt(dataset.turns(r)[:-1]) for r in shown]
     order = _share(sorted(range(len(records)), key=lambda i: len(prompts[i])))
     answered = _Answered(keep)
     asked: list[int] = []
@@ -146,7 +146,7 @@ def predict(
         for start in range(0, len(order), batch_size):
             answered.publish()
             chosen = order[start : start + batch_size]
-            given, bad = _images(dataset, {i: source[i] for i in chosen})
+            given, bad = _images(dataset, {i: shown[i] for i in chosen})
             try:
                 settle_bad((BadSample(records[i].sample_id, why) for i, why in bad.items()), on_bad)
             except DataError as error:  # of all processes; what was asked before is answered first
@@ -155,7 +155,7 @@ def predict(
             answered.fresh.update({i: _prediction(records[i], None, why) for i, why in bad.items()})
             bar.update(len(bad))
             asked.extend(given)
-            words = [dataset.word_ids(records[source[i]]) for i in given]
+            words = [dataset.word_ids(shown[i]) for i in given]
             yield _prompts([prompts[i] for i in given], list(given.values()), words)
 
     title = "answering (blind)" if blind else "answering"
@@ -212,14 +212,14 @@ def _prompts(
 
 
 def _images(
-    dataset: InstructionDataset, sources: dict[int, int]
+    dataset: InstructionDataset, shown: dict[int, Record]
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, str]]:
-    """Pixels and features for records, each of the record it is to be shown; or why not."""
+    """Pixels and features of records by their numbers; or why there are none."""
     given: dict[int, tuple[Tensor, Tensor]] = {}
     bad: dict[int, str] = {}
-    for i, source in sources.items():
+    for i, record in shown.items():
         try:
-            given[i] = dataset.images(dataset.records[source], epoch=0, index=source)
+            given[i] = dataset.images(record, epoch=0, index=i)
         except DataError as error:
             bad[i] = str(error)
     return given, bad
@@ -233,7 +233,7 @@ def _prediction(record: Record, answer: str | None, skipped: str | None) -> Pred
         question=_plain(record.turns[-2].text),
         answer=answer or "",
         truth=record.turns[-1].text,
-        image=str(record.images[0]) if record.images else "",
+        image=str(record.pictures[0].path) if record.pictures else "",
         skipped=skipped or "",
         reference=record.reference,
     )
@@ -378,18 +378,21 @@ def _share(order: list[int]) -> list[int]:
     return mine + order[: count - len(mine)]
 
 
-def _shuffled(records: Sequence[Record], seed: int) -> list[int]:
-    """A permutation that keeps the number of images of each record."""
-    source = list(range(len(records)))
-    by_count: dict[int, list[int]] = defaultdict(list)
+def _shuffled(records: Sequence[Record], seed: int) -> list[Record]:
+    """Records that show what another one shows: as many images, or any video."""
+    result = list(records)
+    alike: dict[tuple[bool, int, int], list[int]] = defaultdict(list)
     for i, record in enumerate(records):
-        by_count[len(record.images)].append(i)
+        alike[record.video is not None, len(record.images), len(record.words)].append(i)
     rng = random.Random(seed)  # noqa: S311
-    for same in by_count.values():
-        shuffled = rng.sample(same, len(same))
-        for i, j in zip(same, shuffled, strict=True):
-            source[i] = j
-    return source
+    for same in alike.values():
+        for i, j in zip(same, rng.sample(same, len(same)), strict=True):
+            other = records[j]
+            result[i] = replace(
+                records[i],
+                images=other.images, video=other.video, frames=other.frames, words=other.words,
+            )  # fmt: skip
+    return result
 
 
 def _plain(question: str) -> str:

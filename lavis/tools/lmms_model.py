@@ -16,7 +16,7 @@ from lmms_eval.protocol import ChatMessages
 
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.types import IMAGE_PLACEHOLDER
-from lavis.datasets.media import open_frames
+from lavis.common.videos import read_video
 from lavis.models.decode import Prompts, require_context
 from lavis.models.generation import Generator
 from lavis.models.loading import find_model
@@ -42,7 +42,7 @@ class LavisModel(lmms):
         device: ``cuda``, ``cuda:N``, ``cpu`` or ``auto``.
         batch_size: requests at once. An answer that ends makes room for the next request.
         max_new_tokens: of a task that sets none.
-        max_frames: of a video.
+        max_frames: of a video, in place of the YAML's ``preprocess.video.max_frames``.
         others: what lmms-eval passes to every model (``max_batch_size``) has no effect.
 
     Raises:
@@ -59,7 +59,7 @@ class LavisModel(lmms):
         device: str | None = None,
         batch_size: int | str = 1,
         max_new_tokens: int = 128,
-        max_frames: int = 32,
+        max_frames: int | None = None,
         **others: object,
     ) -> None:
         super().__init__()
@@ -72,12 +72,15 @@ class LavisModel(lmms):
             )
         if not str(batch_size).isdecimal() or not int(batch_size):
             raise ConfigError(f"--batch_size must be a positive number, not {batch_size!r}")
-        self.batch_size, self.max_frames = int(batch_size), max_frames
-        self.max_new_tokens = max_new_tokens
+        self.batch_size, self.max_new_tokens = int(batch_size), max_new_tokens
         self.device = torch.device(self._share(device or "auto"))
         overrides = [option.strip() for option in options.split(";") if option.strip()]
         found = find_model("", checkpoint=checkpoint, cfg_path=cfg, options=overrides)
         self.model, *_ = found.load(self.device, "--device", "--device cpu")
+        video = found.config.preprocess.video
+        self.video = replace(video, max_frames=max_frames or video.max_frames).within(
+            self.model.encoder.num_query_token
+        )
         self.device = self.model.device
 
     def _share(self, device: str) -> str:
@@ -181,7 +184,7 @@ class LavisModel(lmms):
             raise DataError("a part of a video cannot be read; the task must give the whole")
         frames = content.url
         if isinstance(frames, str | Path):
-            frames = open_frames(Path(frames), self.max_frames)
+            frames = read_video(Path(frames), self.video)
         elif not isinstance(frames, list | tuple):
             raise DataError(f"a video must be a file or a list of pictures, not {frames!r:.60}")
         return IMAGE.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * len(frames)), list(frames)

@@ -250,11 +250,11 @@ def test_every_reader_sees_the_same(
 
     cached = CachedFeatures(BlipImageEval(config), 0, 1)
     cached.index = FeatureIndex(FeatureStore(tmp_path, (1, 1), "fp32"), "", {path: ""}, {})
-    assert torch.equal(cached.draw(path, 0), wanted)
+    assert torch.equal(cached.draw(open_image(path), path, 0), wanted)
 
     class Model:
         tokenizer = None
-        encoder = types.SimpleNamespace(template=types.SimpleNamespace(stops=()))
+        encoder = types.SimpleNamespace(template=types.SimpleNamespace(stops=()), num_query_token=1)
         device = torch.device("cpu")
 
         def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -263,7 +263,7 @@ def test_every_reader_sees_the_same(
     engine = ChatEngine(Model(), BlipImageEval(config))  # type: ignore[arg-type]
     with Image.open(path) as lazy:
         for value in (path, str(path), path.read_bytes(), path.open("rb"), lazy, shown):
-            assert torch.equal(engine.encode_image(value).embeds, wanted)
+            assert torch.equal(engine.encode_image(value).embeds, wanted[None])
     assert engine.encode_image(path).name == engine.encode_image(str(path)).name == "odd.png"
     with pytest.raises(DataError, match="an image must be a file's path"):
         engine.encode_image(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ def test_video(media: Path) -> None:
     (record,) = read(media, [{"video": "v.mp4", "instruction": ASK, "output": "A cat."}])
     assert isinstance(record, Record)
     assert record.video == media / "v.mp4"
-    assert record.with_frames(3)[0].text == "<Img><ImageHere><ImageHere><ImageHere></Img> What?"
+    assert (
+        replace(record, frames=(0, 2, 4)).shown_turns[0].text
+        == "<Img><ImageHere><ImageHere><ImageHere></Img> What?"
+    )
 
 
 def test_llava_format(media: Path) -> None:

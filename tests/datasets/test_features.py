@@ -14,7 +14,9 @@ from PIL import Image
 from lavis.common import images
 from lavis.common.errors import DataError, LavisError
 from lavis.common.hashing import file_digest
+from lavis.common.images import open_image
 from lavis.common.registry import PROCESSORS
+from lavis.common.videos import Picture
 from lavis.datasets import feature_store, features
 from lavis.datasets.feature_store import FeatureStore
 from lavis.datasets.features import (
@@ -176,10 +178,10 @@ def test_features_of_another_reading_of_pictures_are_not_used(
 ) -> None:
     cached = CachedFeatures(_Custom(), 0, 1)
     cached.index = FeatureIndex(fill(tmp_path, []), "e", {tmp_path: "a"}, {})
-    before = cached.key(tmp_path, 0)
+    before = cached.key(Picture(tmp_path), 0)
     assert features._FORMAT == (2, images.IMAGE_READING)
     monkeypatch.setattr(features, "_FORMAT", (2, images.IMAGE_READING + 1))
-    assert cached.key(tmp_path, 0) != before
+    assert cached.key(Picture(tmp_path), 0) != before
 
 
 def test_what_a_transform_is() -> None:
@@ -211,9 +213,9 @@ def test_a_view_depends_on_content_seed_and_number_alone(tmp_path: Path) -> None
     for seed, number, digest in [(1, 0, "a"), (1, 1, "a"), (2, 0, "a"), (1, 0, "b")]:
         cached = CachedFeatures(training, seed, 2)
         cached.index = FeatureIndex(store, "e", {path: digest}, {})
-        view = cached.draw(path, number)
+        view = cached.draw(open_image(path), path, number)
         state = torch.get_rng_state()
-        assert torch.equal(view, cached.draw(path, number))
+        assert torch.equal(view, cached.draw(open_image(path), path, number))
         assert torch.equal(state, torch.get_rng_state())
         views.append(view)
     assert not any(torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
@@ -226,14 +228,14 @@ def test_epochs_take_turns_and_what_is_missing_is_said(tmp_path: Path) -> None:
     digests, failures = {path: "11", gone: "22"}, {lost: "no such file"}
     features.index = FeatureIndex(store, "encoder", digests, failures)
     for view in range(2):
-        store.add(features.key(path, view), VALUES[view])
+        store.add(features.key(Picture(path), view), VALUES[view])
     store.flush()
     store.refresh()
-    assert [float(features.read(path, e)[0, 0]) for e in range(4)] == [0, 1, 0, 1]
+    assert [float(features.read(Picture(path), e)[0, 0]) for e in range(4)] == [0, 1, 0, 1]
     with pytest.raises(DataError, match="no such file"):
-        features.read(lost, 0)
+        features.read(Picture(lost), 0)
     with pytest.raises(DataError, match="gone or damaged"):
-        features.read(gone, 1)
+        features.read(Picture(gone), 1)
 
 
 def test_hashes_are_of_bytes(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -373,15 +372,6 @@ def test_a_finetuned_vision_side_is_refused(data: Path, tmp_path: Path) -> None:
     tuned = ["model.load_finetuned=true", f"model.finetuned={path}"]
     with pytest.raises(ConfigError, match=r"holds Qformer\.bert\.x"):
         build_task(data, cached(tmp_path / "f"), *tuned)
-
-
-def test_videos_are_refused(data: Path, tmp_path: Path) -> None:
-    task = build_task(data, cached(tmp_path / "f"))
-    (part,) = task.build_split("train", train=True)
-    records: Any = part.records
-    records[2] = dataclasses.replace(part.records[2], images=(), video=Path("a.mp4"))
-    with pytest.raises(ConfigError, match=r"holds a video \(a.mp4\); set run.feature_cache"):
-        task.cache_features(RunData([[part]], {}), torch.device("cpu"))
 
 
 def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from examples.toybox.world.clips import make_clip, write_video
 from examples.toybox.world.questions import DRILLS, KINDS, LANGUAGES, Language, Question, ask
 from examples.toybox.world.scenes import Scene, draw, in_words, random_scene
 from lavis.common.cli import output_folder, positive, run_cli, setup_logging
@@ -55,7 +56,11 @@ SIZES = {
     "text_chat": 24_000,
     "text_last": 40_000,
     "text_val": 900,
+    "clips": 6_000,
+    "clips_test": 600,
 }
+CLIPS = ("clips", "clips_test")
+"""Splits that show videos."""
 
 
 def main() -> int:
@@ -66,13 +71,15 @@ def main() -> int:
     parser.add_argument(
         "--languages", nargs="+", action="extend", choices=LANGUAGES, help="default: all"
     )
-    parser.add_argument("--splits", nargs="+", action="extend", choices=SIZES, help="default: all")
+    parser.add_argument(
+        "--splits", nargs="+", action="extend", choices=SIZES, help="default: all but the videos"
+    )
     for split, size in SIZES.items():
         flag, text = f"--{split.replace('_', '-')}", f"records of {split}, default: %(default)s"
         parser.add_argument(flag, type=positive, default=size, metavar="N", help=text)
     args = parser.parse_args()
     setup_logging()
-    for split in dict.fromkeys(args.splits or SIZES):
+    for split in dict.fromkeys(args.splits or [s for s in SIZES if s not in CLIPS]):
         languages = tuple(dict.fromkeys(args.languages or LANGUAGES))
         write_split(args.out, split, getattr(args, split), args.seed, languages)
     return 0
@@ -81,7 +88,7 @@ def main() -> int:
 def write_split(
     out: Path, split: str, count: int, seed: int, languages: Sequence[Language] = LANGUAGES
 ) -> None:
-    """Write ``<split>.json`` and, for splits with pictures, ``image/<split>/*.png``.
+    """Write ``<split>.json`` and, for splits with pictures, ``image/<split>/*.png``, or ``*.mp4``.
 
     A split depends on the seed, its name and nothing else; a longer one begins as a shorter one.
 
@@ -117,6 +124,13 @@ def make_record(
     """
     held_out = None if split.startswith("text") else split == "test_pairs"
     record: dict[str, Any] = {"id": f"{split}-{number}"}
+    if split in CLIPS:
+        frames, questions = make_clip(rng, number, languages, train=split == "clips")
+        name = f"{split}/{number:05d}.mp4"
+        write_video(frames, out / "image" / name)
+        if split != "clips":
+            record |= {"kind": questions[0].kind, "language": questions[0].language}
+        return record | {"video": name} | _turns(questions)
     scene = random_scene(rng, held_out=held_out)
     if split in _LESSONS:
         questions = _lesson(scene, rng, languages, **_LESSONS[split])

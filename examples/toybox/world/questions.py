@@ -67,15 +67,7 @@ def _pick(rng: random.Random, language: Language, en: tuple[str, ...], zh: tuple
     return rng.choice(en if language == "en" else zh)
 
 
-def _colour(colour: str, language: Language) -> str:
-    return colour if language == "en" else _ZH_COLOUR[colour]
-
-
-def _shape(shape: str, language: Language) -> str:
-    return shape if language == "en" else _ZH_SHAPE[shape]
-
-
-def _name(thing: Thing, language: Language, *, size: bool = False) -> str:
+def name_of(thing: Thing, language: Language, *, size: bool = False) -> str:
     """``red circle`` or, with its size, ``big red circle``."""
     if language == "en":
         return f"{thing.size + ' ' if size else ''}{thing.colour} {thing.shape}"
@@ -83,15 +75,23 @@ def _name(thing: Thing, language: Language, *, size: bool = False) -> str:
     return f"{prefix}{_ZH_COLOUR[thing.colour]}{_ZH_SHAPE[thing.shape]}"
 
 
-def _place(place: int, language: Language) -> str:
+def word_for(word: str, language: Language) -> str:
+    """A colour or a shape in a language."""
+    return word if language == "en" else (_ZH_COLOUR | _ZH_SHAPE)[word]
+
+
+def place_of(place: int, language: Language) -> str:
+    """A cell of the grid in a language."""
     return PLACES[place] if language == "en" else _ZH_PLACE[place]
 
 
-def _article(noun: str) -> str:
+def with_article(noun: str) -> str:
+    """``a ring``, ``an orange ring``."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _sentence(text: str, language: Language) -> str:
+def sentence(text: str, language: Language) -> str:
+    """With a capital letter and a full stop."""
     return text[0].upper() + text[1:] + ("." if language == "en" else "。")
 
 
@@ -109,7 +109,7 @@ def _ask_colour(scene: Scene, rng: random.Random, language: Language) -> tuple[s
     thing = _unique(scene, rng, "shape")
     if thing is None:
         return None
-    shape = _shape(thing.shape, language)
+    shape = word_for(thing.shape, language)
     question = _pick(
         rng,
         language,
@@ -120,14 +120,14 @@ def _ask_colour(scene: Scene, rng: random.Random, language: Language) -> tuple[s
         ),
         (f"{shape}是什么颜色？", f"图里的{shape}是什么颜色的？", f"请说出{shape}的颜色。"),
     )
-    return question, _sentence(_colour(thing.colour, language), language)
+    return question, sentence(word_for(thing.colour, language), language)
 
 
 def _ask_shape(scene: Scene, rng: random.Random, language: Language) -> tuple[str, str] | None:
     thing = _unique(scene, rng, "colour")
     if thing is None:
         return None
-    colour = _colour(thing.colour, language)
+    colour = word_for(thing.colour, language)
     question = _pick(
         rng,
         language,
@@ -142,22 +142,22 @@ def _ask_shape(scene: Scene, rng: random.Random, language: Language) -> tuple[st
             f"请说出{colour}物体的形状。",
         ),
     )
-    shape = _shape(thing.shape, language)
-    return question, _sentence(_article(shape) if language == "en" else shape, language)
+    shape = word_for(thing.shape, language)
+    return question, sentence(with_article(shape) if language == "en" else shape, language)
 
 
 def _ask_size(scene: Scene, rng: random.Random, language: Language) -> tuple[str, str] | None:
     thing = _unique(scene, rng, "colour", "shape")
     if thing is None:
         return None
-    name = _name(thing, language)
+    name = name_of(thing, language)
     question = _pick(
         rng,
         language,
         (f"Is the {name} big or small?", f"What size is the {name}?", f"How large is the {name}?"),
         (f"{name}是大还是小？", f"{name}有多大？", f"请说出{name}的大小。"),
     )
-    return question, _sentence(thing.size if language == "en" else _ZH_SIZE[thing.size], language)
+    return question, sentence(thing.size if language == "en" else _ZH_SIZE[thing.size], language)
 
 
 def _ask_count(scene: Scene, rng: random.Random, language: Language) -> tuple[str, str] | None:
@@ -186,7 +186,7 @@ def _ask_count(scene: Scene, rng: random.Random, language: Language) -> tuple[st
         (f"How many {noun} are there?", f"Count the {noun}.", f"How many {noun} do you see?"),
         (f"图里有几个{noun}？", f"有多少个{noun}？", f"数一数{noun}有几个。"),
     )
-    return question, _sentence(_NUMBER[language][count], language)
+    return question, sentence(_NUMBER[language][count], language)
 
 
 def _ask_yesno(scene: Scene, rng: random.Random, language: Language) -> tuple[str, str] | None:
@@ -199,14 +199,14 @@ def _ask_yesno(scene: Scene, rng: random.Random, language: Language) -> tuple[st
                 colour, shape = rng.choice(list(COLOURS)), thing.shape
             else:
                 colour, shape = thing.colour, rng.choice(SHAPES)
-    name = _name(Thing(thing.size, colour, shape, 0), language)
+    name = name_of(Thing(thing.size, colour, shape, 0), language)
     question = _pick(
         rng,
         language,
         (
-            f"Is there {_article(name)}?",
-            f"Do you see {_article(name)} in the picture?",
-            f"Does the picture show {_article(name)}?",
+            f"Is there {with_article(name)}?",
+            f"Do you see {with_article(name)} in the picture?",
+            f"Does the picture show {with_article(name)}?",
         ),
         (f"图里有{name}吗？", f"有没有{name}？", f"你看到{name}了吗？"),
     )
@@ -218,7 +218,7 @@ def _ask_where(scene: Scene, rng: random.Random, language: Language) -> tuple[st
     thing = _unique(scene, rng, "colour", "shape")
     if thing is None:
         return None
-    name = _name(thing, language)
+    name = name_of(thing, language)
     question = _pick(
         rng,
         language,
@@ -229,12 +229,12 @@ def _ask_where(scene: Scene, rng: random.Random, language: Language) -> tuple[st
         ),
         (f"{name}在哪里？", f"{name}在图的什么位置？", f"请说出{name}的位置。"),
     )
-    return question, _sentence(_place(thing.place, language), language)
+    return question, sentence(place_of(thing.place, language), language)
 
 
 def _ask_naming(scene: Scene, rng: random.Random, language: Language) -> tuple[str, str] | None:
     thing = rng.choice(scene)
-    place = _place(thing.place, language)
+    place = place_of(thing.place, language)
     question = _pick(
         rng,
         language,
@@ -245,8 +245,8 @@ def _ask_naming(scene: Scene, rng: random.Random, language: Language) -> tuple[s
         ),
         (f"{place}是什么？", f"{place}有什么物体？", f"请说出{place}的物体。"),
     )
-    name = _name(thing, language, size=True)
-    return question, _sentence(_article(name) if language == "en" else name, language)
+    name = name_of(thing, language, size=True)
+    return question, sentence(with_article(name) if language == "en" else name, language)
 
 
 def _ask_relation(scene: Scene, rng: random.Random, language: Language) -> tuple[str, str] | None:
@@ -264,7 +264,7 @@ def _ask_relation(scene: Scene, rng: random.Random, language: Language) -> tuple
         direction = "left" if a.column < b.column else "right"
     else:
         direction = "above" if a.row < b.row else "below"
-    one, other = _name(a, language), _name(b, language)
+    one, other = name_of(a, language), name_of(b, language)
     question = _pick(
         rng,
         language,
@@ -288,9 +288,11 @@ def _ask_description(
         ("请描述这张图片。", "图里有什么？", "请详细描述图像。"),
     )
     if language == "en":
-        parts = [f"{_article(_name(t, 'en', size=True))} at the {PLACES[t.place]}" for t in scene]
-        return question, _sentence(", ".join(parts), "en")
-    parts = [f"{_ZH_PLACE[t.place]}有一个{_name(t, 'zh', size=True)}" for t in scene]
+        parts = [
+            f"{with_article(name_of(t, 'en', size=True))} at the {PLACES[t.place]}" for t in scene
+        ]
+        return question, sentence(", ".join(parts), "en")
+    parts = [f"{_ZH_PLACE[t.place]}有一个{name_of(t, 'zh', size=True)}" for t in scene]
     return question, "，".join(parts) + "。"
 
 
@@ -312,14 +314,14 @@ def _ask_list(scene: Scene, rng: random.Random, language: Language) -> tuple[str
     chosen = rng.sample(list(_ATTRIBUTES), rng.randint(2, len(_ATTRIBUTES)))
     things = rng.sample(scene, len(scene))
     words = {
-        "place": lambda t: _place(t.place, language),
+        "place": lambda t: place_of(t.place, language),
         "size": lambda t: t.size if language == "en" else _ZH_SIZE[t.size],
-        "colour": lambda t: _colour(t.colour, language),
-        "shape": lambda t: _shape(t.shape, language),
+        "colour": lambda t: word_for(t.colour, language),
+        "shape": lambda t: word_for(t.shape, language),
     }
     if language == "en":
         rows = [" ".join(words[a](t) for a in chosen) for t in things]
-        return f"List {', '.join(chosen)}.", _sentence(", ".join(rows), language)
+        return f"List {', '.join(chosen)}.", sentence(", ".join(rows), language)
     rows = ["".join(words[a](t) for a in chosen) for t in things]
     return f"列出{'、'.join(_ATTRIBUTES[a] for a in chosen)}。", "，".join(rows) + "。"
 

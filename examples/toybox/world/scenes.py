@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -94,16 +95,28 @@ def in_words(scene: Scene) -> list[str]:
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """Draw a scene; positions, sizes, colours and the background vary a little."""
+    return paint(((thing, rng, 0.0, 0.0) for thing in scene), rng)
+
+
+def paint(
+    things: Iterable[tuple[Thing, random.Random, float, float]], rng: random.Random
+) -> Image.Image:
+    """Draw things on a background that varies a little.
+
+    Args:
+        things: each with what its own look is drawn from, and how many cells right of and below
+            its place it is.
+    """
     side = IMAGE_SIZE * _SUPERSAMPLING
     shade = rng.randint(225, 255)
     image = Image.new("RGB", (side, side), (shade, shade, shade - rng.randint(0, 12)))
     canvas = ImageDraw.Draw(image)
-    for thing in scene:
-        radius = SIZES[thing.size] / 2 * rng.uniform(0.92, 1.08)
+    for thing, look, right, below in things:
+        radius = SIZES[thing.size] / 2 * look.uniform(0.92, 1.08)
         slack = max(0.0, _CELL / 2 - radius - 0.5)
-        x = (thing.column + 0.5) * _CELL + rng.uniform(-1, 1) * min(slack, 4)
-        y = (thing.row + 0.5) * _CELL + rng.uniform(-1, 1) * min(slack, 4)
-        fill = tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in COLOURS[thing.colour])
+        x = (thing.column + 0.5 + right) * _CELL + look.uniform(-1, 1) * min(slack, 4)
+        y = (thing.row + 0.5 + below) * _CELL + look.uniform(-1, 1) * min(slack, 4)
+        fill = tuple(min(255, max(0, c + look.randint(-14, 14))) for c in COLOURS[thing.colour])
         _draw_shape(canvas, thing.shape, (x, y, radius), fill)
     return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
 

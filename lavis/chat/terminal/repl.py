@@ -340,7 +340,10 @@ COMMANDS = (
     Command((":help", ":h"), "", "this text", Repl._help),
     Command((":exit", ":quit", ":q"), "", "leave (or Ctrl-D)", Repl._leave),
     Command(
-        (":img",), "[PATH...]", "show more images with the next question; list them", Repl._images
+        (":img",),
+        "[PATH...]",
+        "show more images or videos with the next question; list them",
+        Repl._images,
     ),
     Command((":new",), "[PATH...]", "begin a new conversation, with these images", Repl._new),
     Command((":history", ":his"), "", "what was said", Repl._history),

@@ -23,6 +23,7 @@ from lavis.chat.web.server import direct, serve
 from lavis.chat.web.sessions import Session, Sessions, history, strip
 from lavis.chat.web.texts import TEXTS, VisitorError, language_of
 from lavis.common.errors import ConfigError, DataError, WeightsError
+from lavis.common.videos import contact_sheet
 from lavis.processors.conversation import IMAGE_PLACEHOLDER
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -198,8 +199,8 @@ class WebChat:
         try:
             if len(session.conversation.waiting) >= MAX_FILES:
                 raise VisitorError("many_images")
-            picture = open_upload(path, name)
-            session.show(self._engine.encode_image(picture, name), picture)
+            pictures = open_upload(path, name, self._engine.video)
+            session.show(self._engine.encode_pictures(pictures, name), contact_sheet(pictures))
         except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
             self._tell(error, session.language)
 

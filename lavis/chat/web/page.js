@@ -95,7 +95,7 @@ document.addEventListener("drop", event => {
 
 lavis.start = () => {
   const files = Object.assign(document.createElement("input"), {
-    id: "files", type: "file", multiple: true, accept: "image/*,.heic,.heif", hidden: true,
+    id: "files", type: "file", multiple: true, accept: "image/*,.heic,.heif,video/*", hidden: true,
   });
   files.addEventListener("change", () => {
     lavis.take(files.files);

@@ -17,7 +17,14 @@ TEXTS: dict[str, dict[str, str]] = {
 GRADIO = {code: {k: v for k, v in texts.items() if k[0].isupper()} for code, texts in TEXTS.items()}
 """What Gradio's own script may say, as the page puts it."""
 
-LIMITS = {"files": 16, "file_mb": 20, "upload_mb": 80, "megapixels": 50, "beams": 8}
+LIMITS = {
+    "files": 16,
+    "file_mb": 20,
+    "upload_mb": 80,
+    "megapixels": 50,
+    "video_gigapixels": 10,
+    "beams": 8,
+}
 LANGUAGE_COOKIE = "lavis_language"
 
 
