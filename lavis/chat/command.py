@@ -110,9 +110,7 @@ def config_of(args: argparse.Namespace) -> Config:
     """
     kind = args.model_type or ("qwen7b_chat" if args.cfg_path or args.checkpoint else "toybox")
     name = "" if args.cfg_path else "minigpt4qwen"  # a YAML says which
-    return default_model_config(
-        name, None if args.cfg_path else kind, args.options, args.cfg_path
-    )
+    return default_model_config(name, None if args.cfg_path else kind, args.options, args.cfg_path)
 
 
 def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]:

@@ -15,8 +15,8 @@ from lavis.common.errors import ConfigError, LavisError
 from lavis.common.registry import did_you_mean
 from lavis.common.schema import Config
 from lavis.models.compute.schedule import StepSchedule
+from lavis.models.config import PartsConfig
 from lavis.runners.estimate import Estimator, Sharing
-from lavis.runners.launch import strategy_name
 
 GIB = 2**30
 USABLE = 0.95  # of a card's memory: the rest is the driver's, and fragments
@@ -120,7 +120,8 @@ def _table(rows: list[tuple[str, float]]) -> Iterator[str]:
 
 def _longest(made: Estimator, schedule: StepSchedule, memory: float) -> str:
     found = made.longest(schedule, memory)
-    return f"  {f'recompute {schedule.recompute}':<40}{f'{found:,} tokens' if found else 'none':>16}"
+    tokens = f"{found:,} tokens" if found else "none"
+    return f"  recompute {schedule.recompute!s:<30}{tokens:>16}"
 
 
 def setup_peak(made: Estimator) -> float:
@@ -144,7 +145,10 @@ def _time(
     try:
         data = task.build_datasets()
     except LavisError as error:
-        yield f"1,000,000 tokens take {1e6 / rate / cards / 60:.1f} min; an epoch's are unknown: {error}"
+        yield (
+            f"1,000,000 tokens take {1e6 / rate / cards / 60:.1f} min; how many an epoch has is not "
+            f"known: {error}"
+        )
         return
     samples = run.batch_size_train * run.accum_grad_iters * cards
     epoch = sum(data.lengths)
@@ -159,11 +163,13 @@ def _time(
 
 def _advice(config: Config, tokens: int, memory: float) -> Iterator[str]:
     """What would fit: a model in slices, or fewer bits."""
-    language = getattr(config.model, "parts", (None, None, None))[2]
-    quantized = getattr(language, "quantize", None)
-    for cards in (2, 4, 8) if not quantized else ():
-        whole = replace(config, run=replace(config.run, strategy="fsdp2", deepspeed_config=None))
-        needed = Estimator(whole, Sharing.fsdp2(cards)).needed(tokens, StepSchedule(recompute="all"))
+    made = config.model
+    if not isinstance(made, PartsConfig) or made.parts[2].quantize:
+        return
+    whole = replace(config, run=replace(config.run, strategy="fsdp2", deepspeed_config=None))
+    again = StepSchedule(recompute="all")
+    for cards in (2, 4, 8):
+        needed = Estimator(whole, Sharing.fsdp2(cards)).needed(tokens, again)
         if needed <= memory:
             yield (
                 f"run.strategy: fsdp2 on {cards} of these cards would do, all layers recomputed: "
@@ -171,10 +177,9 @@ def _advice(config: Config, tokens: int, memory: float) -> Iterator[str]:
             )
             break
     else:
-        if not quantized:
-            yield "run.strategy: fsdp2 would not do even on 8 of these cards: see run.fsdp_cpu_offload"
-    if not quantized and "language" not in getattr(config.model, "training", {}):
-        yield "quantize: nf4 (arch: vlm) keeps the layers of the language model in 4.5 bits a weight"
+        yield "run.strategy: fsdp2 would not do on 8 of these cards; see run.fsdp_cpu_offload"
+    if "language" not in made.training:
+        yield "language.quantize: nf4 (arch: vlm) keeps its layers in 4.5 bits a weight"
 
 
 def plan_chat(config: Config, chosen: Card) -> str:

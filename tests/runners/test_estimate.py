@@ -1,4 +1,4 @@
-"""What a run is said to need is what it takes: measured on a CPU by the profiler of its allocator."""
+"""What a run is said to need is what it takes, by the record of a CPU's allocator."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lavis.common.config import load_config
-from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config
 from lavis.common.types import Batch
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.vlm import VLM
-from lavis.runners.estimate import Estimator, Pass, Sharing
+from lavis.runners.estimate import Estimator, Sharing
 from tests.conftest import REPO
 
 PROJECT = REPO / "lavis" / "projects" / "toybox" / "train.yaml"
@@ -74,5 +73,4 @@ def test_a_row_takes_what_is_said(setting: str) -> None:
     batch = made.batch(documents)
     said = made.micro_batch(documents * made.length, schedule).peak
     taken = measured(config, batch, schedule)
-    print("\n", setting, said / 2**20, taken / 2**20)
     assert said == pytest.approx(taken, rel=0.1)

@@ -30,6 +30,16 @@ _NO_KERNEL = {
 }  # fmt: skip
 _MATH = F.scaled_dot_product_attention
 _COPIES = {aten._to_copy.default, aten.copy_.default}
+# What autocast lowers to half precision, and what it raises to fp32.
+_HALF = {
+    F.linear, F.conv2d, torch.conv2d, torch.matmul, torch.mm, torch.bmm, torch.addmm,
+    torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm,
+}  # fmt: skip
+_FULL = {
+    F.layer_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, torch.softmax,
+    torch.log_softmax, Tensor.softmax, torch.pow, Tensor.pow, Tensor.__pow__, torch.rsqrt,
+    Tensor.rsqrt, torch.exp, Tensor.exp, torch.log, Tensor.log, Tensor.sum, torch.sum,
+}  # fmt: skip
 
 
 class FakeCuda(TorchDispatchMode):
@@ -177,16 +187,6 @@ class _Casts(TorchFunctionMode):
     """What autocast does to the card's tensors, in operations that Python calls: its C++ would have
     to know their device."""
 
-    _HALF = {
-        F.linear, F.conv2d, torch.conv2d, torch.matmul, torch.mm, torch.bmm, torch.addmm,
-        torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm,
-    }  # fmt: skip
-    _FULL = {
-        F.layer_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, torch.softmax,
-        torch.log_softmax, Tensor.softmax, torch.pow, Tensor.pow, Tensor.__pow__, torch.rsqrt,
-        Tensor.rsqrt, torch.exp, Tensor.exp, torch.log, Tensor.log, Tensor.sum, torch.sum,
-    }  # fmt: skip
-
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self._dtype = dtype
@@ -196,7 +196,7 @@ class _Casts(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        wanted = self._dtype if func in self._HALF else torch.float32 if func in self._FULL else None
+        wanted = self._dtype if func in _HALF else torch.float32 if func in _FULL else None
         if wanted is not None and torch.is_autocast_enabled("cuda"):
             args, kwargs = tree_map_only(Tensor, lambda t: self._cast(t, wanted), (args, kwargs))
         return func(*args, **kwargs)
