@@ -17,8 +17,9 @@ import yaml
 from lavis.common.config import load_config
 from lavis.common.paths import TOYBOX
 from lavis.models.compute.schedule import StepSchedule
-from lavis.runners.estimate import Estimator, Sharing
+from lavis.runners.estimate import Estimator
 from lavis.runners.plan_page import GIB, USABLE
+from lavis.runners.sharing import Sharing
 from tests.processors.families import FAMILIES
 
 QWEN = {"vocab_size": 151936, "seq_length": 8192}

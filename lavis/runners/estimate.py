@@ -8,9 +8,8 @@ counted. Of two rows, since what a row takes grows evenly with its tokens.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,93 +23,12 @@ from lavis.models.compute.fake_cuda import FakeCuda, on_card
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import PartsConfig
 from lavis.models.vlm import VLM
-from lavis.runners.launch import strategy_name
+from lavis.runners.sharing import Held, Sharing
 from lavis.runners.strategy import gathered_at_once, unchanged_blocks
 
 _ROWS = 7, 14  # documents, that are tried
 _STEP = 64  # tokens to which a longest row is rounded down
 _DOCUMENT = 142  # tokens with one image, as the 18.8k instructions have on average
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """What a strategy leaves on each card.
-
-    Attributes:
-        name: of the strategy, for people.
-        cards: over which it shares.
-        weights: whether every card has a slice of each weight only, frozen ones too.
-        gradients, moments: the same of what belongs to a weight that learns.
-        offload: whether slices wait in main memory.
-        buckets: whether gradients are there a second time, to be sent.
-        master: whether AdamW has fp32 copies of weights in half precision.
-    """
-
-    name: str
-    cards: int
-    weights: bool = False
-    gradients: bool = False
-    moments: bool = False
-    offload: bool = False
-    buckets: bool = False
-    master: bool = False
-
-    @classmethod
-    def of(cls, config: Config, cards: int) -> Sharing:
-        """What ``run`` asks for on so many cards.
-
-        Raises:
-            ConfigError: as :func:`lavis.runners.launch.strategy_name`.
-        """
-        run = config.run
-        name = strategy_name(run, cards)
-        if name == "fsdp2":
-            return cls.fsdp2(cards, offload=run.fsdp_cpu_offload)
-        if name != "deepspeed":
-            return cls(name, cards, buckets=name == "ddp")
-        section: dict[str, Any] = run.deepspeed_config or {}
-        zero = section.get("zero_optimization") or {}
-        stage = int(zero.get("stage", 0))
-        half = any((section.get(k) or {}).get("enabled") for k in ("bf16", "fp16"))
-        offload = (zero.get("offload_param") or {}).get("device") in ("cpu", "nvme")
-        return cls(
-            f"deepspeed, ZeRO {stage}", cards, weights=stage == 3, gradients=stage >= 2,
-            moments=stage >= 1, offload=offload, buckets=stage < 2, master=half,
-        )  # fmt: skip
-
-    @classmethod
-    def fsdp2(cls, cards: int, *, offload: bool = False) -> Sharing:
-        """FSDP2 on so many cards."""
-        return cls("fsdp2", cards, weights=True, gradients=True, moments=True, offload=offload)
-
-    def share(self, sharded: bool) -> float:
-        """Of a tensor that is on each card."""
-        if sharded and self.offload:
-            return 0.0
-        return 1 / self.cards if sharded else 1.0
-
-
-class Held(NamedTuple):
-    """Bytes on a card that stay from one micro-batch to the next.
-
-    Attributes:
-        frozen: weights.
-        trained: weights that learn.
-        gradients: theirs.
-        moments: AdamW's two.
-        gathered: whole blocks of a model in slices, one in use and one on its way.
-    """
-
-    frozen: float
-    trained: float
-    gradients: float
-    moments: float
-    gathered: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return sum(self)
 
 
 class Pass(NamedTuple):

@@ -16,7 +16,8 @@ from lavis.common.registry import did_you_mean
 from lavis.common.schema import Config
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import PartsConfig
-from lavis.runners.estimate import Estimator, Sharing
+from lavis.runners.estimate import Estimator
+from lavis.runners.sharing import Sharing
 
 GIB = 2**30
 USABLE = 0.95  # of a card's memory: the rest is the driver's, and fragments
@@ -146,8 +147,8 @@ def _time(
         data = task.build_datasets()
     except LavisError as error:
         yield (
-            f"1,000,000 tokens take {1e6 / rate / cards / 60:.1f} min; how many an epoch has is not "
-            f"known: {error}"
+            f"1,000,000 tokens take {1e6 / rate / cards / 60:.1f} min; how many an epoch has is "
+            f"not known: {error}"
         )
         return
     samples = run.batch_size_train * run.accum_grad_iters * cards
