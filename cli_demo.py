@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lavis.chat.command import TOYBOX_IMAGE, add_chat_arguments, load_chat
+from lavis.chat.command import TOYBOX_IMAGE, add_chat_arguments, config_of, load_chat
 from lavis.common.cli import printable, run_cli, setup_logging
 from lavis.common.paths import user_path
 from lavis.common.videos import check_media
@@ -34,8 +34,19 @@ def main() -> int:
         default=[],
         help="images or videos of the first question",
     )
+    parser.add_argument(
+        "--plan", nargs="?", const="rtx3090", metavar="CARD",
+        help="say what a conversation needs on a card, and answer nothing: needs neither weights "
+        "nor a GPU. CARD is a name (rtx3090, the default, l40s, ...) or GiB",
+    )  # fmt: skip
     args = parser.parse_args()
     setup_logging()
+    if args.plan:
+        from lavis.runners.plan_page import card, plan_chat
+
+        chosen = card(args.plan)
+        print(plan_chat(config_of(args), chosen))
+        return 0
     for path in args.image:
         check_media(path)  # a wrong path is told before a model is loaded
 

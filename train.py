@@ -35,9 +35,9 @@ def main() -> int:
 
     task = TASKS.get(run.task)(config)
     if args.plan:
-        from lavis.runners.estimate import card, length_of, plan_run
+        from lavis.runners.plan_page import card, plan_run
 
-        print_once(plan_run(config, length_of(task), card(args.plan)))
+        print_once(plan_run(config, task, card(args.plan)))
         return 0
     task.check_paths()
 

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lavis.common.cli import gigabytes, whole_number
-from lavis.common.config import add_config_arguments
+from lavis.common.config import add_config_arguments, default_model_config
 from lavis.common.device import pick_device
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.paths import REPOSITORY, TOYBOX
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lavis.chat.engine import ChatEngine
     from lavis.chat.settings import ChatSettings
+    from lavis.common.schema import Config
 
 logger = logging.getLogger(__name__)
 _CACHE_SHARE = 0.75
@@ -99,6 +100,17 @@ def choose_model(args: argparse.Namespace) -> bool:
     if args.cfg_path is None:
         args.model_type = args.model_type or "qwen7b_chat"
     return toybox
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The configuration that the arguments name; no file of the model's is looked for.
+
+    Raises:
+        ConfigError: with what to mend.
+    """
+    kind = args.model_type or ("qwen7b_chat" if args.cfg_path or args.checkpoint else "toybox")
+    name = "" if args.cfg_path else "minigpt4qwen"  # a YAML says which
+    return default_model_config(name, None if args.cfg_path else kind, args.options, args.cfg_path)
 
 
 def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]:

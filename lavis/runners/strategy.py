@@ -184,6 +184,29 @@ class DDPStrategy(Strategy):
             yield
 
 
+def unchanged_blocks(model: nn.Module) -> set[nn.Module]:
+    """Blocks of a frozen vision encoder that autocast leaves alone."""
+    vision = getattr(model, "vision", None)
+    return set(vision.blocks()) if vision is not None and vision.keeps_precision else set()
+
+
+def gathered_at_once(model: nn.Module, dtype: torch.dtype | None) -> int:
+    """Bytes of whole parameters in use and on their way while :class:`FSDP2Strategy` computes.
+
+    Of one that learns also its gradient's, before and while it is added up in fp32.
+
+    Args:
+        dtype: of the products; ``None``: as the parameters are.
+    """
+
+    def whole(module: nn.Module) -> int:
+        sizes = ((p, dtype.itemsize if dtype else p.itemsize) for p in module.parameters())
+        return sum(p.numel() * (2 * n + 4 if p.requires_grad else n) for p, n in sizes)
+
+    blocks = [0, *map(whole, getattr(model, "shardable_blocks", list)())]
+    return whole(model) - sum(blocks) + 2 * max(blocks)  # one is in use, one on its way
+
+
 class FSDP2Strategy(Strategy):
     """Every process holds a slice of every parameter (``fully_shard``, Zhao et al. 2023).
 
@@ -225,30 +248,21 @@ class FSDP2Strategy(Strategy):
             param_dtype=self.dtype if self.run.amp else None, reduce_dtype=torch.float32
         )
         stored = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        sizes, vision = [0], getattr(model, "vision", None)
-        unchanged = set(vision.blocks()) if vision is not None and vision.keeps_precision else ()
+        self._at_once = gathered_at_once(model, self.dtype if self.run.amp else None)
+        unchanged = unchanged_blocks(model)
         for block in getattr(model, "shardable_blocks", list)():
-            sizes.append(sum(map(self._gathered, block.parameters())))
             # Gathered in half precision where autocast would compute in it anyway. Adapters beside
             # frozen weights of that precision are not: they are computed in fp32.
             frozen = {p.dtype for p in block.parameters() if not p.requires_grad}
             policy = stored if frozen == {self.dtype} else half
             policy = MixedPrecisionPolicy() if block in unchanged else policy
             fully_shard(block, mp_policy=policy, **options)
-        rest = sum(map(self._gathered, model.parameters())) - sum(sizes)
-        self._at_once = rest + 2 * max(sizes)  # one is in use, one on its way
         fully_shard(model, **options)
         self._fill(model, held)
         for method in ("generate_ids", "encode_query", "prove_language"):
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
         return model
-
-    def _gathered(self, parameter: nn.Parameter) -> int:
-        """Bytes of a whole parameter; of one that learns, and of its gradient before and while it
-        is added up in fp32."""
-        each = self.dtype.itemsize if self.run.amp else parameter.itemsize
-        return parameter.numel() * (2 * each + 4 if parameter.requires_grad else each)
 
     def prove(self, model: VLM) -> None:
         # Blocks compute in half precision under autocast, whatever their slices are.

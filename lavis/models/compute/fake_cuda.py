@@ -18,6 +18,7 @@ import torch.cuda.amp.common as amp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -29,6 +30,16 @@ _NO_KERNEL = {
 }  # fmt: skip
 _MATH = F.scaled_dot_product_attention
 _COPIES = {aten._to_copy.default, aten.copy_.default}
+# What autocast lowers to half precision, and what it raises to fp32.
+_HALF = {
+    F.linear, F.conv2d, torch.conv2d, torch.matmul, torch.mm, torch.bmm, torch.addmm,
+    torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm,
+}  # fmt: skip
+_FULL = {
+    F.layer_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, torch.softmax,
+    torch.log_softmax, Tensor.softmax, torch.pow, Tensor.pow, Tensor.__pow__, torch.rsqrt,
+    Tensor.rsqrt, torch.exp, Tensor.exp, torch.log, Tensor.log, Tensor.sum, torch.sum,
+}  # fmt: skip
 
 
 class FakeCuda(TorchDispatchMode):
@@ -48,18 +59,14 @@ class FakeCuda(TorchDispatchMode):
         self._storages: weakref.WeakSet[Any] = weakref.WeakSet()
         self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
         self.live = 0
-        self._casts = self._records = False
+        self._records = False
         self.restart()
 
     @contextlib.contextmanager
     def autocast(self, dtype: torch.dtype) -> Iterator[None]:
-        """Autocast, for forward passes that no backward pass follows."""
-        self._casts = True
-        try:
-            with torch.autocast("cuda", dtype):
-                yield
-        finally:
-            self._casts = False
+        """Autocast, also around a backward pass."""
+        with torch.autocast("cuda", dtype), _Casts(dtype):
+            yield
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -101,8 +108,8 @@ class FakeCuda(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             # PyTorch's own C++ asks, Python has asked the tensor. The engine of the backward pass
-            # would look for the card's streams; autocast must know the device.
-            return args[0].fake_device if self._casts else torch.device("meta")
+            # would look for the card's streams; autocast finds nothing to cast (see `_Casts`).
+            return torch.device("meta")
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         target = torch.device(kwargs.get("device") or "cpu")
         if target.type == "meta":  # C++ makes a tensor beside another one
@@ -174,6 +181,35 @@ class FakeCuda(TorchDispatchMode):
 
     def _release(self, size: int) -> None:
         self.live -= size
+
+
+class _Casts(TorchFunctionMode):
+    """What autocast does to the card's tensors, in operations that Python calls: its C++ would have
+    to know their device."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._weights: dict[Tensor, Tensor] = {}  # that learn: cast once
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        wanted = self._dtype if func in _HALF else torch.float32 if func in _FULL else None
+        if wanted is not None and torch.is_autocast_enabled("cuda"):
+            args, kwargs = tree_map_only(Tensor, lambda t: self._cast(t, wanted), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _cast(self, tensor: Tensor, wanted: torch.dtype) -> Tensor:
+        half = {torch.float32, torch.float16, torch.bfloat16}
+        if tensor.dtype == wanted or tensor.dtype not in half or tensor.device.type != "cuda":
+            return tensor
+        if not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(wanted)
+        if tensor not in self._weights:
+            self._weights[tensor] = tensor.to(wanted)
+        return self._weights[tensor]
 
 
 def _fused(
