@@ -172,28 +172,34 @@ class ChatEngine:
         request = Request(cache, list(content), _by_number(images))
         self._waiting.add(request)
         try:
-            with self._lock, torch.no_grad():
-                if not request.done:  # by another thread, for which it had to wait
-                    self._compute(self._waiting.take())
+            if self._waiting.lead(request):
+                self._lead()
         finally:
             self._waiting.drop(request)
         return request.result()
 
-    def _compute(self, requests: Sequence[Request]) -> None:
-        """Compute what conversations wait for: of those that want one token, in one pass."""
-        language = self.model.language
+    def _lead(self) -> None:
+        """Compute what all threads wait for."""
+        requests: list[Request] = []
         try:
-            single = [r for r in requests if r.single and language.packs and language.caches]
-            needed = sum(self._needed(r.cache, len(r.content)) for r in single)
-            if len(single) > 1 and needed <= self.cache_bytes:
-                with _errors_of(single):
-                    self._extend_together(single)
-            for request in requests:
-                if not request.done:
-                    with _errors_of([request]):
-                        request.logits = self._extend(request)
+            requests = self._waiting.take()
+            with self._lock, torch.no_grad():
+                self._compute(requests)
         finally:
             self._waiting.give_back(requests)
+
+    def _compute(self, requests: Sequence[Request]) -> None:
+        """Of those that want one token, in one pass."""
+        language = self.model.language
+        single = [r for r in requests if r.single and language.packs and language.caches]
+        needed = sum(self._needed(r.cache, len(r.content)) for r in single)
+        if len(single) > 1 and needed <= self.cache_bytes:
+            with _errors_of(single):
+                self._extend_together(single)
+        for request in requests:
+            if not request.done:
+                with _errors_of([request]):
+                    request.logits = self._extend(request)
 
     def _extend_together(self, requests: Sequence[Request]) -> None:
         """Compute one token of each."""
@@ -249,7 +255,8 @@ class ChatEngine:
             return torch.full((len(ids),), stopped(), device=ids.device)
 
         with self._lock, torch.no_grad():
-            _require_numbers(missing=bool(self.extend(cache, content[:-1], images).isnan().any()))
+            before = Request(cache, list(content[:-1]), _by_number(images))
+            _require_numbers(missing=bool(self._extend(before).isnan().any()))
             last = self._embed(content[-1:], _by_number(images))
             # Transformers wants the whole prompt and computes what is not in the cache of it.
             embeds = torch.cat([last.new_zeros(1, len(content) - 1, last.shape[-1]), last], 1)

@@ -62,37 +62,53 @@ class Waiting:
     """Requests of several threads, of which one computes what all of them wait for."""
 
     def __init__(self) -> None:
-        self._arrived = threading.Condition()
+        self._changed = threading.Condition()
         self._requests: list[Request] = []
         self._latest = 1  # requests taken at once
+        self._led = False
 
     def __len__(self) -> int:
         return len(self._requests)
 
     def add(self, request: Request) -> None:
         """Have a request computed by whoever calls :meth:`take` next."""
-        with self._arrived:
+        with self._changed:
             self._requests.append(request)
-            self._arrived.notify()
+            self._changed.notify_all()
+
+    def lead(self, request: Request) -> bool:
+        """Wait until a request is done, or it is this thread's turn to compute for all.
+
+        Returns:
+            Whether it is; then it owes a call of :meth:`give_back`.
+        """
+        with self._changed:
+            while self._led and not request.done:
+                self._changed.wait()
+            if not request.done:
+                self._led = True
+            return not request.done
 
     def take(self) -> list[Request]:
         """All requests, as soon as there are as many as the last time, or shortly."""
         end = time.monotonic() + _PATIENCE
-        with self._arrived:
+        with self._changed:
             while len(self._requests) < self._latest and (left := end - time.monotonic()) > 0:
-                self._arrived.wait(left)
+                self._changed.wait(left)
             taken, self._requests = self._requests, []
             self._latest = len(taken)
             return taken
 
     def give_back(self, requests: Sequence[Request]) -> None:
-        """Whoever took these was interrupted: another one computes what is not done."""
-        with self._arrived:
+        """Let another thread lead, and compute what is not done of these."""
+        with self._changed:
             self._requests[:0] = [r for r in requests if not r.done]
+            self._led = False
+            self._changed.notify_all()
 
     def drop(self, request: Request) -> None:
         """Its thread goes on without it."""
-        with self._arrived:
+        with self._changed:
             self._requests = [r for r in self._requests if r is not request]
 
 

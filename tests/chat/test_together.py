@@ -57,12 +57,19 @@ def begin(engine: ChatEngine, limit: int = 24) -> list[Answer]:
 def in_threads(engine: ChatEngine, work: list[Callable[[], Any]]) -> None:
     """Run all at once: nothing is computed before each waits for a pass."""
     threads = [threading.Thread(target=one, daemon=True) for one in work]
-    with engine._lock:
+    waiting = engine._waiting
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lavis.chat.together._PATIENCE", 60)
+        expected = len(waiting) + len(threads)
+        waiting._latest = expected + 1
         for thread in threads:
             thread.start()
         end = time.monotonic() + 60
-        while len(engine._waiting) < len(threads) and time.monotonic() < end:
+        while len(waiting) < expected and time.monotonic() < end:
             time.sleep(0.001)
+    with waiting._changed:
+        waiting._latest = expected
+        waiting._changed.notify_all()
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
