@@ -62,7 +62,7 @@ print(processor.tokenizer.decode(answer, skip_special_tokens=True))
 {notes}
 """
 _PIL = (
-    "`backend=\"pil\"` resizes pictures as in training; without it a few pixels differ by a grey "
+    '`backend="pil"` resizes pictures as in training; without it a few pixels differ by a grey '
     "level."
 )
 
@@ -91,7 +91,7 @@ def write_card(
         f"- language model: {PurePath(llm.path).name}",
         f"- trained: {', '.join(model.training) or 'nothing'}",
     ]
-    notes = [_PIL, *target.notes(), f"Contexts end at the `max_position_embeddings` of its "
+    notes = [_PIL, *target.notes(), "Contexts end at the `max_position_embeddings` of its "
              "`config.json`; a longer one was never trained."]  # fmt: skip
     (folder / "README.md").write_text(
         _FRONT.format(

@@ -23,7 +23,7 @@ class _Absent(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"{fullname} is hidden", name=fullname)
 
 
-class Difference(Exception):
+class DifferenceError(Exception):
     """What the folder does otherwise."""
 
 
@@ -34,7 +34,7 @@ def check(folder: Path, record: Path) -> dict[str, Any]:
         The largest differences, and how many answers are the same.
 
     Raises:
-        Difference: the first one past what rounding explains.
+        DifferenceError: the first one past what rounding explains.
     """
     import torch
     import transformers as hf
@@ -52,9 +52,11 @@ def check(folder: Path, record: Path) -> dict[str, Any]:
     )
     for what, names in info.items():
         if names:
-            raise Difference(f"weights, {what.replace('_', ' ')}: {sorted(map(str, names))[:4]}")
+            raise DifferenceError(
+                f"weights, {what.replace('_', ' ')}: {sorted(map(str, names))[:4]}"
+            )
     if type(model).__name__ != said["class"]:
-        raise Difference(f"the class is {type(model).__name__}, not {said['class']}")
+        raise DifferenceError(f"the class is {type(model).__name__}, not {said['class']}")
     model = model.to(said["device"]).eval()
     pictures = [Image.open(record / name) for name in said["pictures"]]
     dtype, limit = model.dtype, said["tolerance"]
@@ -94,7 +96,6 @@ def check(folder: Path, record: Path) -> dict[str, Any]:
             new = model.generate(**inputs, max_new_tokens=said["new_tokens"], do_sample=False)
         tokens = new[0, ids.shape[1] :].tolist()
         result["same"] += _answers(f"{at}, answer", tokens, answer, logits, float(off), said)
-    assert "lavis" not in sys.modules
     return result
 
 
@@ -107,7 +108,7 @@ def _same(what: str, got: Sequence[int], wanted: Sequence[int], tokenizer: Any) 
     )
     around = slice(max(first - 4, 0), first + 4)
     ours, theirs = (tokenizer.convert_ids_to_tokens(x[around]) for x in (wanted, got))
-    raise Difference(f"{what}: token {first} is another: {theirs}, not {ours}")
+    raise DifferenceError(f"{what}: token {first} is another: {theirs}, not {ours}")
 
 
 def _close(what: str, got: Any, wanted: Any, limit: float) -> None:
@@ -115,11 +116,11 @@ def _close(what: str, got: Any, wanted: Any, limit: float) -> None:
     got = got.float().cpu().reshape(-1)
     wanted = wanted.float().reshape(-1)
     if got.shape != wanted.shape:
-        raise Difference(f"{what}: {len(got)} numbers, not {len(wanted)}")
+        raise DifferenceError(f"{what}: {len(got)} numbers, not {len(wanted)}")
     share = float((got - wanted).norm() / wanted.norm())
     if not share <= limit:  # nor not a number
         first = int(((got - wanted).abs() > limit * wanted.abs().max()).nonzero()[0])
-        raise Difference(
+        raise DifferenceError(
             f"{what}: {share:.1e} of their length away, more than {limit:.0e}; number {first} is "
             f"{float(got[first]):.6g}, not {float(wanted[first]):.6g}"
         )
@@ -131,20 +132,21 @@ def _answers(
     """1 if the tokens are the same, 0 if the first other one is as likely, but for rounding."""
     ends = said["stops"]
     if len(wanted) < said["new_tokens"] and wanted[-1] not in ends:
-        raise Difference(f"{what}: ends in {wanted[-1]}, which is no stop token")
+        raise DifferenceError(f"{what}: ends in {wanted[-1]}, which is no stop token")
     if got[: len(wanted)] == wanted and len(got) == len(wanted):
         return 1
     pairs = zip(got, wanted, strict=False)
     at = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
     if at is not None and logits[at, wanted[at]] - logits[at, got[at]] <= 2 * off:
         return 0
-    raise Difference(f"{what}: {got}, not {wanted}")
+    raise DifferenceError(f"{what}: {got}, not {wanted}")
 
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, _Absent())
     try:
         result = check(Path(sys.argv[1]), Path(sys.argv[2]))
-    except Difference as difference:
+        assert "lavis" not in sys.modules
+    except DifferenceError as difference:
         result = {"difference": str(difference)}
     print(json.dumps(result))  # noqa: T201  what the caller reads

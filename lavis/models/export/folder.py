@@ -72,8 +72,8 @@ class Export:
         if llm.quantize:
             key = partial(model.key, "language")
             raise ConfigError(
-                f"{key('quantize')}: {llm.quantize}: a stock folder holds whole numbers of 16 or 32 "
-                f"bits; export the run with {key('quantize')} removed and {key('path')} naming the "
+                f"{key('quantize')}: {llm.quantize}: a stock folder holds numbers of 16 or 32 bits; "
+                f"export the run with {key('quantize')} removed and {key('path')} naming the "
                 "weights that were quantized (what was trained fits them as well as it fits these)"
             )
         model.check_files(root)
@@ -141,7 +141,7 @@ class Export:
         # BLIP-2's generate asks the language model's own configuration where to stop.
         text.eos_token_id = list(model.encoder.template.stops)
         text.pad_token_id = model.tokenizer.pad_id
-        return text  # type: ignore[no-any-return]
+        return text
 
     def _write_configs(
         self, model: VLM, text: PreTrainedConfig, image_id: int, folder: Path
@@ -169,7 +169,7 @@ def language_weights(language: CausalLM, rows: int) -> dict[str, Weight]:
     """
     llm: nn.Module = language.model
     adapted = {name: m for name, m in llm.named_modules() if hasattr(m, "merged")}
-    embeddings: Any = llm.get_input_embeddings()  # type: ignore[operator]
+    embeddings: Any = llm.get_input_embeddings()
     grown = {id(t) for t in (embeddings.weight, language.head.weight, language.head.bias)}
     weights: dict[str, Weight] = {}
     seen: set[int] = set()

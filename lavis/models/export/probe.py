@@ -23,8 +23,8 @@ from lavis.common.errors import WeightsError
 from lavis.models.export import check
 from lavis.models.export.targets import Target
 from lavis.models.vlm import VLM
-from lavis.processors.conversation import IMAGE
 from lavis.processors.contracts import Turn
+from lavis.processors.conversation import IMAGE
 
 _NEW_TOKENS = 8
 _PICTURE = object()
@@ -122,7 +122,8 @@ def reload(folder: Path, recorded: Path) -> Proof:
     result = json.loads(lines[-1])
     if "difference" in result:
         raise WeightsError(
-            f"the exported folder, reloaded, is another model: {result['difference']}; it is removed"
+            f"the exported folder, reloaded, is another model: {result['difference']}; it is "
+            "removed"
         )
     said = json.loads((recorded / "record.json").read_text(encoding="utf-8"))
     return Proof(said["class"], **result)

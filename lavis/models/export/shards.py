@@ -47,7 +47,8 @@ def write_shards(
             room = limit
         shards[-1].append(name)
         room -= size
-    index, total = {}, 0
+    index: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(shards, start=1):
         many = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         file = f"model{many}.safetensors"

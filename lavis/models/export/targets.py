@@ -31,7 +31,7 @@ from lavis.models.export.shards import Weight
 from lavis.models.export.text import IMAGE_TOKEN
 from lavis.models.language.causal import CausalLM
 from lavis.models.vision.config import EvaQFormerConfig, HfVisionConfig
-from lavis.models.vision.hf import read_spec
+from lavis.models.vision.hf import read_spec, vision_part
 from lavis.models.vlm import VLM
 from lavis.models.weights.files import open_shards
 from lavis.models.weights.original import BLIP2
@@ -92,8 +92,8 @@ class Blip2:
         eyes, connector, _ = config.parts
         if not isinstance(eyes, EvaQFormerConfig):
             raise ConfigError(
-                f"{config.key('vision', 'name')}: {eyes.name}: BLIP-2's class holds an EVA ViT with "
-                "a Q-Former alone; SigLIP and CLIP leave with --format llava"
+                f"{config.key('vision', 'name')}: {eyes.name}: BLIP-2's class holds an EVA ViT "
+                "with a Q-Former alone; SigLIP and CLIP leave with --format llava"
             )
         if _depth(connector) != 1:
             raise ConfigError(_misfit(config, "BLIP-2's class has one linear layer"))
@@ -166,8 +166,8 @@ class Llava:
         self.kind = str(spec.sizes.model_type)
         if self.kind not in known:
             raise ConfigError(
-                f"{key('path')}: {self.kind}: exported are {' and '.join(known)}; of others LLaVA's "
-                "class would keep tokens that are dropped here"
+                f"{key('path')}: {self.kind}: exported are {' and '.join(known)}; of others "
+                "LLaVA's class would keep tokens that are dropped here"
             )
         if spec.resize:
             raise ConfigError(
@@ -264,14 +264,12 @@ class Llava:
         sizes = self._tower()
         with torch.device("meta"):
             wanted = MODEL_MAPPING[type(sizes)](sizes).state_dict()
-        stored = open_shards(self.folder)
+        stored = vision_part(open_shards(self.folder))
         for name in wanted.keys() - state.keys():
-            places = [k for p in ("", "vision_model.", _TOWER) if (k := p + name) in stored]
-            state[name] = stored[places[0]]
+            state[name] = stored[name if name in stored else f"vision_model.{name}"]
         return state
 
 
-_TOWER = "vision_tower.vision_model."  # in a folder of LLaVA
 TARGETS: dict[str, type[Target]] = {"blip2": Blip2, "llava": Llava}
 
 

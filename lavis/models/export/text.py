@@ -91,7 +91,7 @@ def stock_template(described: LanguagePart, repeat: int) -> str:
     system, template = described.system, described.template
     if isinstance(described, Qwen1):
         source, system = _CHATML, SYSTEM_PROMPT if system is None else system
-    elif isinstance(template, TokenizerTemplate):
+    elif type(template) is TokenizerTemplate:
         source = template.source
         begin += _THINKING.replace("THINKING", json.dumps(template.thinking))
     else:
@@ -133,9 +133,8 @@ def _of_tiktoken(tokenizer: QwenTokenizer) -> PreTrainedTokenizerFast:
     renamed = {tokenizer.decode([tokenizer.image_id]): IMAGE_TOKEN}
     backend.add_special_tokens([_special(renamed.get(name, name)) for name in special])
     _compare(tokenizer, backend, ranks)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **ends)
 
 
 def _compare(tokenizer: QwenTokenizer, backend: Tokenizer, ranks: dict[bytes, int]) -> None:
