@@ -11,6 +11,7 @@ from torch import nn
 
 from lavis.common.device import warn_of_emulation
 from lavis.common.errors import ConfigError
+from lavis.common.paths import cache_path
 from lavis.common.registry import CONNECTORS, LANGUAGE_MODELS, VISION_ENCODERS
 from lavis.models.compute.cpu import widen_frozen_linears
 from lavis.models.compute.schedule import StepSchedule
@@ -23,6 +24,7 @@ from lavis.models.legacy import MiniGPT4QwenConfig
 from lavis.models.vlm import VLM
 from lavis.models.weights.files import own_trainable
 from lavis.models.weights.original import full_model
+from lavis.models.weights.projector import load_projector
 from lavis.processors.conversation import ConversationEncoder
 
 logger = logging.getLogger(__name__)
@@ -107,7 +109,11 @@ class Assembly:
         (encoder, part, features), (_, connector, llm) = described, config.parts
         with home:
             joint = CONNECTORS.get(connector.name)(connector, features[1], language.width)
-        if connector.init == "embeddings" and home.type != "meta":
+        if home.type == "meta":
+            pass  # nothing has numbers
+        elif connector.path is not None:
+            load_projector(joint, cache_path(connector.path, cache_root), config.key)
+        elif connector.init == "embeddings":
             _scale_to_embeddings(joint, language)
         model = VLM(
             config,

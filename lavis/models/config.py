@@ -89,11 +89,28 @@ class ConnectorConfig(PartConfig):
 
     ``init`` is how large its output is before training: ``embeddings`` makes it as large as the
     language model's token embeddings, for features of variance 1; ``pytorch`` leaves PyTorch's.
+    With ``path``, a folder of LLaVA or BLIP-2, it begins as the projector there.
     """
 
     REGISTRY: ClassVar[Registry[Any]] = CONNECTORS
 
     init: Literal["embeddings", "pytorch"] = "embeddings"
+    path: str | None = None
+
+    def check_files(self, cache_root: str, key: Key) -> None:
+        """Check the folder, if one is named, before any weight is read.
+
+        Raises:
+            WeightsError: it is missing or not complete.
+        """
+        if self.path is None:
+            return
+        folder = require(
+            cache_path(self.path, cache_root), key("path"), WeightsError, directory=True
+        )
+        check_download(require(folder / "config.json", key("path"), WeightsError))
+        for shard in find_shards(folder, key("path")):
+            check_download(shard)
 
 
 @dataclass(frozen=True)
@@ -331,6 +348,7 @@ class PartsConfig(ModelConfig):
         for path in self.vision_files(cache_root):
             check_download(path)
         language.check_files(cache_root, partial(self.key, "language"))
+        self.parts[1].check_files(cache_root, partial(self.key, "connector"))
         if self.finetuned_path(cache_root) is not None:
             require(cache_path(self.finetuned or "", cache_root), "model.finetuned", WeightsError)
 

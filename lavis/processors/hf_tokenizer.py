@@ -75,40 +75,12 @@ class FastTokenizer:
 
     @classmethod
     def load(cls, path: Path, rows: int) -> FastTokenizer:
-        """Read a folder's tokenizer or a GGUF file's. Code that lies in a folder is never run.
+        """Read a folder's tokenizer or a GGUF file's, as :func:`read_tokenizer`.
 
         Args:
             rows: of the model's embedding.
-
-        Raises:
-            WeightsError: there is none, it is damaged, or it needs code of its own.
         """
-        if not path.exists():
-            raise WeightsError(f"no tokenizer: {path} does not exist")
-        kinds = [AutoTokenizer]
-        folder, options = path, {}
-        if path.is_file():  # needs no model's class: the file says all
-            kinds = [PreTrainedTokenizerFast]
-            folder, options = path.parent, {"gguf_file": path.name}
-        elif (path / "tokenizer.json").is_file():  # serves where the folder's code would be run
-            kinds.append(PreTrainedTokenizerFast)
-        failure: Exception | None = None
-        for kind in kinds:
-            try:
-                hf = kind.from_pretrained(
-                    str(folder), local_files_only=True, trust_remote_code=False, **options
-                )
-            except Exception as error:  # noqa: BLE001  (a parser of Rust raises plain Exception)
-                failure = failure or error
-                continue
-            if isinstance(hf, PreTrainedTokenizerFast):
-                return cls(hf, rows, path)
-            failure = failure or TypeError(f"{type(hf).__name__} is no fast tokenizer")
-        raise WeightsError(
-            f"{path}: no tokenizer that can be used without running code from the folder "
-            f"({type(failure).__name__}: {str(failure).strip().splitlines()[0]}); it needs "
-            "tokenizer.json: load it where you trust its code and save_pretrained() it here"
-        ) from failure
+        return cls(read_tokenizer(path), rows, path)
 
     def split(self, text: str) -> list[str]:
         """Take a text apart at what looks like one of :attr:`markup`."""
@@ -201,6 +173,40 @@ class FastTokenizer:
         """Ids of added tokens in the copy -> the model's."""
         self._marks = frozenset(vocab[n] for t, n in self._names.items() if t != self._unknown)
         self.markup_ids = frozenset(self._ids[i] for i in self._marks)
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Transformers' tokenizer of a folder or a GGUF file. Code that lies in a folder is never run.
+
+    Raises:
+        WeightsError: there is none, it is damaged, or it needs code of its own.
+    """
+    if not path.exists():
+        raise WeightsError(f"no tokenizer: {path} does not exist")
+    kinds = [AutoTokenizer]
+    folder, options = path, {}
+    if path.is_file():  # needs no model's class: the file says all
+        kinds = [PreTrainedTokenizerFast]
+        folder, options = path.parent, {"gguf_file": path.name}
+    elif (path / "tokenizer.json").is_file():  # serves where the folder's code would be run
+        kinds.append(PreTrainedTokenizerFast)
+    failure: Exception | None = None
+    for kind in kinds:
+        try:
+            hf = kind.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, **options
+            )
+        except Exception as error:  # noqa: BLE001  (a parser of Rust raises plain Exception)
+            failure = failure or error
+            continue
+        if isinstance(hf, PreTrainedTokenizerFast):
+            return hf
+        failure = failure or TypeError(f"{type(hf).__name__} is no fast tokenizer")
+    raise WeightsError(
+        f"{path}: no tokenizer that can be used without running code from the folder "
+        f"({type(failure).__name__}: {str(failure).strip().splitlines()[0]}); it needs "
+        "tokenizer.json: load it where you trust its code and save_pretrained() it here"
+    ) from failure
 
 
 def _is_markup(token: _Json) -> bool:

@@ -63,6 +63,7 @@ class TokenizerTemplate:
         tokenizer: whose template it is.
         thinking: whether answers are trained and asked with the template's room for thoughts.
         stops: what ends an answer, and the tokenizer's end tokens.
+        source: the template in Jinja.
         no_system: why the template takes no system prompt; None if it does.
     """
 
@@ -76,7 +77,7 @@ class TokenizerTemplate:
         self.thinking = thinking
         self._shapes: dict[tuple[_Roles, bool], list[Piece | _Slot]] = {}
         try:
-            self._source = _FIXED_DATE + str(tokenizer.hf.get_chat_template())
+            self.source = _FIXED_DATE + str(tokenizer.hf.get_chat_template())
         except ValueError as error:
             raise self._refusal(f"no chat template to use ({error})") from error
         example = self.pieces([Turn("user", "?"), Turn("assistant", "!")])
@@ -117,7 +118,7 @@ class TokenizerTemplate:
             add_generation_prompt=ask,
             tokenize=tokenize,
             return_dict=False,
-            chat_template=self._source,
+            chat_template=self.source,
             enable_thinking=self.thinking,  # Qwen, SmolLM
             thinking=self.thinking,  # Granite, DeepSeek
         )

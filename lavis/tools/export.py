@@ -1,4 +1,9 @@
-"""Write the parts that a checkpoint trained in the original's file layouts."""
+"""Write what was trained in a format that others read.
+
+``python -m lavis.tools.export --checkpoint checkpoint.pth --format blip2 --out folder`` writes the
+whole model as a stock class of Transformers, reloads it in another process without this package,
+and keeps it only if it is the same model (docs/export.md).
+"""
 
 from __future__ import annotations
 
@@ -14,33 +19,73 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lavis.common.cli import output_folder, run_cli, setup_logging
+from lavis.common.cli import gigabytes, output_folder, run_cli, setup_logging
 from lavis.common.config import load_config
+from lavis.common.device import pick_device
 from lavis.common.errors import ConfigError, WeightsError
-from lavis.common.paths import cache_path, require, require_checkpoint
+from lavis.common.paths import cache_path, require, require_checkpoint, user_path
 from lavis.common.types import DTYPES
 from lavis.models.language.qwen1 import read_spec
 from lavis.models.legacy import MiniGPT4QwenConfig
 from lavis.models.weights.files import load_pickle, state_dict_in
+from lavis.models.weights.shards import read_json
+from lavis.tools.merge import check_mergeable, require_empty
 
 _QFORMER = ("query_tokens", "ln_vision.", "Qformer.")
 
 
 def main() -> int:
-    """Read a run's configuration and checkpoint, write its trained parts."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Read a run's configuration and checkpoint, write its model, and print what was found."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cfg-path", help="a run's YAML; default: config.yaml beside --checkpoint")
+    parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--checkpoint", required=True, help="checkpoint_*.pth of a run")
     parser.add_argument(
-        "--out", required=True, type=output_folder,
-        help="folder to write: eva_vit_g.pth, blip2.pth, llm/, each if it was trained",
+        "--format", default="original", choices=("original", "merged", "blip2", "llava"),
+        help="original: the trained parts as eva_vit_g.pth, blip2.pth and llm/; merged: the "
+        "language model with its adapters in its weights; blip2, llava: the whole model as "
+        "Transformers' class (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, type=output_folder, help="folder to write")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "fp16", "bf16", "fp32"),
+        help="of the weights; auto: as the language model has them, with original fp16",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", default="fp16", choices=("fp16", "bf16", "fp32"), help="default: %(default)s"
+        "--max-shard-size", default=5e9, type=gigabytes, metavar="GB", help="of blip2 and llava"
     )
+    parser.add_argument("--device", default="cpu", help="where both models are compared")
+    parser.add_argument("--scores", help="scores.json of evaluate.py, for the model card")
     args = parser.parse_args()
     setup_logging()
-    for path in export(args.checkpoint, args.out, DTYPES[args.dtype]):
-        print(path)
+    checkpoint = require_checkpoint(args.checkpoint, "--checkpoint")
+    if args.format == "original":
+        for path in export(checkpoint, args.out, DTYPES.get(args.dtype, torch.float16)):
+            print(path)
+        return 0
+    config = load_config(args.cfg_path or checkpoint.parent / "config.yaml", args.options)
+    dtype = DTYPES.get(args.dtype)
+    if args.format == "merged":
+        check_mergeable(config, args.out)
+        from lavis.models.language.merged import merge
+
+        device = pick_device(args.device, "--device", "--device cpu")
+        print(merge(config, checkpoint, args.out, dtype=dtype, device=device))
+    else:
+        require_empty(args.out)
+        scores = read_json(user_path(args.scores)) if args.scores else None
+        from lavis.models.export.folder import Export
+
+        made = Export.of(config, args.format)
+        limit = args.max_shard_size
+        print(
+            made.write(
+                checkpoint, args.out, dtype=dtype, limit=limit, device=args.device, scores=scores
+            )
+        )
+    print(args.out)
     return 0
 
 

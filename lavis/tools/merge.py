@@ -76,6 +76,15 @@ def check_mergeable(config: Config, out: Path) -> None:
     if getattr(llm, "from_scratch", False):
         raise ConfigError(f"{key('from_scratch')}: random weights stand in no folder to merge into")
     check_packages("lora", "merging adapters")
+    require_empty(out)
+
+
+def require_empty(out: Path) -> None:
+    """Refuse a folder to write that holds something.
+
+    Raises:
+        ConfigError: it does.
+    """
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out: {out} is not empty, and nothing is overwritten; name a new one")
 

@@ -6,8 +6,9 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from lavis.common.errors import ConfigError
 from lavis.common.hashing import file_digest
 from lavis.models.vision.config import HfVisionConfig
 from lavis.models.vision.tower import Tower, compute_dtype, pick_tokens
-from lavis.models.weights.files import open_shards
+from lavis.models.weights.files import WeightFile, open_shards
 from lavis.models.weights.stock import build_stock, read_config
 
 
@@ -41,6 +42,7 @@ FAMILIES = {
 """What Transformers' classes do not say of themselves, by ``model_type``."""
 
 _TEXT = re.compile(r"text_model\.|(visual|text)_projection\.|logit_(scale|bias)$")
+_IN_LLAVA = re.compile(r"(model\.)?vision_tower\.")
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
@@ -53,6 +55,7 @@ class _Spec:
         depth: blocks that the files hold.
         leading: tokens before the patches.
         resize: whether position embeddings are interpolated to another image size.
+        last_normed: whether the last block's output passes the final norm.
     """
 
     family: _Family
@@ -61,11 +64,12 @@ class _Spec:
     image_size: int
     leading: int
     resize: bool
+    last_normed: bool = True
 
     @property
     def normed(self) -> bool:
         """Whether the final norm is passed."""
-        return bool(self.sizes.num_hidden_layers == self.depth)
+        return self.last_normed and bool(self.sizes.num_hidden_layers == self.depth)
 
     @property
     def patches(self) -> int:
@@ -99,12 +103,46 @@ def read_spec(config: HfVisionConfig, cache_root: str) -> _Spec:
         raise ConfigError(
             f"model.vision.image_size: {folder} reads {sizes.image_size} pixels, not {image_size}"
         )
-    depth, default = sizes.num_hidden_layers, family.layer
+    depth, default, last_normed = sizes.num_hidden_layers, family.layer, True
+    if hasattr(whole, "vision_feature_layer"):  # LLaVA's, which takes what stands before the norm
+        default = _layer_of_llava(whole, family, config)
+        last_normed = config.layer is not None or bool(
+            getattr(sizes, "tie_last_hidden_states", False)
+        )
     kept = config.blocks_of(depth) if config.layer is not None else depth + 1 + default
     sizes.num_hidden_layers = kept
     sizes.vision_use_head = sizes.use_head = False  # what pools patches to one vector
     leading = family.class_token + getattr(sizes, "num_register_tokens", 0)
-    return _Spec(family, sizes, depth, image_size, leading, resize)
+    return _Spec(family, sizes, depth, image_size, leading, resize, last_normed)
+
+
+def _layer_of_llava(whole: Any, family: _Family, config: HfVisionConfig) -> int:
+    """The layer that a folder of LLaVA reads, counted from the end.
+
+    Raises:
+        ConfigError: it reads several, or keeps a class token that the YAML drops.
+    """
+    layer, strategy = whole.vision_feature_layer, whole.vision_feature_select_strategy
+    if not isinstance(layer, int):
+        raise ConfigError(
+            f"model.vision.path: {config.path} reads the layers {layer} side by side; name one "
+            "tower a layer (vision: {name: fused})"
+        )
+    if family.class_token and config.keeps_class != (strategy == "full"):
+        raise ConfigError(
+            f"model.vision.class_token: {config.class_token}, but {config.path} was made with "
+            f"vision_feature_select_strategy {strategy!r}: set "
+            f"{'keep' if strategy == 'full' else 'drop'}"
+        )
+    return layer if layer < 0 else layer - whole.vision_config.num_hidden_layers - 1
+
+
+def vision_part(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The vision encoder's weights in a folder of LLaVA, by their own names; of others, all."""
+    names = {key[m.end() :]: key for key in weights if (m := _IN_LLAVA.match(key))}
+    if not names:
+        return weights
+    return WeightFile("", {name: partial(weights.__getitem__, key) for name, key in names.items()})
 
 
 class HfVision(Tower):
@@ -144,8 +182,8 @@ class HfVision(Tower):
             with device:
                 model = kind(spec.sizes).to(dtype)
         else:
-            files = open_shards(folder).items()
-            weights = {name: tensor for name, tensor in files if self._uses(name)}
+            stored = vision_part(open_shards(folder)).items()
+            weights = {name: tensor for name, tensor in stored if self._uses(name)}
             model = build_stock(kind, spec.sizes, folder, state_dict=weights, dtype=dtype)
         if not spec.normed or spec.sizes.model_type == "clip_vision_model":
             setattr(model, spec.family.norm, nn.Identity())  # CLIP's is the class token's alone

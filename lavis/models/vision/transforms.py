@@ -14,7 +14,7 @@ from lavis.models.vision.config import Key
 from lavis.models.weights.shards import read_json
 from lavis.processors.config import CLIP_MEAN, CLIP_STD
 
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -51,8 +51,8 @@ def of_folder(folder: Path, image_size: int | None, key: str) -> ImageTransform:
         raise WeightsError(f"{key}: {found[0]} cannot be used: {error}") from error
     if not stock.do_rescale or not math.isclose(stock.rescale_factor, 1 / 255, rel_tol=1e-6):
         raise ConfigError(f"{found[0]}: pixels must be rescaled by 1/255 and by nothing else")
-    if stock.resample not in _RESAMPLE:
-        raise ConfigError(f"{found[0]}: resample {stock.resample} is none of {_RESAMPLE}")
+    if stock.resample not in RESAMPLE:
+        raise ConfigError(f"{found[0]}: resample {stock.resample} is none of {RESAMPLE}")
     crop = stock.crop_size if getattr(stock, "do_center_crop", None) else None
     mean, std = stock.image_mean, stock.image_std
     if not stock.do_normalize:
@@ -61,7 +61,7 @@ def of_folder(folder: Path, image_size: int | None, key: str) -> ImageTransform:
         image_size or _side(dict(crop or stock.size), found[0]),
         tuple(map(float, mean)),
         tuple(map(float, std)),
-        _RESAMPLE[int(stock.resample)],
+        RESAMPLE[int(stock.resample)],
     )
 
 

@@ -204,6 +204,40 @@ QWEN = KeyMap(
 )
 """First-generation Qwen -> :class:`transformers.Qwen2ForCausalLM`."""
 
+_STOCK_LAYER, _BLOCK = "vision_model.encoder.layers.{}", "visual_encoder.blocks.{}"
+
+BLIP2 = KeyMap(
+    rules=(
+        Rule("vision_model.embeddings.class_embedding", ("visual_encoder.cls_token",)),
+        Rule("vision_model.embeddings.position_embedding", ("visual_encoder.pos_embed",)),
+        *_weight_and_bias(
+            "vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"
+        ),
+        *(
+            rule
+            for stock, ours in (
+                ("layer_norm1", "norm1"),
+                ("layer_norm2", "norm2"),
+                ("self_attn.projection", "attn.proj"),
+                ("mlp.fc1", "mlp.fc1"),
+                ("mlp.fc2", "mlp.fc2"),
+            )
+            for rule in _weight_and_bias(f"{_STOCK_LAYER}.{stock}", f"{_BLOCK}.{ours}")
+        ),
+        Rule(f"{_STOCK_LAYER}.self_attn.qkv.weight", (f"{_BLOCK}.attn.qkv.weight",)),
+        # The keys' third is zero.
+        Rule(
+            f"{_STOCK_LAYER}.self_attn.qkv.bias",
+            tuple(f"{_BLOCK}.attn.{part}_bias" for part in "qkv"),
+        ),
+        *_weight_and_bias("vision_model.post_layernorm", "ln_vision"),
+        Rule("query_tokens", ("query_tokens",)),
+        Rule("qformer.*", ("Qformer.*",)),
+    ),
+    dropped=(r"language_(model|projection)\..*",),
+)
+""":class:`transformers.Blip2ForConditionalGeneration` -> our ViT, LayerNorm and Q-Former."""
+
 
 def full_model(language: KeyMap) -> KeyMap:
     """A whole model's names in the original's layout, for checkpoints.
