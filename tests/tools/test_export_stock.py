@@ -18,13 +18,13 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, LavisError, WeightsError
 from lavis.models import load_model
+from lavis.models.config import Qwen1Config
 from lavis.models.export import check, folder, probe
 from lavis.models.export.folder import Export, language_weights
 from lavis.models.export.shards import Weight, write_shards
 from lavis.models.export.targets import Llava
 from lavis.models.export.text import stock_tokenizer
 from lavis.models.language.parts import Qwen1
-from lavis.models.config import Qwen1Config
 from lavis.models.weights.trained import trainable_state
 from lavis.processors.templates import TokenizerTemplate
 from lavis.runners.checkpoint import Checkpoint, Progress
@@ -193,7 +193,9 @@ def test_the_vocabulary_as_tokenizer_json() -> None:
     for _ in range(1500):
         text = "".join(rng.choices(alphabet, k=rng.randrange(40)))
         if "<|" not in text and "<image>" not in text:
-            assert stock(text, add_special_tokens=False).input_ids == described.tokenizer.encode(text)
+            assert stock(text, add_special_tokens=False).input_ids == described.tokenizer.encode(
+                text
+            )
     assert stock.convert_tokens_to_ids("<image>") == described.tokenizer.image_id
     assert stock.decode(described.tokenizer.encode("图里 a")) == "图里 a"
 
@@ -225,7 +227,9 @@ def test_templates_take_texts_as_well_as_parts(home: Path, tmp_path: Path) -> No
         ))  # fmt: skip
 
     image = "<image>" * 9
-    assert f"<Img>{image}</Img> what?" in render([{"type": "image"}, {"type": "text", "text": "what?"}])
+    assert f"<Img>{image}</Img> what?" in render(
+        [{"type": "image"}, {"type": "text", "text": "what?"}]
+    )
     assert f"<Img>{image}</Img>\nwhat?" in render(
         [{"type": "image"}, {"type": "text", "text": "\nwhat?"}]
     )
@@ -252,7 +256,12 @@ def test_templates_take_texts_as_well_as_parts(home: Path, tmp_path: Path) -> No
     ],
 )  # fmt: skip
 def test_what_cannot_be_held_is_refused_before_weights_are_read(
-    home: Path, tmp_path: Path, kind: str, names: tuple[str, str], changes: dict[str, Any], told: str
+    home: Path,
+    tmp_path: Path,
+    kind: str,
+    names: tuple[str, str],
+    changes: dict[str, Any],
+    told: str,
 ) -> None:
     path = run_yaml(home, tmp_path, *names, "qwen3", **changes)
     with pytest.raises(ConfigError, match=told):
@@ -300,7 +309,9 @@ def test_another_model_is_not_kept(
 
 def test_numbers_that_half_precision_does_not_hold(tmp_path: Path) -> None:
     weights = {"x.weight": Weight.of(torch.full((2,), 1e6))}
-    with pytest.raises(WeightsError, match=r"x\.weight is not finite in torch\.float16: see --dtype"):
+    with pytest.raises(
+        WeightsError, match=r"x\.weight is not finite in torch\.float16: see --dtype"
+    ):
         write_shards(weights, tmp_path, dtype=torch.float16, limit=5e9)
 
 
@@ -372,15 +383,21 @@ def test_parts_of_a_stock_folder(
 
 
 def test_a_projector_of_other_layers(home: Path, tmp_path: Path) -> None:
-    path = run_yaml(home, tmp_path, "siglip", "mlp", "llama", connector={"path": str(home / "llama")})
-    with pytest.raises(WeightsError, match=r"connector\.path: .* holds no projector of LLaVA or BL"):
+    path = run_yaml(
+        home, tmp_path, "siglip", "mlp", "llama", connector={"path": str(home / "llama")}
+    )
+    with pytest.raises(
+        WeightsError, match=r"connector\.path: .* holds no projector of LLaVA or BL"
+    ):
         load_model("vlm", cfg_path=path)
     from lavis.models.weights.projector import load_projector
 
     stock = tmp_path / "stock"
     stock.mkdir()
     weights = {
-        f"multi_modal_projector.linear_{n}.{k}": Weight.of(torch.ones(4, 4) if k == "weight" else torch.ones(4))
+        f"multi_modal_projector.linear_{n}.{k}": Weight.of(
+            torch.ones(4, 4) if k == "weight" else torch.ones(4)
+        )
         for n in (1, 2)
         for k in ("weight", "bias")
     }
@@ -390,10 +407,14 @@ def test_a_projector_of_other_layers(home: Path, tmp_path: Path) -> None:
     def key(part: str, name: str) -> str:
         return f"model.{part}.{name}"
 
-    with pytest.raises(ConfigError, match=r"2 linear layers: set model\.connector\.name: mlp, depth: 2"):
+    with pytest.raises(
+        ConfigError, match=r"2 linear layers: set model\.connector\.name: mlp, depth: 2"
+    ):
         load_projector(torch.nn.Linear(4, 4), stock, key)
     wide = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.GELU(), torch.nn.Linear(4, 4))
-    with pytest.raises(LavisError, match=r"a layer of shape \(4, 4\), the connector one of \(4, 5\)"):
+    with pytest.raises(
+        LavisError, match=r"a layer of shape \(4, 4\), the connector one of \(4, 5\)"
+    ):
         load_projector(wide, stock, key)
     (stock / "config.json").write_text('{"projector_hidden_act": "linear"}', encoding="utf-8")
     one = torch.nn.Linear(4, 4)
