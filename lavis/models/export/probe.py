@@ -97,8 +97,6 @@ def record(
             "asked": said,
             "pictures": [f"{n}.png" for n in range(len(pictures))],
             "tolerance": tolerance,
-            "new_tokens": _NEW_TOKENS,
-            "stops": list(model.encoder.template.stops),
             "device": str(model.device),
         }
         (path / "record.json").write_text(json.dumps(content), encoding="utf-8")
@@ -176,10 +174,12 @@ def _computed(
         computed = {"pixels": pixels, "features": features.flatten(0, 1).float().cpu()}
         pixels = pixels.to(model.device)
     said = model.generate_ids([prompt], pixels, {"max_new_tokens": _NEW_TOKENS})[0]
+    ended = len(said) < _NEW_TOKENS  # then the row behind the answer gives what ends it
+    if image_id in said:  # which an untrained model may say, and the exported one never does
+        said, ended = said[: said.index(image_id)], False
     row = torch.tensor([[*prompt, *said]])
     positions = torch.arange(row.shape[1], device=model.device)[None]
     hidden = model.language.hidden(model.embed(row, features), positions)
-    ended = len(said) < _NEW_TOKENS  # then the row behind the answer gives what ends it
     last = row.shape[1] if ended else row.shape[1] - 1
     logits = model.language.logits(hidden[0, len(prompt) - 1 : last]).cpu()
     answer = [*said, int(logits[-1].argmax())] if ended else said
