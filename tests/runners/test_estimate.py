@@ -158,5 +158,5 @@ def test_what_is_no_card() -> None:
 
 def test_the_small_files_are_needed(tmp_path: Path) -> None:
     config = config_of("model.from_scratch=[vit,qformer]", f"model.llm_model={tmp_path}")
-    with pytest.raises(WeightsError, match=r"model.llm_model.*config.json, and its vocabulary"):
+    with pytest.raises(WeightsError, match=r"no vocabulary .*config.json, and its vocabulary"):
         Estimator(config, Sharing("single", 1))
