@@ -85,7 +85,8 @@ class Estimator:
                 "tokenizer_config.json)"
             ) from error
         self._dtype = DTYPES[config.run.autocast_dtype] if config.run.amp else None
-        self.held, self._reserved = self._count(), self._reserve()
+        self.held = self._count()
+        self._reserved = self._reserve()
         if sharing.weights and self._dtype:  # gathered in half precision
             unchanged = unchanged_blocks(self.model)
             for block in self.model.shardable_blocks():
