@@ -85,7 +85,8 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=24)
     args = parser.parse_args()
     print(
-        "| language model | cards | features | weights | row, recompute none | row, all | 4,096, all |"
+        "| language model | cards | features | weights | row, recompute none | row, all "
+        "| 4,096, all |"
     )
     print("|---|---|---|---|---|---|---|")
     for name in args.models:

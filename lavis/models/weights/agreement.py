@@ -31,7 +31,8 @@ _LORA = "train.language.lora."
 _TRAINED_OF_PARTS = (f"{_LORA}dropout", "label_mask", "max_txt_len")
 _FREE_OF_PARTS = (
     "vision.bert_config", "vision.drop_path_rate", "vision.enable_autocast", "vision.from_scratch",
-    "vision.use_grad_checkpoint", "connector.init", "connector.path", "language.name", "language.precision",
+    "vision.use_grad_checkpoint", "connector.init", "connector.path", "language.name",
+    "language.precision",
     "language.grad_ckpt", "language.device_map", "language.config", "language.embedding_std",
     "language.from_scratch",
 )  # fmt: skip
