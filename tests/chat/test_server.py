@@ -516,7 +516,7 @@ def test_a_prompt_past_the_context(
         ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
         ({"tools": [{"type": "function"}]}, "tools", "leave it out"),
         ({"n": 2}, "n", "leave it out"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "leave it out"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "did you mean 'repetition_penalty'"),
         ({"temperature": "1"}, "temperature", "valid number"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": 1e-9}, None, "temperature must be"),
@@ -578,8 +578,8 @@ def test_other_addresses(served: Served) -> None:
 def test_the_key(toybox: ChatEngine) -> None:
     with running(toybox, key="schlüssel") as served:
         raw = body(user("Why?")).model_dump_json(exclude_unset=True).encode()
-        for key in ("none", "", "schl"):
-            client = served.new_client(key or " ")
+        for key in ("none", "x", "schl"):
+            client = served.new_client(key)
             status, error = error_of(client.models.list)
             assert (status, error["code"]) == (401, "invalid_api_key")
         refused = served.raw(raw, f"Content-Length: {len(raw)}")
@@ -831,7 +831,9 @@ def test_embeddings_are_continued_elsewhere(
     wanted = talk.ask(QUESTIONS[2]).read()
     answer = served.ask(user(shown(), QUESTIONS[2]), stop="#", seed=4)
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (wanted, "stop")
-    chunks = list(served.ask(user(shown(), QUESTIONS[2]), stream=True, temperature=1, top_k=1))
+    chunks = list(
+        served.ask(user(shown(), QUESTIONS[2]), stream=True, temperature=1, extra_body={"top_k": 1})
+    )
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == wanted
     first, second = handler.asked
     assert (first["path"], first["key"], first["model"]) == ("/v1/completions", "Bearer k", "llm")

@@ -72,8 +72,8 @@ class Export:
         if llm.quantize:
             key = partial(model.key, "language")
             raise ConfigError(
-                f"{key('quantize')}: {llm.quantize}: a stock folder holds numbers of 16 or 32 bits"
-                "; 
+                f"{key('quantize')}: {llm.quantize}: a stock folder holds numbers of 16 or 32 "
+                "bits; "
                 f"export the run with {key('quantize')} removed and {key('path')} naming the "
                 "weights that were quantized (what was trained fits them as well as it fits these)"
             )
