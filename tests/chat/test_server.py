@@ -675,7 +675,7 @@ class _Host(http.server.BaseHTTPRequestHandler):
             time.sleep(1)
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(content * 200 if self.path == "/large" else content)
+        self.wfile.write(content * 2000 if self.path == "/large" else content)
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -218,7 +218,7 @@ class ChatServer:
         return JSONResponse(reply.whole("".join(pieces), event.finish, _counts(begun, event)))
 
     def _authorize(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
+        given = request.headers.get("authorization", "").encode("latin-1")
         if self._key is not None and not hmac.compare_digest(given, self._key):
             raise ApiError(
                 "this server wants its key, as Authorization: Bearer KEY",

@@ -168,8 +168,8 @@ def language_weights(language: CausalLM, rows: int) -> dict[str, Weight]:
         rows: of embeddings and head. New ones are the mean of the others, so that the logit of a
             token that is none is the mean of all logits and never the largest.
     """
-    llm: nn.Module = language.model
-    adapted = {name: m for name, m in llm.named_modules() if hasattr(m, "merged")}
+    llm: Any = language.model
+    adapted: dict[str, Any] = {n: m for n, m in llm.named_modules() if hasattr(m, "merged")}
     embeddings: Any = llm.get_input_embeddings()
     grown = {id(t) for t in (embeddings.weight, language.head.weight, language.head.bias)}
     weights: dict[str, Weight] = {}
@@ -181,7 +181,7 @@ def language_weights(language: CausalLM, rows: int) -> dict[str, Weight]:
         shape = tuple(tensor.shape)
         layer, _, kind = name.partition(".base_layer.")
         if kind == "weight":
-            merged = partial(adapted[layer].merged, tensor)  # type: ignore[arg-type]
+            merged = partial(adapted[layer].merged, tensor)
             weights[f"{layer}.weight"] = Weight(shape, merged)
         elif id(tensor) in grown and shape[0] < rows:
             weights[name] = Weight((rows, *shape[1:]), partial(_grow, tensor, rows))
