@@ -126,6 +126,17 @@ def test_what_is_taken_out_stays_tied_and_frozen() -> None:
     assert [p.dtype for p in model.parameters()] == [torch.float32, torch.bfloat16, torch.float32]
 
 
+def test_what_is_tied_is_one_slice() -> None:
+    """Else two copies of it would learn apart."""
+    model: Any = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    wanted = model[0].weight.detach().clone()
+    with dist.process_group("cpu", always=True):
+        FSDP2Strategy(RunConfig(), torch.device("cpu")).wrap(model)
+        assert model[1].weight is model[0].weight
+        assert torch.equal(model[0].weight.full_tensor(), wanted)
+
+
 def test_memory_that_steps_need_beside_activations() -> None:
     """Of what is gathered: the rest of the model and two blocks; of what learns, three copies."""
     model: Any = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 20), nn.Linear(20, 1))
