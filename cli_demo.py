@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from lavis.chat.command import TOYBOX_IMAGE, add_chat_arguments, config_of, load_chat
@@ -40,7 +41,7 @@ def main() -> int:
         "nor a GPU. CARD is a name (rtx3090, the default, l40s, ...) or GiB",
     )  # fmt: skip
     args = parser.parse_args()
-    setup_logging()
+    setup_logging(logging.WARNING if args.plan else logging.INFO)
     if args.plan:
         from lavis.runners.plan_page import card, plan_chat
 

@@ -6,6 +6,7 @@ With several processes: ``python -m torch.distributed.run --nproc_per_node=4 tra
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from lavis.common.cli import print_once, run_cli, setup_logging
@@ -27,7 +28,7 @@ def main() -> int:
         "...) or gigabytes; start it by torch.distributed.run for several cards",
     )  # fmt: skip
     args = parser.parse_args()
-    setup_logging()
+    setup_logging(logging.WARNING if args.plan else logging.INFO)
     config = load_config(args.cfg_path, args.options)
     run = config.run
 

@@ -21,6 +21,7 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is tested
 torch.set_num_threads(1)  # the models are tiny; threads would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # in what tests start, too
 
 REPO = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"

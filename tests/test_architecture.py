@@ -75,7 +75,9 @@ def test_no_star_import(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_pictures_are_read_in_one_place(path: Path) -> None:
-    if path.relative_to(ROOT / "lavis").as_posix() == "common/images.py":
+    # What an export is checked by reads with Pillow alone, pictures that were written for it.
+    allowed = "common/images.py", "models/export/check.py"
+    if path.relative_to(ROOT / "lavis").as_posix() in allowed:
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from lavis.common.cli import gigabytes, whole_number
 from lavis.common.config import add_config_arguments, default_model_config
-from lavis.common.device import pick_device
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.paths import REPOSITORY, TOYBOX
 from lavis.models.config import PartsConfig
@@ -137,6 +136,9 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
     if found.config.fit("preprocess.vis_processor.eval", processor) is None:
         raise DataError("the configuration's preprocess.vis_processor has no `eval`")
     found.require_room(args.max_new_tokens, "--max-new-tokens")
+
+    from lavis.common.device import pick_device
+
     model = found.config.model
     spread = isinstance(model, PartsConfig) and model.parts[2].device_map == "auto"
     if args.cuda_graphs and (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -66,7 +65,7 @@ def plan_run(config: Config, task: Any, chosen: Card) -> str:
     Raises:
         LavisError: as :class:`Estimator`.
     """
-    _be_quiet()
+    transformers_logging.set_verbosity_error()
     run = config.run
     cards = max(dist.launched_world_size(), 1)
     made = Estimator(config, Sharing.of(config, cards))
@@ -96,11 +95,6 @@ def plan_run(config: Config, task: Any, chosen: Card) -> str:
     if needed > memory:
         lines += _advice(config, tokens, memory)
     return "\n".join(lines)
-
-
-def _be_quiet() -> None:
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("lavis").setLevel(logging.WARNING)
 
 
 def _heading(chosen: Card, rest: str) -> str:
@@ -189,7 +183,7 @@ def plan_chat(config: Config, chosen: Card) -> str:
     Raises:
         LavisError: as :class:`Estimator`.
     """
-    _be_quiet()
+    transformers_logging.set_verbosity_error()
     cached = replace(config.run.feature_cache, enabled=False)  # images are encoded
     run = replace(config.run, feature_cache=cached, amp=False)
     made = Estimator(replace(config, run=run), Sharing("", 1))

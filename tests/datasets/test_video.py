@@ -527,7 +527,9 @@ def test_chat_sees_what_training_saw(world: Path, model: Any) -> None:
     (part,) = task.build_split("test", train=False)
     record = part.records[0]
     question = record.turns[0].text.removeprefix("<Img><ImageHere></Img> ")
-    processor = PROCESSORS.get("blip_image_eval")(task.config.preprocess.vis_processor.eval)
+    chosen = task.config.preprocess.vis_processor.eval
+    fit = task.config.fit("preprocess.vis_processor.eval", chosen)
+    processor = PROCESSORS.get("blip_image_eval")(fit)
     engine = ChatEngine(model, processor, video=task.config.preprocess.video)
     talk = Conversation(engine, ChatSettings(max_new_tokens=4))
     (clip,) = talk.show(record.video)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lavis.common.errors import ConfigError, WeightsError
+from lavis.models.compute.cpu import slow_in_bf16
 from lavis.models.compute.head import OutputHead
 from lavis.models.compute.quantized_linear import (
     GgufLinear,
@@ -239,12 +240,19 @@ def test_a_packed_file_is_the_unpacked_one(family: str, dtype: torch.dtype, tmp_
     layers = {n for n, m in llm.model.named_modules() if isinstance(m, GgufLinear)}
     assert layers == set(linears(dense))
     ids = documents()[1]
+    # A CPU without bf16 instructions adds the bias of a dense layer after rounding.
+    rounds_twice = dtype == torch.bfloat16 and slow_in_bf16()
+    most = 2e-2 if rounds_twice else 0.0
+
+    def same(got: Tensor, wanted: Tensor) -> None:
+        assert (got - wanted).float().norm() <= most * wanted.float().norm()
+
     with torch.no_grad():
-        assert torch.equal(llm.model(input_ids=ids).logits, dense.model(input_ids=ids).logits)
+        same(llm.model(input_ids=ids).logits, dense.model(input_ids=ids).logits)
     for prefix in (True, False):
         (loss, grad), (wanted_loss, wanted) = (fast(m, prefix=prefix) for m in (llm, dense))
-        assert loss == wanted_loss
-        assert torch.equal(grad, wanted)
+        same(torch.tensor(loss), torch.tensor(wanted_loss))
+        same(grad, wanted)
 
 
 def test_files_that_cannot_be_kept(tmp_path: Path) -> None:

@@ -425,7 +425,10 @@ def test_position_embeddings_of_another_grid(ckpt: Path, load: Load) -> None:
 
 
 def test_another_image_size_uses_the_same_file(load: Load) -> None:
-    model = load("model.image_size=84")
+    sizes = ("train", "eval")
+    model = load(
+        "model.image_size=84", *(f"preprocess.vis_processor.{s}.image_size=84" for s in sizes)
+    )
     assert model.vision.visual_encoder.pos_embed.shape == (1, 37, 88)
     with torch.no_grad():
         assert model.vision.encode_vit(torch.rand(2, 3, 84, 84)).shape == (2, 37, 88)

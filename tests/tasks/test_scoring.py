@@ -12,7 +12,8 @@ import torch
 
 from examples.toybox.world.__main__ import make_record
 from lavis.common.errors import DataError
-from lavis.common.types import NO_FEATURES, NO_WORDS, Reference
+from lavis.common.types import NO_FEATURES, NO_WORDS
+from lavis.datasets.annotations import Record
 from lavis.processors.conversation import Turn
 from lavis.tasks.scoring import Prediction, normalize, predict, score, table
 
@@ -127,29 +128,25 @@ def test_the_script_chooses_the_words_of_bleu(truth: str, answer: str, tokenize:
     assert scores["kinds"]["description"]["-"]["bleu"] == pytest.approx(wanted)
 
 
-class _Record:
-    def __init__(self, number: int) -> None:
-        self.reference = Reference()
-        self.sample_id = str(number)
-        self.turns = (Turn("user", "<Img><ImageHere></Img> Which?"), Turn("assistant", str(number)))
-        self.images = (f"{number}.png",)
-        self.tags: dict[str, str] = {}
+def _record(number: int) -> Record:
+    turns = Turn("user", "<Img><ImageHere></Img> Which?"), Turn("assistant", str(number))
+    return Record(str(number), turns, images=(Path(f"{number}.png"),))
 
 
 class _Dataset:
     """Image number i is filled with i."""
 
     def __init__(self, size: int) -> None:
-        self.records = [_Record(i) for i in range(size)]
+        self.records = [_record(i) for i in range(size)]
 
-    def turns(self, record: _Record) -> list[Turn]:
+    def turns(self, record: Record) -> list[Turn]:
         return list(record.turns)
 
-    def images(self, record: _Record, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        assert record is self.records[index]
-        return torch.full((1, 3, 2, 2), float(record.sample_id)), NO_FEATURES
+    def images(self, record: Record, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert record.turns is self.records[index].turns
+        return torch.full((1, 3, 2, 2), float(record.images[0].stem)), NO_FEATURES
 
-    def word_ids(self, record: _Record) -> torch.Tensor:
+    def word_ids(self, record: Record) -> torch.Tensor:
         return NO_WORDS
 
 
@@ -193,7 +190,7 @@ def test_what_was_asked_before_a_bad_picture_is_answered() -> None:
             yield from super().answers(list(batches))
 
     class Damaged(_Dataset):
-        def images(self, record: _Record, epoch: int, index: int) -> Any:
+        def images(self, record: Record, epoch: int, index: int) -> Any:
             if record.sample_id == "4":
                 raise DataError("damaged")
             return super().images(record, epoch, index)
