@@ -128,9 +128,9 @@ class Estimator:
         return parameter.numel() * (self._dtype or parameter.dtype).itemsize
 
     def _reserve(self) -> float:
-        """What :meth:`FSDP2Strategy.reserved` keeps free of activations."""
+        """What a run keeps free of activations."""
         if not self.sharing.weights:
-            return 0.0
+            return self.held.gradients + self.held.moments
         slices = 0 if self.sharing.offload else 3 * self.held.trained
         return gathered_at_once(self.model, self._dtype) + slices
 
