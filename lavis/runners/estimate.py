@@ -20,6 +20,7 @@ from lavis.common.schema import Config
 from lavis.common.types import DTYPES, Batch, Sample
 from lavis.datasets.collate import collate
 from lavis.models.compute.fake_cuda import FakeCuda, on_card
+from lavis.models.compute.quantized_linear import count_weights
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import PartsConfig
 from lavis.models.vlm import VLM
@@ -234,7 +235,7 @@ class Estimator:
         """Operations of a token in training, its share of an image's included, and those of
         recomputed layers twice."""
         every, layers = schedule.recompute_every, list(self.model.language.blocks())
-        again = sum(p.numel() for b in (layers[::every] if every else ()) for p in b.parameters())
+        again = sum(map(count_weights, layers[::every] if every else ()))
         return self.model.training_flops(self.length, 1) / self.length + 2.0 * again
 
     def chat(self, tokens: int) -> tuple[float, float]:

@@ -176,6 +176,14 @@ class OutlinedLinear(QuantizedLinear):
         return self.packed.new_empty((self.out_features, self.in_features), dtype=dtype)
 
 
+def count_weights(module: nn.Module) -> int:
+    """How many numbers a module multiplies by, packed ones too."""
+    packed = (m for m in module.modules() if isinstance(m, QuantizedLinear))
+    return sum(m.in_features * m.out_features for m in packed) + sum(
+        p.numel() for p in module.parameters()
+    )
+
+
 PACKED_BITS = {"int8": 8.0, "nf4": 4 + 32 / _NF4_BLOCK}
 KINDS: dict[str, type[Int8Linear] | type[NF4Linear]] = {"int8": Int8Linear, "nf4": NF4Linear}
 
