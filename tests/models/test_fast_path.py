@@ -156,9 +156,7 @@ def test_as_little_is_recomputed_as_memory_allows(data: Path) -> None:
     assert model.schedule.recompute == "none"  # nobody asked
 
 
-def test_gradients_and_moments_have_their_room(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_and_moments_have_their_room(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What AdamW takes after the first step is no room for activations."""
     asked = ("model.llm_grad_ckpt=true", "run.batch_size_train=8")
     model, _ = model_and_batch(data, *asked)
