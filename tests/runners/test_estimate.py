@@ -140,7 +140,7 @@ def test_packed_weights_take_what_is_said(
     }  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(content))
-    config = load_config(path, [f"env.cache_root={REPO}"])
+    config = load_config(path, [f"env.cache_root={REPO}", "run.feature_cache.enabled=false"])
     made = Estimator(config, Sharing("single", 1))
     model = MODELS.get(config.model.arch).from_config(config.model, cache_root=str(REPO))
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
