@@ -209,11 +209,11 @@ class InstructionBuilder:
                 f"datasets.{self.name}: preprocess.tiles and {name}, which draws random numbers, "
                 "do not go together: a tile would be cropped again; take blip_image_eval"
             )
-        side = getattr(getattr(processor, "config", None), "image_size", None)
+        side = getattr(processor, "image_size", None)
         if not isinstance(side, int):
             raise ConfigError(
-                f"datasets.{self.name}: preprocess.tiles needs an image processor whose "
-                f"configuration has an image_size, which {name} has not"
+                f"datasets.{self.name}: preprocess.tiles needs an image processor that "
+                f"says its image_size, which {name} does not"
             )
         return partial(tiles.grid, side=side)
 

@@ -30,8 +30,8 @@ _RATE = (
 def fingerprint(datasets: Sequence[Any]) -> str:
     """How many records there are, and a hash of all in their order, wherever their files lie.
 
-    It covers turns, words, the frames of videos and the tiles of pictures that are shown, and the names of
-    media below the folder that holds them all, not what pictures show. Data sets without
+    It covers turns, words, the frames of videos and the tiles of pictures that are shown, and the
+    names of media below the folder that holds them all, not what pictures show. Data sets without
     ``records`` are only counted.
     """
     records = [record for dataset in datasets for record in _records(dataset)]
