@@ -34,6 +34,7 @@ from lavis.datasets.instruction import InstructionDataset
 from lavis.models.compute.schedule import StepSchedule
 from lavis.processors.contracts import Turn
 from lavis.processors.conversation import show_in_turns, tiles_text
+from lavis.processors.text import process_around_images
 from lavis.runners.agreement import fingerprint
 from lavis.runners.estimate import Estimator
 from lavis.runners.sharing import Sharing
@@ -54,6 +55,9 @@ TILES = "preprocess.tiles.max=4"
         ((84, 84), 6, (1, 1)),
         ((20, 60), 6, (1, 1)),  # smaller than a tile
         ((85, 84), 6, (1, 1)),  # a pixel more does not double it
+        ((85, 85), 6, (1, 1)),
+        ((125, 125), 6, (1, 1)),
+        ((126, 126), 6, (2, 2)),  # a tile and a half
         ((150, 84), 6, (2, 1)),
         ((168, 168), 6, (2, 2)),
         ((900, 900), 6, (2, 2)),
@@ -76,8 +80,8 @@ def test_a_grid_keeps_its_limits() -> None:
         for height in range(1, 700, 41):
             grid = tiles.grid(width, height, SIDE)
             assert grid.columns * grid.rows <= 7
-            assert (grid.columns - 1) * SIDE < width
-            assert (grid.rows - 1) * SIDE < height
+            for count, pixels in ((grid.columns, width), (grid.rows, height)):
+                assert count == 1 or 3 * count * SIDE <= 4 * pixels
             other = tiles.grid(height, width, SIDE)
             assert (other.columns, other.rows) == (grid.rows, grid.columns)
 
@@ -99,6 +103,8 @@ def test_tiles_are_the_picture(size: tuple[int, int]) -> None:
 def test_a_row_stands_on_its_line() -> None:
     assert tiles_text(Grid(1, 1, SIDE)) == P
     assert tiles_text(Grid(3, 2, SIDE)) == f"{P}\n{P}{P}{P}\n{P}{P}{P}"
+    text = f"<Img>{tiles_text(Grid(2, 2, SIDE))}</Img> What?"
+    assert process_around_images(str.strip, text) == text
     turns = [Turn("user", f"<Img>{P}</Img> and {P}?"), Turn("assistant", P), Turn("user", "So?")]
     shown = show_in_turns(turns, [f"{P}\n{P}{P}", P])
     assert shown == (Turn("user", f"<Img>{P}\n{P}{P}</Img> and {P}?"), *turns[1:])
@@ -358,6 +364,5 @@ def test_the_plan_counts_the_largest_picture() -> None:
     assert plain.batch(2).pixel_values.shape == (2, 3, SIDE, SIDE)
     ids = tiled.batch(1).input_ids.flatten().tolist()
     assert ids.count(tiled.model.tokenizer.image_id) == 9 * 5
-    row, schedule = 2000, StepSchedule()
-    more = tiled.micro_batch(row, schedule).vision / plain.micro_batch(row, schedule).vision
-    assert more > 2  # of as many tokens, more are pictures'
+    assert tiled.length >= 9 * 5 > plain.model.encoder.num_query_token
+    assert tiled.flops(StepSchedule()) > plain.flops(StepSchedule())  # a token's, more are images'
