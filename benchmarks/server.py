@@ -13,6 +13,7 @@ import base64
 import io
 import itertools
 import json
+import math
 import random
 import re
 import statistics
@@ -99,7 +100,7 @@ def first_tokens(answers: Sequence[Asked]) -> dict[str, Any]:
         "conversations": len(answers),
         "computed_tokens": statistics.median([a.computed for a in answers] or [0]),
         "p50_ms": statistics.median(times),
-        "p95_ms": times[int(0.95 * (len(times) - 1))],
+        "p95_ms": times[math.ceil(0.95 * len(times)) - 1],
     }
 
 
@@ -189,7 +190,9 @@ async def put_load(address: str, process: int, clients: int, turns: int, seconds
                         break
 
         async def watch() -> None:
-            with tqdm(total=int(seconds), unit="s", desc=f"{clients} clients", mininterval=1) as bar:
+            with tqdm(
+                total=int(seconds), unit="s", desc=f"{clients} clients", mininterval=1
+            ) as bar:
                 for quarter in range(5):
                     while time.monotonic() - begun < quarter * seconds / 4:
                         await asyncio.sleep(0.1)

@@ -414,6 +414,13 @@ def refuses(port: int) -> bool:
     return False
 
 
+def test_a_token_is_sent_at_once() -> None:
+    """Not when the client has acknowledged the one before, 40 ms later."""
+    with bind("127.0.0.1", 0) as listener:
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 # --- limits
 
 
