@@ -116,7 +116,7 @@ def server(parallel: int) -> Iterator[tuple[str, int]]:
     """A server of the toybox: its address and process."""
     flags = {"--port": 0, "--parallel": parallel, "--max-queue": 1000, "--max-new-tokens": LONGEST}
     command = [sys.executable, "-m", "lavis.serve", *(str(x) for f in flags.items() for x in f)]
-    process = subprocess.Popen(  # noqa: S603
+    process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     try:
