@@ -1,7 +1,7 @@
 """Memory of an export, beside the bytes of the folder that it writes.
 
-A model of random weights, 1.6 GB in bf16, is written in the original's layout, exported as BLIP-2 in
-a process of its own, and reloaded and compared by another one, as always.
+A model of random weights, 1.6 GB in bf16, is written in the original's layout, exported as BLIP-2
+in a process of its own, and reloaded and compared by another one, as always.
 """
 
 from __future__ import annotations

@@ -777,7 +777,7 @@ class _Host(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # the other side has had enough
             while self.path == "/large":
                 self.wfile.write(content)
-            for n in range(0, len(content) if self.path == "/slow" else 0):
+            for n in range(len(content) if self.path == "/slow" else 0):
                 self.wfile.write(content[n : n + 1])
                 time.sleep(0.05)
             self.wfile.write(content)
