@@ -123,7 +123,8 @@ def _get(parts: SplitResult, host: str, port: int, max_bytes: int) -> bytes:
     deadline = time.monotonic() + _FETCH_SECONDS
     # The address that was checked is the one that is asked: a name may change in between.
     plain = socket.create_connection((_public_address(host, port), port), _FETCH_SECONDS)
-    end = threading.Timer(_FETCH_SECONDS, plain.shutdown, (socket.SHUT_RDWR,))
+    same = plain.dup()  # TLS takes the first one over
+    end = threading.Timer(_FETCH_SECONDS, same.shutdown, (socket.SHUT_RDWR,))
     end.daemon = True
     end.start()
     connection = http.client.HTTPConnection(host, port)
@@ -148,6 +149,7 @@ def _get(parts: SplitResult, host: str, port: int, max_bytes: int) -> bytes:
         end.cancel()
         connection.close()
         plain.close()
+        same.close()
 
 
 def _public_address(host: str, port: int) -> str:
