@@ -443,15 +443,15 @@ def wait_for(process: subprocess.Popen[str], output: Path, stage: str, steps: in
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_random_moments(home: Path, tmp_path: Path, processes: int) -> None:
-    """SIGKILL, five times, and the same command again; in the end as if nothing had been."""
+@pytest.mark.parametrize(("processes", "kills"), [(1, 5), (2, 2)])
+def test_killed_at_random_moments(home: Path, tmp_path: Path, processes: int, kills: int) -> None:
+    """SIGKILL, and the same command again; in the end as if nothing had been."""
     long = ("run.max_epoch=5", "stages.instruct.run.batch_size_train=2")
     finish(start(home, tmp_path / "whole", processes, *long))
     (whole,) = (tmp_path / "whole").iterdir()
     total = {s: len(losses(tmp_path / "whole", s)) for s in STEPS}
     out, rng = tmp_path / "killed", random.Random(processes)
-    moments = sorted(rng.sample(range(2, sum(total.values()) - 6), 4)) + [total["align"]]
+    moments = [total["align"], *rng.sample(range(2, sum(total.values()) - 6), kills - 1)]
     for moment in sorted(moments):  # one of them while a stage ends and the next one begins
         process = start(home, out, processes, *long, *AUTO)
         inside = moment <= total["align"]
