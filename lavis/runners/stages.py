@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,22 +78,18 @@ def train_stages(stages: Mapping[str, Config], only: str | None = None) -> tuple
         job = new_job_id(placed)
         folder = Path(placed.output_dir) / job
         make_folder(folder, tree)
-        arguments = (
-            "--cfg-path",
-            str(folder / "config.yaml"),
-            *(("--stage", only) if only else ()),
-        )
+        arguments = ["--cfg-path", str(folder / "config.yaml")]
+        arguments += [] if only is None else ["--stage", only]
         checkpoint = start.weights
         for number, name in enumerate(names, start=len(chosen) - len(names) + 1):
             logger.info("stage %s, %d of %d: %s", name, number, len(chosen), folder / name)
-            config, data, plan = prepared.pop(name)
             with in_stage(name):
-                plan = replace(plan, arguments=arguments)
-                config = _begun_with(checkpoint, config)
-                checkpoint, interrupted = _train(config, data, plan, device, f"{job}/{name}")
+                checkpoint, interrupted = _train(
+                    *prepared.pop(name), device, f"{job}/{name}", checkpoint, arguments
+                )
             if interrupted:
                 return checkpoint, True
-            gc.collect()  # a wrapped model is a circle of references
+            gc.collect()  # a runner and its model are a circle of references
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     assert checkpoint is not None
@@ -101,10 +97,21 @@ def train_stages(stages: Mapping[str, Config], only: str | None = None) -> tuple
 
 
 def _train(
-    config: Config, data: Any, plan: RunPlan, device: torch.device, job: str
+    config: Config,
+    data: Any,
+    plan: RunPlan,
+    device: torch.device,
+    job: str,
+    start: Path | None,
+    arguments: Sequence[str],
 ) -> tuple[Path, bool]:
-    run, made, task = config.run, config.model, TASKS.get(config.run.task)(config)
+    """Train a stage, beginning with a checkpoint of the one before, if there was one."""
+    run, made = config.run, config.model
     assert isinstance(made, PartsConfig)
+    if start is not None:
+        made = replace(made, load_finetuned=True, finetuned=str(start.absolute()))
+        config = _changed(config, model=made)
+    task = TASKS.get(run.task)(config)
     torch.manual_seed(run.seed)
     model = task.build_model(device, data, mapped=plan.strategy.shards, start=True)
     before: Mapping[str, Tensor] = {}
@@ -112,7 +119,7 @@ def _train(
         before = plan.before.model
     elif path := made.finetuned_path(config.env.cache_root):
         before = open_pth(path)
-    plan = replace(plan, kept=frozen_entries(model, before))
+    plan = replace(plan, kept=frozen_entries(model, before), arguments=tuple(arguments))
     runner = RUNNERS.get(run.runner)(config, task, model, data, job, plan)
     return runner.train(), runner.interrupted
 
@@ -142,7 +149,7 @@ def _check_succession(stages: Mapping[str, Config]) -> None:
     """Give each stage's model, without numbers, the names and shapes that the one before trains."""
     held: dict[str, Tensor] = {}
     before: tuple[str, Config] | None = None
-    seen = False  # whether a vision encoder has learned
+    vision_learned = False
     for name, config in stages.items():
         with in_stage(name):
             made, root = config.model, config.env.cache_root
@@ -150,13 +157,13 @@ def _check_succession(stages: Mapping[str, Config]) -> None:
             if before is None and (path := made.finetuned_path(root)):
                 held = dict(open_pth(path))
             cached = config.run.feature_cache.enabled
-            if cached and seen:
+            if cached and vision_learned:
                 raise ConfigError(
                     "run.feature_cache: an earlier stage trains the vision side, and the cache "
                     "reads that from its own weight files alone; set run.feature_cache.enabled: "
                     "false"
                 )
-            seen = seen or bool(made.trained_vision)
+            vision_learned |= bool(made.trained_vision)
             model = MODELS.get(made.arch).outline(made, cache_root=root, vision=not cached)
             if before is not None:
                 _check_begins(f"what stage {before[0]} ends with", before[1], made, model, held)
@@ -230,17 +237,9 @@ def _start(stages: Mapping[str, Config], only: str | None, tree: dict[str, Any])
     if epochs < run.max_epoch:
         raise ConfigError(
             f"{found}: stage {name} is not at its end ({epochs} of {run.max_epoch} epochs): train "
-            f"it first, or begin with it all the same by model.finetuned"
+            "it first, or begin with it all the same by model.finetuned"
         )
     return _Start(names[number + 1], weights=found)
-
-
-def _begun_with(checkpoint: Path | None, config: Config) -> Config:
-    if checkpoint is None:
-        return config
-    made: Any = config.model
-    path = str(checkpoint.absolute())
-    return _changed(config, model=replace(made, load_finetuned=True, finetuned=path))
 
 
 def _changed(config: Config, **parts: Any) -> Config:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lavis.chat import ChatEngine, Conversation
 from lavis.common.config import load_config, load_stages
 from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
 from lavis.models import load_model_and_preprocess
+from lavis.tasks.image_text_pretrain import ImageTextPretrainTask
 from lavis.tools import cache_features
 from tests.conftest import REPO
 from tests.runners.test_distributed import kill
@@ -148,6 +150,36 @@ def test_a_stage_is_the_run_that_one_starts_by_hand(
         theirs = content(whole / name / "checkpoint_latest.pth")["model"]
         check_equal(mine, {k: v for k, v in theirs.items() if k in mine})
         assert len(theirs) - len(mine) == (2 if name == "instruct" else 0)
+
+
+def test_adapters_that_no_longer_learn(home: Path, tmp_path: Path) -> None:
+    learns = f"{{language: {{lora: {LORA}}}, connector: 1e-3}}"
+    later = f"{{language: {{lora: {LORA}, lr: 0}}, connector: 1e-3}}"
+    content_ = yaml.safe_load((home / "stages.yaml").read_text(encoding="utf-8"))
+    for stage, train_ in zip(content_["stages"].values(), (learns, later), strict=True):
+        stage["model"]["train"] = yaml.safe_load(train_)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content_, sort_keys=False), encoding="utf-8")
+    last = run(tmp_path / "run.yaml", tmp_path / "out")
+    first, second = (content(last.parents[1] / s / last.name)["model"] for s in STEPS)
+    assert first.keys() == second.keys()
+    assert {n for n in first if not torch.equal(first[n], second[n])} == CONNECTOR
+
+
+def test_a_stage_leaves_no_model_behind(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[weakref.ref[Any]] = []
+    build = ImageTextPretrainTask.build_model
+
+    def count(*args: Any, **options: Any) -> Any:
+        assert all(model() is None for model in built)
+        model = build(*args, **options)
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(ImageTextPretrainTask, "build_model", count)
+    run(home, tmp_path, options=("run.max_epoch=1",))
+    assert len(built) == 2
 
 
 def test_the_folders_own_yaml_is_the_run(home: Path, whole: Path, tmp_path: Path) -> None:
