@@ -406,7 +406,7 @@ def test_the_last_checkpoint_alone_answers(
     monkeypatch.setattr(sys, "argv", argv)
     assert train.main() == 0
     (scored,) = tmp_path.glob("*/evaluation/test.jsonl")
-    assert len(scored.read_text(encoding="utf-8").splitlines()) == 9
+    assert len(scored.read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_the_plan_of_each_stage(home: Path, tmp_path: Path, capsys: Any) -> None:
