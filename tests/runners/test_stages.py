@@ -208,6 +208,10 @@ def test_one_stage_after_another(home: Path, whole: Path, tmp_path: Path) -> Non
     second = run(home, tmp_path, "--stage", "instruct", options=AUTO)
     check_same(second, whole / "instruct" / second.name)
     assert not (second.parent.parent / "align").exists()
+    for arguments in (["--stage", "instruct"], []):  # there is nothing left
+        done = run(home, tmp_path, *arguments, options=AUTO)
+        check_same(done, second)
+        assert (done.parent / "log.txt").read_text(encoding="utf-8") == ""
     rest = tmp_path / "rest"  # what auto cannot find there
     for options in (
         (f"run.resume_ckpt_path={first}",),
