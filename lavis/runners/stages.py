@@ -89,7 +89,7 @@ def train_stages(stages: Mapping[str, Config], only: str | None = None) -> tuple
                 )
             if interrupted:
                 return checkpoint, True
-            gc.collect()  # a runner and its model are a circle of references
+            gc.collect()  # a sharded model is in circles of references
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     assert checkpoint is not None
