@@ -320,9 +320,16 @@ def test_another_folder_or_precision_is_pointed_out(
 
 
 @pytest.mark.parametrize(
-    ("project", "tower"), [("qwen3_siglip2", "siglip"), ("llama_clip_mlp", "clip")]
+    ("project", "tower", "one_file"),
+    [
+        ("qwen3_siglip2", "siglip", False),
+        ("qwen3_siglip2", "siglip", True),
+        ("llama_clip_mlp", "clip", False),
+    ],
 )
-def test_the_two_stages_of_a_project(home: Path, tmp_path: Path, project: str, tower: str) -> None:
+def test_the_two_stages_of_a_project(
+    home: Path, tmp_path: Path, project: str, tower: str, one_file: bool
+) -> None:
     """The shipped files, with small weights in place of the real ones."""
     pytest.importorskip("peft")
     said = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}
@@ -341,7 +348,7 @@ def test_the_two_stages_of_a_project(home: Path, tmp_path: Path, project: str, t
         info = f"datasets.{name}.build_info"
         given = [f"{info}.annotations.train.storage={tmp_path / 'data.json'}"]
         given += [f"{info}.images.storage={picture.parent}"]
-        if (file := files / "stages.yaml").is_file():
+        if one_file:
             small += [f"stages.{stage}.{item}" for item in given]
             continue
         given += [] if saved is None else [f"model.finetuned={saved}"]
@@ -349,7 +356,7 @@ def test_the_two_stages_of_a_project(home: Path, tmp_path: Path, project: str, t
         before = loss(runner)
         saved = runner.train()
         assert loss(runner) < before
-    saved = saved or train_stages(load_stages(file, small))[0]
+    saved = saved or train_stages(load_stages(files / "stages.yaml", small))[0]
     assert any("lora_" in name for name in state(saved))
     assert any(name.startswith("connector.") for name in state(saved))
 
