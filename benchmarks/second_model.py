@@ -97,7 +97,9 @@ def table(numbers: dict[str, dict[str, float]]) -> str:
     """The numbers as text."""
     lines = [f"{'':34} {'first step begins':>20} {'first step done':>20}"]
     for name, found in numbers.items():
-        cells = (f"{found[f'{at}_s']:.1f} s ({found[f'{at}_cpu_s']:.1f})" for at in ("begin", "end"))
+        cells = (
+            f"{found[f'{at}_s']:.1f} s ({found[f'{at}_cpu_s']:.1f})" for at in ("begin", "end")
+        )
         lines.append(f"{name:34} " + " ".join(f"{cell:>20}" for cell in cells))
     return "\n".join([*lines, "in brackets: of them, CPU time of the training process"])
 

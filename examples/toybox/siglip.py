@@ -12,7 +12,6 @@ import argparse
 import math
 import random
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +21,23 @@ from tqdm import tqdm
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from examples.toybox.world.scenes import (
-    COLOURS, COMPASS, GRID, IMAGE_SIZE, SHAPES, SIZES, draw, in_words, random_scene,
+    COLOURS,
+    COMPASS,
+    GRID,
+    IMAGE_SIZE,
+    SHAPES,
+    SIZES,
+    draw,
+    in_words,
+    random_scene,
 )  # fmt: skip
 from lavis.common.cli import output_folder, positive, run_cli
 
 WORDS = (*COMPASS, *SIZES, *COLOURS, *SHAPES, "empty")
 PATCH = 14
 SIDE = IMAGE_SIZE // PATCH
-PEAK_LR = 1e-3
+BATCH = 32
+PEAK_LR = 2e-3
 WARM_UP = 50  # steps
 
 
@@ -37,11 +45,11 @@ def main() -> int:
     """Parse the command line, train the tower and write its folder."""
     parser = argparse.ArgumentParser(description="Train the toybox's SigLIP tower.")
     parser.add_argument("--out", required=True, type=output_folder, help="folder to write")
-    parser.add_argument("--steps", type=positive, default=2500, help="default: %(default)s")
-    parser.add_argument("--batch", type=positive, default=32, help="default: %(default)s")
+    parser.add_argument("--pictures", type=positive, default=6000, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=1500, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()
-    tower = train(args.steps, args.batch, args.seed)
+    tower = train(args.pictures, args.steps, args.seed)
     tower.save_pretrained(args.out)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     SiglipImageProcessor(size=size, resample=3).save_pretrained(args.out)
@@ -49,12 +57,12 @@ def main() -> int:
     return 0
 
 
-def train(steps: int, batch: int, seed: int) -> SiglipVisionModel:
-    """A tower that has learned from ``steps`` times ``batch`` new pictures."""
+def train(count: int, steps: int, seed: int) -> SiglipVisionModel:
+    """A tower that has learned from so many pictures, 32 of them at a step."""
     torch.manual_seed(seed)
-    rng = random.Random(f"{seed}/siglip")
+    pixels, words = pictures(random.Random(f"{seed}/siglip"), count)
     config = SiglipVisionConfig(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         image_size=IMAGE_SIZE, patch_size=PATCH, vision_use_head=False,
     )  # fmt: skip
     tower = SiglipVisionModel(config)
@@ -65,28 +73,28 @@ def train(steps: int, batch: int, seed: int) -> SiglipVisionModel:
     for step in progress:
         rate = min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = PEAK_LR * rate
-        pixels, words = pictures(rng, batch)
-        logits = head(tower(pixels).last_hidden_state)
-        loss = F.binary_cross_entropy_with_logits(logits, words)
+        chosen = torch.randint(count, (BATCH,))
+        logits = head(tower(pixels[chosen] / 127.5 - 1).last_hidden_state)
+        loss = F.binary_cross_entropy_with_logits(logits, words[chosen])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
-            right = ((logits > 0) == words.bool()).all(-1).float().mean()
+            right = ((logits > 0) == words[chosen].bool()).all(-1).float().mean()
             progress.set_postfix_str(f"loss {loss:.4f}, {right:.1%} of patches right")
     return tower
 
 
 def pictures(rng: random.Random, count: int) -> tuple[Tensor, Tensor]:
-    """Draw pictures, (N, 3, 84, 84) in [-1, 1], and each patch's words, (N, 36, words) of 0 and 1.
+    """Draw pictures, (N, 3, 84, 84) of 0 to 255, and each patch's words, (N, 36, words) of 0 and 1.
 
     The patches are in reading order.
     """
     pixels, words = [], torch.zeros(count, GRID * GRID, len(WORDS))
-    for number in range(count):
+    for number in tqdm(range(count), unit=" pictures"):
         scene = random_scene(rng, held_out=False)
-        pixels.append(pil_to_tensor(draw(scene, rng)) / 127.5 - 1)
+        pixels.append(pil_to_tensor(draw(scene, rng)))
         for place, phrase in enumerate(in_words(scene)):
             words[number, place, [WORDS.index(word) for word in phrase.split()]] = 1
     cells = words.view(count, GRID, GRID, -1)
