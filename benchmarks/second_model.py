@@ -47,6 +47,7 @@ def measure(second: Path, pictures: int, batch_size: int) -> dict[str, dict[str,
             f"run.output_dir={folder}/output",
             f"run.batch_size_train={batch_size}",
             "run.max_tokens_per_batch=null",
+            "run.warmup_steps=0",
         ]
         cache = f"run.feature_cache={{enabled: true, dir: {folder}/features}}"
         runs = {
