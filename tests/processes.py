@@ -21,9 +21,9 @@ REPO = Path(__file__).resolve().parent.parent
 SECONDS = 300  # no process of a test takes longer
 # DeepSpeed is not among them: it changes the process that imports it.
 HEAVY = [
-    "torch.distributed.run", "torch.distributed.fsdp", "matplotlib.figure", "safetensors.torch",
-    "lavis.runners.launch", "lavis.runners.runner_base", "lavis.runners.prepare",
-    "lavis.tasks.evaluate", "lavis.tasks.image_text_pretrain", "lavis.models.build",
+    "torch.distributed.run", "torch.distributed.fsdp", "torch.utils.tensorboard", "sacrebleu",
+    "matplotlib.figure", "lavis.runners.launch", "lavis.runners.runner_base",
+    "lavis.datasets.builders", "lavis.tasks.evaluate", "lavis.tasks.image_text_pretrain",
     "lavis.models.vision.eva_qformer", "lavis.models.language.qwen1",
 ]  # fmt: skip
 _server = multiprocessing.get_context("forkserver")
@@ -36,17 +36,25 @@ class Running:
     Args:
         logs: a folder that gets what is said, to standard output and to standard error.
         processes: more than one are started by ``torch.distributed.run``.
+        anew: nothing is forked: by ``python -m torch.distributed.run`` as a user has it.
     """
 
     def __init__(
-        self, logs: Path, module: str, arguments: Sequence[object], processes: int = 1, **env: str
+        self,
+        logs: Path,
+        module: str,
+        arguments: Sequence[object],
+        processes: int = 1,
+        *,
+        anew: bool = False,
+        **env: str,
     ) -> None:
         name = str(time.monotonic_ns())
         self.streams = [logs / f"{name}.{stream}" for stream in ("out", "err")]
         words = [module, *map(str, arguments)]
         variables = os.environ | {"DS_ACCELERATOR": "cpu"} | env
         self._process = _server.Process(
-            target=_begin, args=(words, processes, variables, self.streams)
+            target=_begin, args=(words, processes, anew, variables, self.streams)
         )
         self._process.start()
         assert self._process.pid is not None
@@ -93,7 +101,9 @@ def _family(pid: int) -> list[int]:
     return [pid, *(p for child in children for p in _family(int(child)))]
 
 
-def _begin(words: list[str], processes: int, env: dict[str, str], streams: list[Path]) -> None:
+def _begin(
+    words: list[str], processes: int, anew: bool, env: dict[str, str], streams: list[Path]
+) -> None:
     os.setsid()  # a signal to the group is not one to the tests
     os.chdir(REPO)
     os.environ.clear()
@@ -105,10 +115,13 @@ def _begin(words: list[str], processes: int, env: dict[str, str], streams: list[
         sys.argv = ["", *words]
         _work()
         return
+    launch = ["--standalone", f"--nproc-per-node={processes}"]
+    if anew:
+        command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", *words]
+        os.execv(command[0], command)
     from torch.distributed.run import main
 
-    launch = ["--standalone", f"--nproc-per-node={processes}", "--run-path", "--start-method=fork"]
-    main([*launch, __file__, *words])
+    main([*launch, "--run-path", "--start-method=fork", __file__, *words])
 
 
 def _work() -> None:
