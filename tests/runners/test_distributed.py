@@ -19,7 +19,7 @@ from examples.toybox.world.__main__ import write_split
 from tests.processes import Running
 from tests.runners.worker import options
 
-STEPS = 25  # 97 samples, four a step
+STEPS = 16  # 61 samples, four a step
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 SHARDED = ["fsdp2", *(f"zero{stage}" for stage in range(4) if HAS_DEEPSPEED)]
 TOLERANCE = 1e-5
@@ -29,7 +29,7 @@ TOLERANCE = 1e-5
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures, and a third of the conversations without one."""
     out = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 97), ("val", 5), ("test", 19)):
+    for split, count in (("train", 61), ("val", 5), ("test", 19)):
         write_split(out, split, count, seed=11)
     records = json.loads((out / "train.json").read_text(encoding="utf-8"))
     for record in records[::3]:
@@ -170,36 +170,40 @@ def test_strategies_give_one_result(data: Path, alone: Path, tmp_path: Path) -> 
         assert difference(end, whole) <= TOLERANCE, name
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_a_vision_side_that_learns(data: Path, tmp_path: Path, name: str) -> None:
+def test_a_vision_side_that_learns(data: Path, tmp_path: Path) -> None:
     """One process has pictures and the other has none, and both wait for its gradient."""
     learn = ["model.freeze_qformer=false", "model.freeze_queries=false", "run.init_lr=1e-4"]
-    one, two = (tmp_path / n for n in ("one", "two"))
+    common = [*options(data), *learn]
     four = ["run.batch_size_train=4", "run.accum_grad_iters=1"]
-    finish(start(tmp_path, [[*options(data), *learn, *four, f"run.output_dir={one}"]], 1))
-    run = [*options(data), *learn, *TWO, *strategy(name), f"run.output_dir={two}"]
-    finish(start(tmp_path, [run], 2))
-    ends = [state(folder(p) / "checkpoint_latest.pth") for p in (one, two)]
-    assert len(ends[0]["model"]) > 50
-    assert difference(*ends) <= 1e-4  # Adam makes a whole step of a gradient of rounding errors
-    for (_, loss, _), (_, expected, _) in zip(curve(two), curve(one), strict=True):
-        assert loss == pytest.approx(expected, abs=TOLERANCE)
+    finish(start(tmp_path, [[*common, *four, f"run.output_dir={tmp_path / 'one'}"]], 1))
+    names = ["ddp", "fsdp2"]
+    runs = [[*common, *TWO, *strategy(n), f"run.output_dir={tmp_path / n}"] for n in names]
+    finish(start(tmp_path, runs, 2))
+    expected = state(folder(tmp_path / "one") / "checkpoint_latest.pth")
+    assert len(expected["model"]) > 50
+    for name in names:
+        end = state(folder(tmp_path / name) / "checkpoint_latest.pth")
+        # Adam makes a whole step of a gradient of rounding errors.
+        assert difference(end, expected) <= 1e-4
+        assert [loss for _, loss, _ in curve(tmp_path / name)] == pytest.approx(
+            [loss for _, loss, _ in curve(tmp_path / "one")], abs=TOLERANCE
+        )
 
 
 def test_killed_at_random_steps(data: Path, pair: Path, tmp_path: Path) -> None:
-    """SIGKILL to all processes, five times; the end is bit for bit that of an unbroken run."""
+    """SIGKILL to all processes, four times; the end is bit for bit that of an unbroken run."""
     rng = random.Random(3)
     resume: list[str] = []
     done = 0
-    for attempt in range(6):
+    for attempt in range(5):
         out = tmp_path / str(attempt)
         run = [*options(data), *TWO, *resume, "run.save_every_steps=1", f"run.output_dir={out}"]
         process = start(tmp_path, [run], 2)
-        if attempt == 5:
+        if attempt == 4:
             finish(process)
             break
         # The last step seen may be killed in its own save; the one before it is whole.
-        _wait_for_step(process, out, done + rng.randint(2, 4))
+        _wait_for_step(process, out, done + rng.randint(2, 3))
         process.kill()
         resume = [f"run.resume_ckpt_path={folder(out) / 'checkpoint_latest.pth'}"]
         done = state(folder(out) / "checkpoint_latest.pth")["progress"]["step"]
@@ -229,7 +233,7 @@ def test_killed_while_a_checkpoint_is_written(data: Path, alone: Path, tmp_path:
 def test_two_processes_then_one_then_two(data: Path, alone: Path, tmp_path: Path) -> None:
     """The same samples in the same steps; the end within the tolerance."""
     resume: list[str] = []
-    for stage, (processes, until) in enumerate([(2, 7), (1, 15), (2, STEPS)]):
+    for stage, (processes, until) in enumerate([(2, 5), (1, 10), (2, STEPS)]):
         out = tmp_path / str(stage)
         run = [*options(data), *TWO, *resume, "run.save_every_steps=1", f"run.output_dir={out}"]
         process = start(tmp_path, [run], processes)
