@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -126,6 +127,27 @@ def test_a_row_takes_what_is_said(setting: str, monkeypatch: pytest.MonkeyPatch)
     said = made.micro_batch(documents * made.length, schedule).peak
     taken = measured(config, batch, schedule)
     assert said == pytest.approx(taken, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_packed_weights_take_what_is_said(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "_CACHED_ROWS", 2**20)
+    content = yaml.safe_load(PROJECT.with_name("smollm2.yaml").read_text())
+    content["model"]["language"] = {
+        "name": "qwen1", "path": "examples/toybox/llm", "precision": "fp32", "quantize": kind,
+    }  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    config = load_config(path, [f"env.cache_root={REPO}", "run.feature_cache.enabled=false"])
+    made = Estimator(config, Sharing("single", 1))
+    model = MODELS.get(config.model.arch).from_config(config.model, cache_root=str(REPO))
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert made.weights == pytest.approx(weights, rel=0.01)
+    schedule, documents = made.schedule(float("inf")), 20
+    said = made.micro_batch(documents * made.length, schedule).peak
+    assert said == pytest.approx(measured(config, made.batch(documents), schedule), rel=0.1)
 
 
 def test_slices_are_shared_and_blocks_are_whole() -> None:
