@@ -68,7 +68,7 @@ class TilesConfig:
     def grid(self, width: int, height: int, side: int) -> Grid:
         """The grid of a picture: the one that distorts it least, of these the finest.
 
-        No grid has more columns or rows than the picture fills.
+        None enlarges the picture by more than a third.
 
         Args:
             width, height: pixels, upright.
@@ -79,9 +79,10 @@ class TilesConfig:
             wide, high = columns * height, rows * width
             return Fraction(max(wide, high), min(wide, high)), -columns * rows
 
+        most = [max(4 * pixels // (3 * side), 1) for pixels in (width, height)]
         fits = [
             (columns, rows)
-            for columns in range(1, min(-(-width // side), self.max) + 1)
-            for rows in range(1, min(-(-height // side), self.max // columns) + 1)
+            for columns in range(1, min(most[0], self.max) + 1)
+            for rows in range(1, min(most[1], self.max // columns) + 1)
         ]
         return Grid(*min(fits, key=lambda fit: rank(*fit)), side)
