@@ -7,11 +7,11 @@ import os
 import random
 import shlex
 import signal
-import subprocess
 import sys
 import time
 import weakref
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -27,8 +27,7 @@ from lavis.common.errors import ConfigError, DataError, LavisError, WeightsError
 from lavis.models import load_model_and_preprocess
 from lavis.tasks.image_text_pretrain import ImageTextPretrainTask
 from lavis.tools import cache_features
-from tests.conftest import REPO
-from tests.runners.test_distributed import kill
+from tests.processes import Running
 from tests.test_parts import make_home
 
 pytest.importorskip("peft")
@@ -447,35 +446,24 @@ def test_features_of_each_stage(home: Path, whole: Path, tmp_path: Path, capsys:
 # --- stopped and gone on --------------------------------------------------------------------
 
 
-def start(home: Path, output: Path, processes: int, *options: str) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*(launcher if processes > 1 else []), "train.py", "--cfg-path", home / "stages.yaml"]
-    return subprocess.Popen(
-        [sys.executable, *command, "--options", f"run.output_dir={output}", *options],
-        cwd=REPO,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(home: Path, output: Path, processes: int, *options: str) -> Running:
+    options = (f"run.output_dir={output}", *options)
+    command = ["--cfg-path", home / "stages.yaml", "--options", *options]
+    return Running(home, "train", command, processes)
 
 
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    try:
-        out, _ = process.communicate(timeout=200)
-    finally:
-        kill(process)
-    assert process.returncode == status, out[-4000:]
-    return out
+def finish(process: Running, status: int = 0) -> CompletedProcess[str]:
+    done = process.wait()
+    assert done.returncode == status, done.stderr[-4000:]
+    return done
 
 
-def wait_for(process: subprocess.Popen[str], output: Path, stage: str, steps: int) -> None:
+def wait_for(process: Running, output: Path, stage: str, steps: int) -> None:
     """Wait until some run has logged so many steps of a stage."""
     deadline = time.monotonic() + 100
     line = f'"step": {steps - 1}, '
     while not any(line in log.read_text() for log in output.glob(f"*/{stage}/log.txt")):
-        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert not process.ended(), process.said()[-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -495,8 +483,8 @@ def test_killed_at_random_moments(home: Path, tmp_path: Path, processes: int, ki
         stage, steps = ("align", moment) if inside else ("instruct", moment - total["align"])
         wait_for(process, out, stage, steps)
         time.sleep(rng.random() * 0.2)
-        kill(process)
-    last = Path(finish(start(home, out, processes, *long, *AUTO)).splitlines()[-1])
+        process.kill()
+    last = Path(finish(start(home, out, processes, *long, *AUTO)).stdout.splitlines()[-1])
     assert last.parent.name == "instruct"
     check_same(last, whole / "instruct" / last.name)
     for stage in STEPS:
@@ -508,8 +496,8 @@ def test_ctrl_c_names_a_command_that_goes_on(home: Path, whole: Path, tmp_path: 
     process = start(home, tmp_path, 1)
     wait_for(process, tmp_path, "instruct", 1)
     os.killpg(process.pid, signal.SIGINT)
-    out = finish(process, 130)
-    line = next(line for line in out.splitlines() if "resume with: " in line)
+    said = finish(process, 130).stderr
+    line = next(line for line in said.splitlines() if "resume with: " in line)
     words = shlex.split(line.partition("python train.py ")[2])
     job = Path(words[1]).parent
     assert words[3:] == [f"run.resume_ckpt_path={job}/instruct/checkpoint_latest.pth"]
