@@ -202,16 +202,16 @@ def test_what_is_recomputed_fits(adapters: str) -> None:
     chosen = [f"model.{option}" for option in ADAPTED[adapters]]
     chosen += ["model.get_lora=true"] if chosen else []
     chosen += ["model.llm_grad_ckpt=true", "run.max_tokens_per_batch=4000"]
-    deep = BENCH[3].replace("num_hidden_layers: 2", "num_hidden_layers: 8")
+    deep = BENCH[3].replace("num_hidden_layers: 2", "num_hidden_layers: 6")
     made = Estimator(config_of(*chosen, deep), Sharing("single", 1))
     least, most = (made.needed(4000, StepSchedule(recompute=how)) for how in ("all", "none"))
     found = set()
-    for share in (0.3, 0.5, 0.7, 0.9, 1.3):
+    for share in (0.3, 0.7, 1.3):
         memory = least + share * (most - least)
         schedule = made.schedule(memory)
         found.add(schedule.recompute)
         assert made.needed(4000, schedule) <= memory
-    assert "none" in found and len(found) > 2
+    assert "none" in found and len(found) == 3
 
 
 class _NoData:
