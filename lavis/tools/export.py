@@ -24,6 +24,7 @@ from lavis.common.config import load_config
 from lavis.common.device import pick_device
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import cache_path, require, require_checkpoint, user_path
+from lavis.common.schema import Config
 from lavis.common.types import DTYPES
 from lavis.models.language.qwen1 import read_spec
 from lavis.models.legacy import MiniGPT4QwenConfig
@@ -61,11 +62,11 @@ def main() -> int:
     args = parser.parse_args()
     setup_logging()
     checkpoint = require_checkpoint(args.checkpoint, "--checkpoint")
+    config = load_config(args.cfg_path or checkpoint.parent / "config.yaml", args.options)
     if args.format == "original":
-        for path in export(checkpoint, args.out, DTYPES.get(args.dtype, torch.float16)):
+        for path in export(config, checkpoint, args.out, DTYPES.get(args.dtype, torch.float16)):
             print(path)
         return 0
-    config = load_config(args.cfg_path or checkpoint.parent / "config.yaml", args.options)
     dtype = DTYPES.get(args.dtype)
     if args.format == "merged":
         check_mergeable(config, args.out)
@@ -89,18 +90,17 @@ def main() -> int:
     return 0
 
 
-def export(checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
-    """Write every part that a checkpoint holds.
+def export(config: Config, checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
+    """Write every part that a checkpoint of a run holds.
 
     Returns:
         The files written.
 
     Raises:
         WeightsError: the checkpoint is damaged, or holds no part as a whole.
-        ConfigError: the run's configuration is missing.
+        ConfigError: the run is of another arch.
     """
     checkpoint = require_checkpoint(checkpoint, "--checkpoint")
-    config = load_config(checkpoint.parent / "config.yaml")
     if not isinstance(config.model, MiniGPT4QwenConfig):
         raise ConfigError(
             f"{checkpoint}: only parts of arch minigpt4qwen are written, not of {config.model.arch}"

@@ -212,6 +212,16 @@ def test_a_turn_costs_its_own_tokens(toybox: ChatEngine, rows: list[int]) -> Non
         assert rows[0] == second.usage.prompt_tokens - cached < 20
 
 
+def test_who_has_the_end_finds_the_cache(toybox: ChatEngine) -> None:
+    answers = Answers(toybox, Limits(), DEFAULTS)
+    asked = body(user(shown(), QUESTIONS[0]))
+    first = answers.answer(asked, lambda: False)
+    assert any(isinstance(event, Ended) for event in first)  # which is not read any further
+    begun = next(answers.answer(asked, lambda: False))
+    assert isinstance(begun, Begun)
+    assert begun.cached_tokens == begun.prompt_tokens - 1
+
+
 def test_a_picture_sent_again_is_not_encoded_again(
     toybox: ChatEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

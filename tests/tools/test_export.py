@@ -30,7 +30,7 @@ def test_parts_load_back_bitwise(tmp_path: Path) -> None:
     config = load_config(run / "config.yaml", options)
     checkpoint = Checkpoint(trainable_state(model), {}, config.tree, progress=Progress(1, 1))
     checkpoint.write(run / "checkpoint_0.pth")
-    written = export(run / "checkpoint_0.pth", tmp_path / "out", torch.float32)
+    written = export(config, run / "checkpoint_0.pth", tmp_path / "out", torch.float32)
     assert [p.name for p in written] == [
         "eva_vit_g.pth", "blip2.pth", "model.safetensors", "config.json", "qwen.tiktoken",
     ]  # fmt: skip
@@ -54,4 +54,4 @@ def test_a_projection_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(TOY_YAML, encoding="utf-8")
     (tmp_path / "c.pth").write_bytes((TOY / "checkpoint_9.pth").read_bytes())
     with pytest.raises(WeightsError, match="neither a vision encoder, a Q-Former nor an LLM"):
-        export(tmp_path / "c.pth", tmp_path / "out", torch.float32)
+        export(load_config(tmp_path / "config.yaml"), tmp_path / "c.pth", tmp_path / "out", torch.float32)
