@@ -54,4 +54,10 @@ def test_a_projection_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(TOY_YAML, encoding="utf-8")
     (tmp_path / "c.pth").write_bytes((TOY / "checkpoint_9.pth").read_bytes())
     with pytest.raises(WeightsError, match="neither a vision encoder, a Q-Former nor an LLM"):
-        export(load_config(tmp_path / "config.yaml"), tmp_path / "c.pth", tmp_path / "out", torch.float32)
+        export(
+            load_config(tmp_path / "config.yaml"),
+            tmp_path / "c.pth",
+            tmp_path / "out",
+            torch.float32,
+        )
+    assert not (tmp_path / "out").exists()
