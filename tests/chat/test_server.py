@@ -85,7 +85,7 @@ class Served:
 
     def new_client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=60,
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=20,
             http_client=openai.DefaultHttpxClient(trust_env=False),
         )  # fmt: skip
 
@@ -96,14 +96,14 @@ class Served:
     def raw(
         self, content: bytes, *headers: str, path: str = "/v1/chat/completions"
     ) -> socket.socket:
-        plain = socket.create_connection(("127.0.0.1", self.port), 60)
+        plain = socket.create_connection(("127.0.0.1", self.port), 20)
         head = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
         plain.sendall("\r\n".join([*head, "", ""]).encode() + content)
         return plain
 
     def sent(self, what: str, content: bytes = b"", *headers: str) -> bytes:
         """All that comes back to a request written as it stands."""
-        with socket.create_connection(("127.0.0.1", self.port), 60) as plain:
+        with socket.create_connection(("127.0.0.1", self.port), 20) as plain:
             kind = "" if any("Content-Type" in h for h in headers) else "application/json"
             head = [f"{what} HTTP/1.1", "Host: x", "Connection: close", *headers]
             head += [f"Content-Length: {len(content)}", f"Content-Type: {kind}"][: 2 if kind else 1]
