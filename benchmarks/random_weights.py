@@ -68,14 +68,6 @@ class Shape:
 
 SHAPES = {
     "full": Shape(),
-    "medium": Shape(
-        options=("model.vit_config={depth: 4}",),
-        llm=(
-            ("hidden_size", 1536), ("intermediate_size", 8192), ("kv_channels", 96),
-            ("num_attention_heads", 16), ("num_hidden_layers", 12),
-        ),
-        shards=4,
-    ),
     "tiny": Shape(
         options=(
             "model.image_size=56",
