@@ -45,6 +45,14 @@ preprocess:
 """
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whoever is done takes over tests of another: those that take long come last."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(scope="session")
 def expected() -> dict[str, Any]:
     """What the original computed: ``expected.json`` and the tensors."""

@@ -6,7 +6,6 @@ The vision encoder's weights are junk here: whoever reads them fails with anothe
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from examples.toybox.world.__main__ import write_split
 from lavis.common.cli import run_cli
 from lavis.tools import cache_features, export, prune_vocab
 from tests.conftest import REPO
+from tests.processes import run as run_apart
 
 TOYBOX = REPO / "examples" / "toybox"
 YAML = """
@@ -315,15 +315,12 @@ def test_splits_given_twice_are_written_both(
     assert {p.name for p in tmp_path.glob("*.json")} == {"val.json", "test.json"}
 
 
-def test_a_deepspeed_section_that_deepspeed_refuses(data: Path) -> None:
+def test_a_deepspeed_section_that_deepspeed_refuses(data: Path, tmp_path: Path) -> None:
     """In a process of its own: DeepSpeed changes much of the one that imports it."""
     pytest.importorskip("deepspeed")
     section = "run.deepspeed_config={zero_optimization: {stage: 2, bogus: 1}}"
-    done = subprocess.run(
-        [sys.executable, "train.py", "--cfg-path", str(data / "run.yaml"),
-         "--use-deepspeed", "--options", section],
-        cwd=REPO, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    command = ["--cfg-path", data / "run.yaml", "--use-deepspeed", "--options", section]
+    done = run_apart(tmp_path, "train", command)
     assert done.returncode == 2
     assert "error: run.deepspeed_config: DeepSpeed refuses it: " in done.stderr
     assert "bogus" in done.stderr.splitlines()[-1]

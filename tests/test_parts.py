@@ -431,7 +431,7 @@ def test_a_trained_qformer_is_loaded_but_neither_cached_nor_exported(
     with pytest.raises(LavisError, match=r"run\.feature_cache: model\.finetuned .* holds"):
         prepare(home, *later, "run.feature_cache.enabled=true")
     with pytest.raises(ConfigError, match=r"only parts of arch minigpt4qwen .*not of vlm"):
-        export(load_config(path.with_name("config.yaml")), path, tmp_path / "out", torch.float32)
+        export(path, tmp_path / "out", torch.float32)
     assert not (tmp_path / "out").exists()
 
 

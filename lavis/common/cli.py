@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
         status = main()
     except LavisError as error:
         where = "" if is_main_process() else f" (process {os.environ['RANK']})"
-        if not (where and error.agreed):
+        if where and error.agreed:
+            time.sleep(1)  # the launcher ends all once one has ended: the main one speaks first
+        else:
             print(f"error{where}: {printable(str(error))}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:

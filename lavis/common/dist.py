@@ -53,6 +53,10 @@ def process_group(device_type: str, *, always: bool = False) -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
     try:
         yield
+    except LavisError as error:
+        if error.agreed:
+            barrier()  # the launcher ends all once one has ended, and the main one writes its files
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -14,7 +14,7 @@ from lavis.common.errors import ConfigError, DataError
 from lavis.common.types import NO_FEATURES, Batch
 from lavis.models.compute.head import autocast_dtype
 from lavis.models.compute.prefix import ConstantPrefix
-from lavis.models.compute.quantized_linear import QuantizedLinear
+from lavis.models.compute.quantized_linear import count_weights
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import PartsConfig, PartTraining
 from lavis.models.contracts import VisionEncoder
@@ -282,10 +282,8 @@ class VLM(nn.Module):
         """
 
         def cost(module: nn.Module, *, backward: bool) -> float:
-            frozen = 2 + 2 * backward
-            each = sum(p.numel() * (frozen + 2 * p.requires_grad) for p in module.parameters())
-            packed = (m for m in module.modules() if isinstance(m, QuantizedLinear))
-            return float(each + frozen * sum(m.in_features * m.out_features for m in packed))
+            learns = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            return float((2 + 2 * backward) * count_weights(module) + 2 * learns)
 
         vision = "vision" in self.config.training
         per_image = self.encoder.num_query_token * cost(self.connector, backward=vision)

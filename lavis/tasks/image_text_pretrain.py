@@ -166,7 +166,9 @@ class ImageTextPretrainTask:
             options["vision"] = False
         model = MODELS.get(config.arch).from_config(config, **options)
         if hasattr(model, "set_schedule") and not mapped:  # the runner knows what memory is left
-            model.set_schedule(StepSchedule.from_run(run, model))
+            learns = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+            each = 3 + (dist.world_size() > 1)  # a gradient, two moments, what is sent of it
+            model.set_schedule(StepSchedule.from_run(run, model, reserved=each * learns))
         return model
 
     def validate(self, module: nn.Module, splits: Splits, device: torch.device) -> dict[str, float]:

@@ -63,11 +63,11 @@ def main() -> int:
     setup_logging()
     checkpoint = require_checkpoint(args.checkpoint, "--checkpoint")
     config = load_config(args.cfg_path or checkpoint.parent / "config.yaml", args.options)
+    dtype = DTYPES.get(args.dtype)
     if args.format == "original":
-        for path in export(config, checkpoint, args.out, DTYPES.get(args.dtype, torch.float16)):
+        for path in export(checkpoint, args.out, dtype or torch.float16, config):
             print(path)
         return 0
-    dtype = DTYPES.get(args.dtype)
     if args.format == "merged":
         check_mergeable(config, args.out)
         from lavis.models.language.merged import merge
@@ -90,17 +90,23 @@ def main() -> int:
     return 0
 
 
-def export(config: Config, checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
-    """Write every part that a checkpoint of a run holds.
+def export(
+    checkpoint: str | Path, out: Path, dtype: torch.dtype, config: Config | None = None
+) -> list[Path]:
+    """Write every part that a checkpoint holds.
+
+    Args:
+        config: of the run that wrote it; by default what lies beside it.
 
     Returns:
         The files written.
 
     Raises:
         WeightsError: the checkpoint is damaged, or holds no part as a whole.
-        ConfigError: the run is of another arch.
+        ConfigError: the run's configuration is missing.
     """
     checkpoint = require_checkpoint(checkpoint, "--checkpoint")
+    config = config or load_config(checkpoint.parent / "config.yaml")
     if not isinstance(config.model, MiniGPT4QwenConfig):
         raise ConfigError(
             f"{checkpoint}: only parts of arch minigpt4qwen are written, not of {config.model.arch}"

@@ -156,6 +156,18 @@ def test_as_little_is_recomputed_as_memory_allows(data: Path) -> None:
     assert model.schedule.recompute == "none"  # nobody asked
 
 
+def test_gradients_and_moments_have_their_room(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What AdamW takes after the first step is no room for activations."""
+    asked = ("model.llm_grad_ckpt=true", "run.batch_size_train=8")
+    model, _ = model_and_batch(data, *asked)
+    kept, _ = activation_bytes(model.language.model)
+    free = 1.2 * 4 * kept * 8 * model.config.max_txt_len  # of four layers
+    monkeypatch.setattr("lavis.models.compute.memory.free_memory", lambda _: free)
+    for frozen in (True, False):
+        model, _ = model_and_batch(data, *asked, f"model.freeze_llm={str(frozen).lower()}")
+        assert (model.schedule.recompute == "none") == frozen
+
+
 def test_saved_bytes_are_those_of_a_real_layer(data: Path) -> None:
     model, _ = model_and_batch(data)
     layer, tokens = model.language.model.model.layers[0], 200

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,10 @@ import pytest
 import torch
 
 from examples.toybox.world.__main__ import write_split
-from tests.conftest import REPO
+from tests.processes import Running
 from tests.runners.worker import options
 
-STEPS = 25  # 97 samples, four a step
+STEPS = 16  # 61 samples, four a step
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 SHARDED = ["fsdp2", *(f"zero{stage}" for stage in range(4) if HAS_DEEPSPEED)]
 TOLERANCE = 1e-5
@@ -32,7 +29,7 @@ TOLERANCE = 1e-5
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures, and a third of the conversations without one."""
     out = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 97), ("val", 5), ("test", 19)):
+    for split, count in (("train", 61), ("val", 5), ("test", 19)):
         write_split(out, split, count, seed=11)
     records = json.loads((out / "train.json").read_text(encoding="utf-8"))
     for record in records[::3]:
@@ -51,46 +48,25 @@ def strategy(name: str) -> list[str]:
     return ["run.strategy=deepspeed", f"run.deepspeed_config={section}"]
 
 
-def start(tmp: Path, runs: list[list[str]], processes: int) -> subprocess.Popen[str]:
+def start(
+    tmp: Path,
+    runs: list[list[str]],
+    processes: int,
+    module: str = "tests.runners.worker",
+    *,
+    anew: bool = False,
+) -> Running:
     """Of a setting that a run gives twice, the last counts."""
     plan = tmp / f"runs-{time.monotonic_ns()}.json"
     last = [list({item.partition("=")[0]: item for item in run}.values()) for run in runs]
     plan.write_text(json.dumps(last), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.runners.worker", plan],
-        cwd=REPO,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return Running(tmp, module, [plan], processes, anew=anew)
 
 
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    try:
-        out, _ = process.communicate(timeout=300)
-    finally:
-        kill(process)
-    assert process.returncode == status, out[-6000:]
-    return out
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher, its processes and their workers."""
-    for pid in _family(process.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def _family(pid: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [pid, *(p for child in children for p in _family(int(child)))]
+def finish(process: Running, status: int = 0) -> str:
+    done = process.wait()
+    assert done.returncode == status, process.said()[-6000:]
+    return process.said()
 
 
 def folder(output: Path) -> Path:
@@ -194,37 +170,41 @@ def test_strategies_give_one_result(data: Path, alone: Path, tmp_path: Path) -> 
         assert difference(end, whole) <= TOLERANCE, name
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_a_vision_side_that_learns(data: Path, tmp_path: Path, name: str) -> None:
+def test_a_vision_side_that_learns(data: Path, tmp_path: Path) -> None:
     """One process has pictures and the other has none, and both wait for its gradient."""
     learn = ["model.freeze_qformer=false", "model.freeze_queries=false", "run.init_lr=1e-4"]
-    one, two = (tmp_path / n for n in ("one", "two"))
+    common = [*options(data), *learn]
     four = ["run.batch_size_train=4", "run.accum_grad_iters=1"]
-    finish(start(tmp_path, [[*options(data), *learn, *four, f"run.output_dir={one}"]], 1))
-    run = [*options(data), *learn, *TWO, *strategy(name), f"run.output_dir={two}"]
-    finish(start(tmp_path, [run], 2))
-    ends = [state(folder(p) / "checkpoint_latest.pth") for p in (one, two)]
-    assert len(ends[0]["model"]) > 50
-    assert difference(*ends) <= 1e-4  # Adam makes a whole step of a gradient of rounding errors
-    for (_, loss, _), (_, expected, _) in zip(curve(two), curve(one), strict=True):
-        assert loss == pytest.approx(expected, abs=TOLERANCE)
+    finish(start(tmp_path, [[*common, *four, f"run.output_dir={tmp_path / 'one'}"]], 1))
+    names = ["ddp", "fsdp2"]
+    runs = [[*common, *TWO, *strategy(n), f"run.output_dir={tmp_path / n}"] for n in names]
+    finish(start(tmp_path, runs, 2))
+    expected = state(folder(tmp_path / "one") / "checkpoint_latest.pth")
+    assert len(expected["model"]) > 50
+    for name in names:
+        end = state(folder(tmp_path / name) / "checkpoint_latest.pth")
+        # Adam makes a whole step of a gradient of rounding errors.
+        assert difference(end, expected) <= 1e-4
+        assert [loss for _, loss, _ in curve(tmp_path / name)] == pytest.approx(
+            [loss for _, loss, _ in curve(tmp_path / "one")], abs=TOLERANCE
+        )
 
 
 def test_killed_at_random_steps(data: Path, pair: Path, tmp_path: Path) -> None:
-    """SIGKILL to all processes, five times; the end is bit for bit that of an unbroken run."""
+    """SIGKILL to all processes, four times; the end is bit for bit that of an unbroken run."""
     rng = random.Random(3)
     resume: list[str] = []
     done = 0
-    for attempt in range(6):
+    for attempt in range(5):
         out = tmp_path / str(attempt)
         run = [*options(data), *TWO, *resume, "run.save_every_steps=1", f"run.output_dir={out}"]
         process = start(tmp_path, [run], 2)
-        if attempt == 5:
+        if attempt == 4:
             finish(process)
             break
         # The last step seen may be killed in its own save; the one before it is whole.
-        _wait_for_step(process, out, done + rng.randint(2, 4))
-        kill(process)
+        _wait_for_step(process, out, done + rng.randint(2, 3))
+        process.kill()
         resume = [f"run.resume_ckpt_path={folder(out) / 'checkpoint_latest.pth'}"]
         done = state(folder(out) / "checkpoint_latest.pth")["progress"]["step"]
     assert done >= 5
@@ -234,37 +214,12 @@ def test_killed_at_random_steps(data: Path, pair: Path, tmp_path: Path) -> None:
         assert all(torch.equal(v, other["optimizer"]["state"][i][k]) for k, v in entries.items())
 
 
-DIES_IN_THE_THIRD_SAVE = """
-import io, os, signal, torch
-from tests.runners import worker
-
-whole, calls = torch.save, 0
-
-def half(content, file):
-    global calls
-    calls += 1
-    if calls == 3:
-        buffer = io.BytesIO()
-        whole(content, buffer)
-        file.write(buffer.getvalue()[: buffer.tell() // 2])
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    whole(content, file)
-
-torch.save = half
-worker.main()
-"""
-
-
 def test_killed_while_a_checkpoint_is_written(data: Path, alone: Path, tmp_path: Path) -> None:
     """Half of a file is on disk; the one before it is whole, and the run goes on from there."""
     out = tmp_path / "run"
     four = ["run.batch_size_train=4", "run.accum_grad_iters=1", "run.save_every_steps=1"]
-    plan = tmp_path / "runs.json"
-    plan.write_text(json.dumps([[*options(data), *four, f"run.output_dir={out}"]]))
-    command = [sys.executable, "-c", DIES_IN_THE_THIRD_SAVE, str(plan)]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    run = [*options(data), *four, f"run.output_dir={out}"]
+    finish(start(tmp_path, [run], 1, "tests.runners.dying_worker"), -signal.SIGKILL)
     latest = folder(out) / "checkpoint_latest.pth"
     assert state(latest)["progress"]["step"] == 2
     assert len(list(folder(out).glob(".*.tmp"))) == 1  # what was being written has no name yet
@@ -278,13 +233,13 @@ def test_killed_while_a_checkpoint_is_written(data: Path, alone: Path, tmp_path:
 def test_two_processes_then_one_then_two(data: Path, alone: Path, tmp_path: Path) -> None:
     """The same samples in the same steps; the end within the tolerance."""
     resume: list[str] = []
-    for stage, (processes, until) in enumerate([(2, 7), (1, 15), (2, STEPS)]):
+    for stage, (processes, until) in enumerate([(2, 5), (1, 10), (2, STEPS)]):
         out = tmp_path / str(stage)
         run = [*options(data), *TWO, *resume, "run.save_every_steps=1", f"run.output_dir={out}"]
         process = start(tmp_path, [run], processes)
         if until < STEPS:
             _wait_for_step(process, out, until)
-            kill(process)
+            process.kill()
         else:
             finish(process)
         for entry in curve(out):
@@ -299,8 +254,8 @@ def test_a_signal_to_one_process_stops_all(data: Path, tmp_path: Path) -> None:
     run = [*options(data), *TWO, "run.max_epoch=50", f"run.output_dir={out}"]
     process = start(tmp_path, [run], 2)
     _wait_for_step(process, out, 3)
-    workers = [p for p in _family(process.pid) if "tests.runners.worker" in _command(p)]
-    os.kill(workers[-1], signal.SIGTERM)  # not the one that writes
+    _, _, second = process.family()
+    os.kill(second, signal.SIGTERM)  # not the one that writes
     log = finish(process, status=1)  # the launcher's, as its processes ended with 130
     saved = state(folder(out) / "checkpoint_latest.pth")
     assert 3 <= saved["progress"]["step"] < 50 * STEPS
@@ -311,9 +266,9 @@ def test_a_signal_to_the_group_stops_all_and_saves(data: Path, tmp_path: Path) -
     """The launcher passes it on to each process's group, loader workers and all."""
     out = tmp_path / "run"
     workers = ["run.num_workers=1", "run.max_epoch=50", f"run.output_dir={out}"]
-    process = start(tmp_path, [[*options(data), *TWO, *workers]], 2)
+    process = start(tmp_path, [[*options(data), *TWO, *workers]], 2, anew=True)
     _wait_for_step(process, out, 3)
-    assert len(_family(process.pid)) == 5
+    assert len(process.family()) == 5
     os.killpg(process.pid, signal.SIGTERM)
     log = finish(process, status=1)  # the launcher's
     saved = state(folder(out) / "checkpoint_latest.pth")
@@ -407,18 +362,14 @@ def test_a_bad_sample_to_validate_on_in_one_process(data: Path, tmp_path: Path, 
     assert "gloo" not in log
 
 
-def _wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
+def _wait_for_step(process: Running, output: Path, step: int) -> None:
     """Wait until so many steps are done and saved."""
     deadline = time.monotonic() + 120
     while True:
-        assert process.poll() is None, process.communicate()[0][-6000:]
+        assert not process.ended(), process.said()[-6000:]
         assert time.monotonic() < deadline
         logs = list(output.glob("*/log.txt"))
         lines = logs[0].read_text().splitlines() if logs else []
         if any(json.loads(line).get("step", -1) + 1 >= step for line in lines if line[-1:] == "}"):
             return
         time.sleep(0.02)
-
-
-def _command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, WeightsError
@@ -21,6 +26,7 @@ from lavis.models.vlm import VLM
 from lavis.runners.estimate import Estimator
 from lavis.runners.plan_page import card, plan_chat, plan_run
 from lavis.runners.sharing import Sharing
+from lavis.runners.strategy import FSDP2Strategy
 from tests.conftest import REPO
 
 PROJECT = REPO / "lavis" / "projects" / "toybox" / "train.yaml"
@@ -62,12 +68,52 @@ def measured(config: Config, batch: Batch, schedule: StepSchedule) -> int:
             profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         )
         model(batch).loss_sum.backward()
+    return recorded_peak(recorder)
+
+
+def recorded_peak(recorder: profile) -> int:
     events: Any = recorder.profiler.kineto_results.events()  # type: ignore[union-attr]
     live = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+@pytest.fixture()
+def four_cards() -> Iterator[None]:
+    """A group whose other three processes are not there: what they would send has no numbers."""
+    torch.distributed.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("four_cards")
+@pytest.mark.parametrize("learns", ["connector", "everything"])
+def test_one_of_four_never_holds_more_than_its_slices(learns: str) -> None:
+    """Nor gathers a block more than twice a micro-batch, or adds up a gradient that none needs."""
+    config = config_of("run.strategy=fsdp2", *SETTINGS[learns])
+    model: VLM = MODELS.get(config.model.arch).from_config(config.model, cache_root=str(REPO))
+    made = Estimator(config, Sharing.fsdp2(4))
+    batch, blocks = made.batch(3), list(model.shardable_blocks())
+    learning = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    strategy = FSDP2Strategy(config.run, torch.device("cpu"))
+    groups = [{"params": list(model.trainable_parameters().values())}]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
+        strategy.setup(model, groups)
+    slices = made.held.frozen + made.held.trained
+    assert slices <= recorded_peak(recorder) <= 1.02 * slices
+    model.train()
+    counts = []
+    for _ in range(2):
+        with CommDebugMode() as sent, strategy.micro_batch(last=False):
+            strategy.backward(strategy.module(batch).loss_sum)
+        counts.append(Counter({op.__name__: n for op, n in sent.get_comm_counts().items()}))
+    assert counts[1]["_allgather_base_"] <= 2 * (len(blocks) + 1)  # the rest of the model is one
+    assert counts[1]["_reduce_scatter_base_"] == sum(learning) + 1
+    assert counts[1].total() == sum(
+        counts[1][k] for k in ("_allgather_base_", "_reduce_scatter_base_")
+    )
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -81,6 +127,27 @@ def test_a_row_takes_what_is_said(setting: str, monkeypatch: pytest.MonkeyPatch)
     said = made.micro_batch(documents * made.length, schedule).peak
     taken = measured(config, batch, schedule)
     assert said == pytest.approx(taken, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_packed_weights_take_what_is_said(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "_CACHED_ROWS", 2**20)
+    content = yaml.safe_load(PROJECT.with_name("smollm2.yaml").read_text())
+    content["model"]["language"] = {
+        "name": "qwen1", "path": "examples/toybox/llm", "precision": "fp32", "quantize": kind,
+    }  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    config = load_config(path, [f"env.cache_root={REPO}", "run.feature_cache.enabled=false"])
+    made = Estimator(config, Sharing("single", 1))
+    model = MODELS.get(config.model.arch).from_config(config.model, cache_root=str(REPO))
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert made.weights == pytest.approx(weights, rel=0.01)
+    schedule, documents = made.schedule(float("inf")), 20
+    said = made.micro_batch(documents * made.length, schedule).peak
+    assert said == pytest.approx(measured(config, made.batch(documents), schedule), rel=0.1)
 
 
 def test_slices_are_shared_and_blocks_are_whole() -> None:
@@ -120,6 +187,31 @@ def test_the_longest_row_is_the_last_that_fits() -> None:
     assert made.longest(plain, memory) == 6400
     assert made.longest(plain, memory - 1) == 6400 - 64
     assert made.longest(plain, made.held.total) == 0
+
+
+ADAPTED = {
+    "frozen": [],
+    "adapters": ["lora_r=16", "lora_dropout=0.0"],
+    "dropout": ["lora_r=16", "lora_dropout=0.1"],
+}
+
+
+@pytest.mark.parametrize("adapters", ADAPTED)
+def test_what_is_recomputed_fits(adapters: str) -> None:
+    """Between what a row takes with all layers recomputed and what it takes with none."""
+    chosen = [f"model.{option}" for option in ADAPTED[adapters]]
+    chosen += ["model.get_lora=true"] if chosen else []
+    chosen += ["model.llm_grad_ckpt=true", "run.max_tokens_per_batch=4000"]
+    deep = BENCH[3].replace("num_hidden_layers: 2", "num_hidden_layers: 8")
+    made = Estimator(config_of(*chosen, deep), Sharing("single", 1))
+    least, most = (made.needed(4000, StepSchedule(recompute=how)) for how in ("all", "none"))
+    found = set()
+    for share in (0.3, 0.5, 0.7, 0.9, 1.3):
+        memory = least + share * (most - least)
+        schedule = made.schedule(memory)
+        found.add(schedule.recompute)
+        assert made.needed(4000, schedule) <= memory
+    assert "none" in found and len(found) > 2
 
 
 class _NoData:

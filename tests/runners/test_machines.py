@@ -17,7 +17,7 @@ from examples.toybox.world.__main__ import write_split
 from tests.runners.test_distributed import TWO, finish, start
 from tests.runners.worker import options
 
-STEPS = 25  # 97 samples, four a step
+STEPS = 16  # 61 samples, four a step
 
 
 @pytest.fixture()
@@ -33,7 +33,7 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     out = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 97), ("val", 5), ("test", 19)):
+    for split, count in (("train", 61), ("val", 5), ("test", 19)):
         write_split(out, split, count, seed=11)
     return [*options(out), *TWO]
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 from lavis.models.compute.quantized_linear import QuantizedLinear
-from tests.conftest import REPO
+from tests.processes import run
 from tests.test_parts import make_home, prepare
 
 pytest.importorskip("bitsandbytes")
@@ -35,9 +32,8 @@ def test_two_processes_that_shard_are_one(tmp_path: Path) -> None:
         for i, way in enumerate(WAYS)
     ]
     (tmp_path / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    worker = ["-m", "tests.runners.worker", str(tmp_path / "runs.json"), str(home / "run.yaml")]
-    done = run([*launcher, *worker])
+    worker = [tmp_path / "runs.json", home / "run.yaml"]
+    done = run(tmp_path, "tests.runners.worker", worker, processes=2)
     assert done.returncode == 0, done.stderr[-6000:]
     for path, way in zip(done.stdout.splitlines(), WAYS, strict=True):
         alone = prepare(home, *common, *[o for o in way if "fsdp" not in o], job=way[0])
@@ -57,23 +53,11 @@ def test_zero_3_refuses_them(tmp_path: Path) -> None:
     home = make_home(tmp_path, "qwen3")
     stage = "run.deepspeed_config={zero_optimization: {stage: 3}}"
     chosen = [f"model.language.path={home / 'qwen3'}", "model.language.quantize=int8", stage]
-    command = ["train.py", "--use-deepspeed", "--cfg-path", str(home / "run.yaml"), "--options"]
-    done = run([*command, *chosen])
+    command = ["--use-deepspeed", "--cfg-path", home / "run.yaml", "--options", *chosen]
+    done = run(tmp_path, "train", command)
     told = "model.language.quantize: ZeRO stage 3 takes no packed weights; train with run.strategy"
     assert done.returncode == 2
     assert told in done.stderr
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPO,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def trained(checkpoint: Path) -> dict[str, Any]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from lavis.models.weights.files import set_final_dtype
 from lavis.models.weights.slices import own_rows, take_out
 from lavis.runners.strategy import FSDP2Strategy
 from tests.conftest import REPO
+from tests.processes import run
 from tests.runners.worker import PROJECT, options
 from tests.test_parts import model_yaml, save_language
 
@@ -38,24 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_twice(output: Path, cfg_path: Path, *chosen: str) -> tuple[int, int]:
     """How many weights there are and how many have moved, the same ones on both ways."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *launcher,
-            "-m",
-            "tests.runners.sharded_worker",
-            output,
-            cfg_path,
-            *chosen,
-        ],
-        cwd=REPO,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run(output, "tests.runners.sharded_worker", [output, cfg_path, *chosen], processes=2)
     assert done.returncode == 0, done.stderr[-6000:]
     counts = re.search(r"same: (\d+) moved: (\d+)", done.stdout)
     assert counts is not None

@@ -15,8 +15,8 @@ import torch
 import train
 from lavis.common import dist
 from lavis.common.cli import run_cli, setup_logging
-from tests.conftest import REPO
 
+REPO = Path(__file__).resolve().parents[2]
 PROJECT = REPO / "lavis" / "projects" / "toybox" / "train.yaml"
 
 

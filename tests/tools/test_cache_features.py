@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from lavis.models.vision.eva_qformer import EvaQFormer
 from lavis.tasks.data import RunData
 from lavis.tools import cache_features
 from tests.conftest import REPO, TOY
+from tests.processes import run
 from tests.runners.worker import PROJECT, options
 from tests.tools import features_worker
 
@@ -204,29 +204,21 @@ def test_damage_is_found_and_mended_before_training(data: Path, tmp_path: Path) 
     assert fill(data, cache) == Counts(1, COUNT - 1, 0)  # the mended one is in its own shard
 
 
-def tool(data: Path, *more: str, processes: int = 1, kill_after: int = 0) -> Any:
+def tool(data: Path, logs: Path, *more: str, processes: int = 1, kill_after: int = 0) -> Any:
     """Run the command in processes of its own; optionally SIGKILL it after some records."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else [])]
-    command += ["-m", features_worker.__name__, "--cfg-path", str(PROJECT), "--splits", "train"]
-    return subprocess.run(
-        [*command, "--options", *options(data), *more],
-        cwd=REPO,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TEST_KILL_AFTER": str(kill_after)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    command = ["--cfg-path", PROJECT, "--splits", "train", "--options", *options(data), *more]
+    kill = {"TEST_KILL_AFTER": str(kill_after)}
+    return run(logs, features_worker.__name__, command, processes, **kill)
 
 
 def test_killed_and_started_again(data: Path, tmp_path: Path) -> None:
-    killed = tool(data, cached(tmp_path / "f"), kill_after=21)
+    killed = tool(data, tmp_path, cached(tmp_path / "f"), kill_after=21)
     assert killed.returncode == -signal.SIGKILL
     assert fill(data, cached(tmp_path / "f")) == Counts(21, COUNT - 21, 0)
 
 
 def test_two_processes_share_the_work(data: Path, tmp_path: Path) -> None:
-    done = tool(data, cached(tmp_path / "two"), processes=2)
+    done = tool(data, tmp_path, cached(tmp_path / "two"), processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines() == [f"0 found, {COUNT} encoded, 0 failed: {tmp_path / 'two'}"]
     one, other = shards(tmp_path / "two")
@@ -253,15 +245,7 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
     runs = [[*options(data), *two, *scored, *s, f"run.output_dir={out}"] for s in strategies]
     runs.append([*runs[0][:-1], "run.evaluate=true", f"run.output_dir={tmp_path / 'scores'}"])
     plan.write_text(json.dumps(runs), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.runners.worker", plan],
-        cwd=REPO,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run(tmp_path, "tests.runners.worker", [plan], processes=2)
     assert done.returncode == 0, done.stderr[-6000:]
     assert len(list(tmp_path.glob("scores/*/evaluation/scores.json"))) == 1
     assert len(list(out.iterdir())) == len(strategies)

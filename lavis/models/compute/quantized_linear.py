@@ -172,8 +172,19 @@ class OutlinedLinear(QuantizedLinear):
         packed = torch.empty(count, dtype=torch.uint8, device=linear.weight.device)
         super().__init__((linear.out_features, linear.in_features), linear.bias, packed=packed)
 
+        self._unpacked = torch.float32 if bits == PACKED_BITS["int8"] else None
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return self.packed.new_empty((self.out_features, self.in_features), dtype=dtype)
+        shape = self.out_features, self.in_features
+        return self.packed.new_empty(shape, dtype=self._unpacked or dtype).to(dtype)
+
+
+def count_weights(module: nn.Module) -> int:
+    """How many numbers a module multiplies by, packed ones too."""
+    packed = (m for m in module.modules() if isinstance(m, QuantizedLinear))
+    return sum(m.in_features * m.out_features for m in packed) + sum(
+        p.numel() for p in module.parameters()
+    )
 
 
 PACKED_BITS = {"int8": 8.0, "nf4": 4 + 32 / _NF4_BLOCK}
