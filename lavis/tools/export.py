@@ -124,18 +124,20 @@ def export(
         key = partial(config.model.key, "language")
         spec = read_spec(source, config.model.llm_config, need_file=False, key=key)
     state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in trained.items()}
+    vit = _under(state, "visual_encoder.")
+    qformer = {k: t for k, t in state.items() if k.startswith(_QFORMER)}
+    if not (vit or qformer or llm):
+        raise WeightsError(f"{checkpoint} holds neither a vision encoder, a Q-Former nor an LLM")
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    if vit := _under(state, "visual_encoder."):
+    if vit:
         written.append(out / "eva_vit_g.pth")
         torch.save(vit, written[-1])
-    if qformer := {k: t for k, t in state.items() if k.startswith(_QFORMER)}:
+    if qformer:
         written.append(out / "blip2.pth")
         torch.save({"model": qformer}, written[-1])
     if llm:
         written += _write_llm(_under(state, "llm_model."), spec.original, source, out / "llm")
-    if not written:
-        raise WeightsError(f"{checkpoint} holds neither a vision encoder, a Q-Former nor an LLM")
     return written
 
 

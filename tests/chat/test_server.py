@@ -85,7 +85,7 @@ class Served:
 
     def new_client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=60,
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=20,
             http_client=openai.DefaultHttpxClient(trust_env=False),
         )  # fmt: skip
 
@@ -96,14 +96,14 @@ class Served:
     def raw(
         self, content: bytes, *headers: str, path: str = "/v1/chat/completions"
     ) -> socket.socket:
-        plain = socket.create_connection(("127.0.0.1", self.port), 60)
+        plain = socket.create_connection(("127.0.0.1", self.port), 20)
         head = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
         plain.sendall("\r\n".join([*head, "", ""]).encode() + content)
         return plain
 
     def sent(self, what: str, content: bytes = b"", *headers: str) -> bytes:
         """All that comes back to a request written as it stands."""
-        with socket.create_connection(("127.0.0.1", self.port), 60) as plain:
+        with socket.create_connection(("127.0.0.1", self.port), 20) as plain:
             kind = "" if any("Content-Type" in h for h in headers) else "application/json"
             head = [f"{what} HTTP/1.1", "Host: x", "Connection: close", *headers]
             head += [f"Content-Length: {len(content)}", f"Content-Type: {kind}"][: 2 if kind else 1]
@@ -210,6 +210,16 @@ def test_a_turn_costs_its_own_tokens(toybox: ChatEngine, rows: list[int]) -> Non
         cached = second.usage.prompt_tokens_details.cached_tokens
         assert cached >= answer.usage.total_tokens
         assert rows[0] == second.usage.prompt_tokens - cached < 20
+
+
+def test_who_has_the_end_finds_the_cache(toybox: ChatEngine) -> None:
+    answers = Answers(toybox, Limits(), DEFAULTS)
+    asked = body(user(shown(), QUESTIONS[0]))
+    first = answers.answer(asked, lambda: False)
+    assert any(isinstance(event, Ended) for event in first)  # which is not read any further
+    begun = next(answers.answer(asked, lambda: False))
+    assert isinstance(begun, Begun)
+    assert begun.cached_tokens == begun.prompt_tokens - 1
 
 
 def test_a_picture_sent_again_is_not_encoded_again(
@@ -645,7 +655,7 @@ def test_other_addresses(served: Served) -> None:
 def test_the_key(toybox: ChatEngine) -> None:
     with running(toybox, key="schlüssel") as served:
         raw = body(user("Why?")).model_dump_json(exclude_unset=True).encode()
-        for key in ("none", "x", "schl", "key-2", ""):
+        for key in ("none", "schl", "schlüsse", "schlüssel2", ""):
             for path in ("GET /v1/models", "GET /v1/models/toy", "POST /v1/chat/completions"):
                 refused = served.sent(path, raw, f"Authorization: Bearer {key}")
                 assert refused.startswith(b"HTTP/1.1 401")

@@ -65,3 +65,4 @@ def test_a_configuration_of_another_place(
     monkeypatch.setattr("sys.argv", ["export", *where, "--cfg-path", str(toy_yaml)])
     with pytest.raises(WeightsError, match="neither a vision encoder, a Q-Former nor an LLM"):
         main()
+    assert not (tmp_path / "out").exists()

@@ -79,11 +79,11 @@ class Answers:
                 return
             yield from text.rest()
             finish = answer.exchange.finish
-            yield Ended(
-                "length" if finish == "length" and not text.ended else "stop", len(answer.ids)
-            )
+            cut = finish == "length" and not text.ended
         finally:
             self._caches.put(cache)
+        # Only now: who has the end may ask on at once, and shall find the cache.
+        yield Ended("length" if cut else "stop", len(answer.ids))
 
 
 class Caches:

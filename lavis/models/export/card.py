@@ -55,7 +55,7 @@ inputs = processor(
     text=text, images=[Image.open("picture.png").convert("RGB")], add_special_tokens=False,
     return_tensors="pt",
 ).to(model.device, model.dtype)
-answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:]
+answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1]:]
 print(processor.tokenizer.decode(answer, skip_special_tokens=True))
 ```
 
