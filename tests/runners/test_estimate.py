@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,11 +65,21 @@ def measured(config: Config, batch: Batch, schedule: StepSchedule) -> int:
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.run.amp)
     with autocast, contextlib.ExitStack() as stack:
         model.constant_prefix()
-        recorder = stack.enter_context(
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        )
+        recorder = stack.enter_context(recording())
         model(batch).loss_sum.backward()
     return recorded_peak(recorder)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[profile]:
+    """Record the allocator, while nothing of an earlier test is given back."""
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
+            yield recorder
+    finally:
+        gc.enable()
 
 
 def recorded_peak(recorder: profile) -> int:
@@ -99,7 +110,7 @@ def test_one_of_four_never_holds_more_than_its_slices(learns: str) -> None:
     learning = [any(p.requires_grad for p in block.parameters()) for block in blocks]
     strategy = FSDP2Strategy(config.run, torch.device("cpu"))
     groups = [{"params": list(model.trainable_parameters().values())}]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
+    with recording() as recorder:
         strategy.setup(model, groups)
     slices = made.held.frozen + made.held.trained
     assert slices <= recorded_peak(recorder) <= 1.02 * slices
