@@ -10,7 +10,8 @@ import logging
 from pathlib import Path
 
 from lavis.common.cli import print_once, run_cli, setup_logging
-from lavis.common.config import AddOptions, add_config_arguments, load_config
+from lavis.common.config import AddOptions, add_config_arguments, load_stages
+from lavis.common.stages import in_stage, select_stages
 
 
 def main() -> int:
@@ -27,19 +28,31 @@ def main() -> int:
         "nothing: needs neither weights nor a GPU. CARD is a name (rtx3090, the default, a100, "
         "...) or gigabytes; start it by torch.distributed.run for several cards",
     )  # fmt: skip
+    parser.add_argument("--stage", metavar="NAME", help="train only this one of the YAML's stages")
     args = parser.parse_args()
     setup_logging(logging.WARNING if args.plan else logging.INFO)
-    config = load_config(args.cfg_path, args.options)
+    stages = load_stages(args.cfg_path, args.options)
+    chosen = select_stages(stages, args.stage)
+    config = [*chosen.values()][-1]
     run = config.run
 
     from lavis.common.registry import RUNNERS, TASKS
 
-    task = TASKS.get(run.task)(config)
     if args.plan:
         from lavis.runners.plan_page import card, plan_run
 
-        print_once(plan_run(config, task, card(args.plan)))
+        for name, each in chosen.items():
+            with in_stage(name):
+                page = plan_run(each, TASKS.get(each.run.task)(each), card(args.plan))
+            print_once(f"stage {name}\n{page}\n" if name else page)
         return 0
+    if "" not in stages and not run.evaluate:
+        from lavis.runners.stages import train_stages
+
+        checkpoint, interrupted = train_stages(stages, args.stage)
+        print_once(checkpoint)
+        return 130 if interrupted else 0
+    task = TASKS.get(run.task)(config)
     task.check_paths()
 
     import torch

@@ -26,7 +26,7 @@ class Memory:
 
     def restart(self) -> int:
         """Forget the peak of anonymous memory so far; return what there is now."""
-        self._anonymous = now = _status("RssAnon")
+        self._anonymous = now = status("RssAnon")
         return now
 
     def peaks(self, phase: str) -> dict[str, int]:
@@ -36,19 +36,20 @@ class Memory:
         when it needs them; ``<phase>_anonymous_bytes`` does not.
         """
         return {
-            f"{phase}_peak_bytes": _status("VmHWM"),
+            f"{phase}_peak_bytes": status("VmHWM"),
             f"{phase}_anonymous_bytes": self._anonymous,
         }
 
     def _sample(self) -> None:
         while True:
-            self._anonymous = max(self._anonymous, _status("RssAnon"))
+            self._anonymous = max(self._anonymous, status("RssAnon"))
             time.sleep(0.02)
 
 
-def _status(key: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition(f"{key}:")[2].split()[0]) * 1024
+def status(key: str, process: int | str = "self") -> int:
+    """Bytes under a key of Linux' ``/proc/PROCESS/status``."""
+    text = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    return int(text.partition(f"{key}:")[2].split()[0]) * 1024
 
 
 def in_child(task: Callable[..., Any], *args: Any) -> Any:

@@ -68,6 +68,14 @@ class Shape:
 
 SHAPES = {
     "full": Shape(),
+    "medium": Shape(
+        options=("model.vit_config={depth: 4}",),
+        llm=(
+            ("hidden_size", 1536), ("intermediate_size", 8192), ("kv_channels", 96),
+            ("num_attention_heads", 16), ("num_hidden_layers", 12),
+        ),
+        shards=4,
+    ),
     "tiny": Shape(
         options=(
             "model.image_size=56",
@@ -160,15 +168,17 @@ def unused(qformer: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def shards(state: dict[str, Tensor], count: int) -> Files:
-    """Cut a state dict into files of about equal size, in order."""
+    """Cut a state dict into at most ``count`` files of about equal size, in order."""
     total = sum(t.nbytes for t in state.values())
-    files: Files = {}
+    parts: dict[int, dict[str, Tensor]] = {}
     done = 0
     for name, tensor in state.items():
-        number = done * count // total + 1
-        files.setdefault(f"{LLM}/model-{number:05}-of-{count:05}.safetensors", {})[name] = tensor
+        parts.setdefault(done * count // total, {})[name] = tensor
         done += tensor.nbytes
-    return files
+    return {
+        f"{LLM}/model-{number:05}-of-{len(parts):05}.safetensors": part
+        for number, part in enumerate(parts.values(), start=1)
+    }
 
 
 def claim(shape_name: str, root: Path) -> bool:

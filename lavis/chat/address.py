@@ -12,7 +12,10 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket that listens there; the system's error if it cannot."""
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family)
+    listener = socket.create_server((host, port), family=family)
+    # Connections inherit it: a token is sent at once, not when the one before is acknowledged.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def check_address(host: str, port: int) -> None:

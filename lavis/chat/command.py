@@ -157,6 +157,7 @@ def load_chat(args: argparse.Namespace) -> tuple[ChatEngine, ChatSettings, bool]
         loaded,
         processors["eval"],
         video=found.config.preprocess.video,
+        tiles=found.config.preprocess.tiles,
         cache_bytes=args.cache_bytes or room_for_cache({p.device for p in loaded.parameters()}),
         record=record_cuda if args.cuda_graphs else None,
     )

@@ -46,7 +46,7 @@ class Exchange:
     @property
     def question(self) -> str:
         """The text with its images in place."""
-        return place_images(self.text, [len(image.numbers) for image in self.images])
+        return place_images(self.text, [image.places for image in self.images])
 
 
 class Conversation:

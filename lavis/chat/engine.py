@@ -34,8 +34,11 @@ from lavis.common.device import to_device
 from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.common.frames import VideoConfig
 from lavis.common.images import as_image, is_video
-from lavis.common.videos import read_video
+from lavis.common.tiles import TilesConfig
+from lavis.common.types import IMAGE_PLACEHOLDER
+from lavis.common.videos import cut, read_video
 from lavis.models.decode import NOT_A_NUMBER
+from lavis.processors.conversation import tiles_text
 
 if TYPE_CHECKING:
     from lavis.models import VLM
@@ -50,13 +53,15 @@ class ChatImage:
 
     Attributes:
         name: how it is shown: a file's name.
-        embeds: (N, Q, C) soft tokens, of each frame of a video.
+        embeds: (N, Q, C) soft tokens, of each frame of a video, or of a picture and its tiles.
         numbers: of these N, over 0, and no other's.
+        places: their placeholders in a text.
     """
 
     name: str
     embeds: Tensor
     numbers: tuple[int, ...]
+    places: str
 
     @property
     def number(self) -> int:
@@ -77,6 +82,7 @@ class ChatEngine:
         processor: Callable[[Image.Image], Tensor],
         *,
         video: VideoConfig | None = None,
+        tiles: TilesConfig | None = None,
         cache_bytes: float = math.inf,
         record: Record | None = None,
     ) -> None:
@@ -86,16 +92,21 @@ class ChatEngine:
             model: in evaluation mode.
             processor: its image processor, ``vis_processors["eval"]``.
             video: which frames of a video are shown, ``preprocess.video`` of a configuration.
+            tiles: which parts of a picture, ``preprocess.tiles``.
             cache_bytes: keys and values that are kept of all conversations. Those used least
                 recently are given up beyond, and computed anew at the conversation's next
                 question; the conversation that is being answered keeps its own in any case.
             record: records the pass of a token, to replay it: :func:`lavis.chat.graph.record_cuda`.
 
         Raises:
-            ConfigError: not one frame of a video fits into ``video.max_tokens``.
+            ConfigError: not one frame of a video fits into ``video.max_tokens``, or a picture and
+                its tiles not into ``tiles.max_tokens`` or the context.
         """
         self.model = model
-        self.video = (video or VideoConfig()).within(model.encoder.num_query_token)
+        tokens = model.encoder.num_query_token
+        self.video = (video or VideoConfig()).within(tokens)
+        limit = "the language model's context"
+        self.tiles = (tiles or TilesConfig()).within(tokens, model.context, limit)
         self.cache_bytes = cache_bytes
         self._token_bytes = 0.0  # of keys and values; known after the first pass
         self._used: weakref.WeakKeyDictionary[ConversationCache, None] = (
@@ -121,25 +132,30 @@ class ChatEngine:
             DataError: it is no image or video, or a tensor has the wrong shape.
         """
         if isinstance(image, Tensor):
-            return self._encode(image[None], name)
+            return self._encode(image[None], name, IMAGE_PLACEHOLDER)
         if isinstance(image, str | PathLike):
             name = name or Path(image).name
             if is_video(image):
-                return self.encode_pictures(read_video(Path(image), self.video), name)
-        return self.encode_pictures([as_image(image)], name)
+                return self.encode_frames(read_video(Path(image), self.video), name)
+        picture = as_image(image)
+        grid = self.tiles.grid(*picture.size, self.model.image_size)
+        return self._encode(self._pixels([picture, *cut(picture, grid)]), name, tiles_text(grid))
 
-    def encode_pictures(self, pictures: Sequence[Image.Image], name: str = "") -> ChatImage:
-        """Encode one picture, or the frames of a video."""
-        return self._encode(torch.stack([self._processor(p) for p in pictures]), name)
+    def encode_frames(self, frames: Sequence[Image.Image], name: str = "") -> ChatImage:
+        """Encode the frames of a video that are shown."""
+        return self._encode(self._pixels(frames), name, IMAGE_PLACEHOLDER * len(frames))
 
-    def _encode(self, pixels: Tensor, name: str) -> ChatImage:
+    def _pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
+        return torch.stack([self._processor(picture) for picture in pictures])
+
+    def _encode(self, pixels: Tensor, name: str, places: str) -> ChatImage:
         with self._lock, torch.no_grad():
             parts = [
                 self.model.encode_image(to_device(part, self.model.device))
                 for part in pixels.split(_AT_ONCE)
             ]
         numbers = tuple(next(_NUMBERS) for _ in pixels)
-        return ChatImage(name or "image", torch.cat(parts), numbers)
+        return ChatImage(name or "image", torch.cat(parts), numbers, places)
 
     def content(self, prompt: Sequence[int], images: Sequence[ChatImage]) -> list[int]:
         """What a prompt's tokens are: ids, and for each image's span its number below 0."""

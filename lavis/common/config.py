@@ -19,6 +19,7 @@ from lavis.common.errors import ConfigError, at
 from lavis.common.paths import LIBRARY_ROOT, REPOSITORY, is_file, user_path
 from lavis.common.registry import BUILDERS, did_you_mean, import_plugins
 from lavis.common.schema import Config, ModelConfig, RunConfig
+from lavis.common.stages import in_stage, take_stages
 from lavis.common.typed import Where, convert, parse, quoted
 
 
@@ -59,7 +60,7 @@ class _Layers:
 
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
-    """Load, merge and type a run's configuration.
+    """Load, merge and type a run's configuration; of a run in stages, the last one's.
 
     Args:
         path: YAML file with the sections ``model``, ``datasets`` and ``run``.
@@ -68,7 +69,34 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: naming the dotted path, the file that set it and the nearest valid name.
     """
-    return build_config(_read_yaml(user_path(path)), str(path), options)
+    return [*load_stages(path, options).values()][-1]
+
+
+def load_stages(path: str | Path, options: Sequence[str] = ()) -> dict[str, Config]:
+    """Load each stage of a run, in order; a YAML without ``stages`` is one, named ``""``.
+
+    A stage is merged over the rest of the file. ``--options`` come last, those that begin with
+    ``stages.<name>.`` for one stage alone.
+
+    Raises:
+        ConfigError: as :func:`load_config`, naming the stage, too.
+    """
+    source, user, given = str(path), _read_yaml(user_path(path)), parse_options(options)
+    blocks, ours = take_stages(user, source), take_stages(given, "--options")
+    for name in ours:
+        if name not in blocks:
+            raise ConfigError(
+                f"--options: stages.{name}: {source} has no such stage{did_you_mean(name, blocks)}"
+            )
+    stages = {}
+    for name, block in blocks.items() or [("", OmegaConf.create({}))]:
+        layers = _Layers(source, user)
+        for origin, layer in ((source, block), ("--options", given), ("--options", ours.get(name))):
+            if layer:
+                layers.add(origin, layer)
+        with in_stage(name):
+            stages[name] = _build(layers, source)
+    return stages
 
 
 def default_model_config(
@@ -100,6 +128,10 @@ def build_config(user: DictConfig, source: str, options: Sequence[str] = ()) -> 
     """Put the defaults under ``user`` and the options over it, and type the result."""
     layers = _Layers(source, user)
     layers.add("--options", parse_options(options))
+    return _build(layers, source)
+
+
+def _build(layers: _Layers, source: str) -> Config:
     given = layers.merged(resolve=False)
     known = ("model", "datasets", "run", "preprocess", "env", "imports")
     for key in given:

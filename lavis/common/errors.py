@@ -47,9 +47,9 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def at(place: str) -> Iterator[None]:
-    """Put a place in front of the message of a :class:`ConfigError` from inside."""
+def at(place: str, kind: type[LavisError] = ConfigError) -> Iterator[None]:
+    """Put a place in front of the message of an error of a kind from inside."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from error
+    except kind as error:
+        raise type(error)(f"{place}: {error}", agreed=error.agreed) from error

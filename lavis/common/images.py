@@ -121,6 +121,19 @@ def as_image(
     )
 
 
+def read_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture, upright, from its header.
+
+    Raises:
+        DataError: as :func:`open_image`, but for pixels that are damaged.
+    """
+    name = str(path)
+    with _explained(name), path.open("rb") as file:
+        image = _opened(file, name, None, None)
+        turned = _orientation(image) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
+
+
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     """An RGB copy of a picture, the way it is meant to be seen.
 
@@ -182,6 +195,13 @@ def refuse_address(path: str) -> None:
 def _decode(
     file: BinaryIO, name: str, formats: tuple[str, ...] | None, max_pixels: int | None
 ) -> Image.Image:
+    return to_rgb(_opened(file, name, formats, max_pixels), name)
+
+
+def _opened(
+    file: BinaryIO, name: str, formats: tuple[str, ...] | None, max_pixels: int | None
+) -> Image.Image:
+    """A picture whose header has been read."""
     try:
         image = Image.open(file, formats=formats)
     except UnidentifiedImageError as error:
@@ -197,7 +217,7 @@ def _decode(
             f"{name} is too large: {image.width} x {image.height} pixels are more than the "
             f"{max_pixels / 1e6:.0f} million that are allowed"
         )
-    return to_rgb(image, name)
+    return image
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from lavis.common.registry import (
     TASKS,
     Registry,
 )
+from lavis.common.tiles import TilesConfig
 from lavis.common.typed import Where, convert, only, require_range
 
 
@@ -61,6 +62,7 @@ class PreprocessConfig:
     vis_processor: SplitProcessors = SplitProcessors()
     text_processor: SplitProcessors = SplitProcessors()
     video: VideoConfig = VideoConfig()
+    tiles: TilesConfig = TilesConfig()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lavis.common.errors import DataError
 from lavis.common.frames import VideoConfig
 from lavis.common.images import TooLargeError, is_video, open_image, to_rgb
 from lavis.common.packages import check_packages
+from lavis.common.tiles import Grid
 
 _ALONE = {
     "protocol_whitelist": "file",
@@ -29,11 +30,35 @@ _ALONE = {
 }
 
 
+class Tile(NamedTuple):
+    """A part of a picture."""
+
+    grid: Grid
+    number: int  # row by row, from 0
+
+
 class Picture(NamedTuple):
-    """Something to be shown: a picture's file, or a frame of a video."""
+    """Something to be shown: a picture's file or a part of it, or a frame of a video."""
 
     path: Path
     frame: int | None = None  # counted from 0, of a video
+    tile: Tile | None = None
+
+
+def parts_of(path: Path, grid: Grid) -> list[Picture]:
+    """A picture, then its tiles."""
+    tiles = (Picture(path, tile=Tile(grid, number)) for number in range(grid.tiles))
+    return [Picture(path), *tiles]
+
+
+def cut(image: Image.Image, grid: Grid) -> list[Image.Image]:
+    """The tiles of an RGB picture, each of ``side`` x ``side`` pixels."""
+    if not grid.tiles:
+        return []
+    columns, rows, side = grid
+    resized = image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    corners = [(x * side, y * side) for y in range(rows) for x in range(columns)]
+    return [resized.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
 class VideoHeader(NamedTuple):
@@ -94,7 +119,7 @@ def open_frames(path: Path, wanted: Sequence[int]) -> list[Image.Image]:
 
 
 def open_pictures(pictures: Sequence[Picture]) -> list[Image.Image]:
-    """Decode pictures to RGB, the frames of a video in one pass.
+    """Decode pictures to RGB, the frames of a video, or the tiles of a picture, in one pass.
 
     Args:
         pictures: frames of a video in their order.
@@ -106,8 +131,14 @@ def open_pictures(pictures: Sequence[Picture]) -> list[Image.Image]:
     for path, group in groupby(pictures, key=lambda picture: picture.path):
         same = list(group)
         frames = [p.frame for p in same if p.frame is not None]
-        images += open_frames(path, frames) if frames else [open_image(path) for _ in same]
+        images += open_frames(path, frames) if frames else _open_parts(path, same)
     return images
+
+
+def _open_parts(path: Path, parts: Sequence[Picture]) -> list[Image.Image]:
+    image = open_image(path)
+    tiles = {g: cut(image, g) for g in {part.tile.grid for part in parts if part.tile}}
+    return [tiles[p.tile.grid][p.tile.number] if p.tile else image for p in parts]
 
 
 def read_video(

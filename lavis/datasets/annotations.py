@@ -26,15 +26,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from lavis.common.errors import DataError, listed
 from lavis.common.images import refuse_address
 from lavis.common.paths import is_file
+from lavis.common.tiles import Grid
 from lavis.common.types import IMAGE_PLACEHOLDER, BadSample, Reference
-from lavis.common.videos import Picture
-from lavis.processors.conversation import IMAGE, Turn, show_all
+from lavis.common.videos import Picture, parts_of
+from lavis.processors.conversation import IMAGE, Turn, show_in_turns, tiles_text
 
 logger = logging.getLogger(__name__)
 NOT_JSON = (ValueError, RecursionError)  # what `json.loads` raises
@@ -70,6 +72,7 @@ class Record:
         images: image files, one per placeholder; empty for text only.
         video: a video file, whose frames take the place of its one placeholder.
         frames: numbers of these, once the video's header has been read.
+        grids: how each image is cut, once its header has been read; empty if none is.
         words: phrases that take the place of an image, one per position of the span.
         tags: the record's ``kind`` and ``language``, if it has them; evaluation groups by them.
         reference: what its last answer is scored by.
@@ -80,29 +83,27 @@ class Record:
     images: tuple[Path, ...] = ()
     video: Path | None = None
     frames: tuple[int, ...] = ()
+    grids: tuple[Grid, ...] = ()
     words: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     reference: Reference = Reference()
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """What is shown, in order: images, or the frames of the video."""
+        """What is shown, in order: images with their tiles, or the frames of the video."""
         if self.video is not None:
             return tuple(Picture(self.video, frame) for frame in self.frames)
-        return tuple(map(Picture, self.images))
+        grids = self.grids or [Grid(1, 1, 0)] * len(self.images)
+        return tuple(p for parts in map(parts_of, self.images, grids) for p in parts)
 
     @property
     def shown_turns(self) -> tuple[Turn, ...]:
         """The turns with a placeholder for each of :attr:`pictures`."""
-        if self.video is None:
+        if self.video is None and not self.grids:
             return self.turns
-        count = len(self.frames)
-        return tuple(
-            Turn(role, show_all(text, [count] * text.count(IMAGE_PLACEHOLDER)))
-            if role == "user"
-            else Turn(role, text)
-            for role, text in self.turns
-        )
+        frames = IMAGE_PLACEHOLDER * len(self.frames)
+        places = repeat(frames) if self.video is not None else map(tiles_text, self.grids)
+        return show_in_turns(self.turns, places)
 
 
 def read_annotations(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -13,14 +13,16 @@ from tqdm import tqdm
 
 from lavis.common.errors import ConfigError, DataError, in_lines
 from lavis.common.frames import VideoConfig
+from lavis.common.images import read_size
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import PROCESSORS, did_you_mean
 from lavis.common.schema import DatasetConfig, PreprocessConfig, ProcessorConfig
+from lavis.common.tiles import Grid
 from lavis.common.types import BadSample
 from lavis.common.videos import read_header
 from lavis.datasets.annotations import Record, read_annotations
 from lavis.datasets.collate import report_bad
-from lavis.datasets.features import CachedFeatures
+from lavis.datasets.features import CachedFeatures, is_random
 from lavis.datasets.instruction import InstructionDataset
 from lavis.datasets.lengths import Length, count_tokens
 from lavis.processors.config import BaseInstructionConfig
@@ -130,7 +132,7 @@ class InstructionBuilder:
         bad: list[BadSample] = []
         for name, read in self._records(split, dataset.encoder):
             scored = [self._scored(r) if isinstance(r, Record) else r for r in read]
-            records = self._find_frames(scored, dataset.encoder.num_query_token, name)
+            records = self._measured(scored, dataset, name)
             readable = [r for r in records if isinstance(r, Record)]
             counts = iter(count_tokens(readable, dataset.encode, name))
             for record in records:
@@ -167,15 +169,18 @@ class InstructionBuilder:
         """Whether the annotations are named by their folder."""
         return False
 
-    def _find_frames(
-        self, records: Sequence[Record | BadSample], tokens: int, file: str
+    def _measured(
+        self, records: Sequence[Record | BadSample], dataset: InstructionDataset, file: str
     ) -> list[Record | BadSample]:
-        """Records with the numbers of their videos' frames, of so many tokens each.
+        """Records with the numbers of their videos' frames, and the grids of their pictures.
 
         Raises:
-            ConfigError: not one frame fits into ``preprocess.video.max_tokens``.
+            ConfigError: these do not fit into the tokens that ``preprocess`` allows them.
         """
-        if not any(isinstance(r, Record) and r.video is not None for r in records):
+        tokens = dataset.encoder.num_query_token
+        tiles = self._tiles(dataset)
+        good = [r for r in records if isinstance(r, Record)]
+        if not any(r.video is not None or (tiles and r.images) for r in good):
             return list(records)
         video, most = self.preprocess.video, self.config.build_info.max_frames
         if most not in (None, video.max_frames):
@@ -185,10 +190,32 @@ class InstructionBuilder:
                 self.name, most, video.max_frames,
             )  # fmt: skip
         video = replace(video, max_frames=most or video.max_frames).within(tokens)
-        find = partial(_with_frames, video=video)
+        find = partial(_with_header, video=video, tiles=tiles)
         with ThreadPoolExecutor(_THREADS) as pool:
             found = pool.map(find, records)
-            return list(tqdm(found, f"videos of {file}", len(records), unit=" records"))
+            return list(tqdm(found, f"headers of {file}", len(records), unit=" records"))
+
+    def _tiles(self, dataset: InstructionDataset) -> Callable[[int, int], Grid] | None:
+        """The grid of a picture by its width and height; nothing if pictures are not cut."""
+        encoder, processor = dataset.encoder, dataset.vis_processor
+        tiles = self.preprocess.tiles.within(
+            encoder.num_query_token, encoder.max_txt_len, "model.max_txt_len"
+        )
+        if tiles.max == 1:
+            return None
+        name = type(processor).__name__
+        if is_random(processor):
+            raise ConfigError(
+                f"datasets.{self.name}: preprocess.tiles and {name}, which draws random numbers, "
+                "do not go together: a tile would be cropped again; take blip_image_eval"
+            )
+        side = getattr(processor, "image_size", None)
+        if not isinstance(side, int):
+            raise ConfigError(
+                f"datasets.{self.name}: preprocess.tiles needs an image processor that "
+                f"says its image_size, which {name} does not"
+            )
+        return partial(tiles.grid, side=side)
 
     @property
     def _media_root(self) -> Path | None:
@@ -214,11 +241,18 @@ class InstructionBuilder:
         )
 
 
-def _with_frames(record: Record | BadSample, video: VideoConfig) -> Record | BadSample:
-    """A record with the numbers of its video's frames; bad if the video cannot be read."""
-    if isinstance(record, BadSample) or record.video is None:
+def _with_header(
+    record: Record | BadSample, video: VideoConfig, tiles: Callable[[int, int], Grid] | None
+) -> Record | BadSample:
+    """A record with the numbers of its video's frames, or the grids of its pictures; bad if a file
+    cannot be read."""
+    if isinstance(record, BadSample):
         return record
     try:
-        return replace(record, frames=tuple(video.choose(*read_header(record.video))))
+        if record.video is not None:
+            return replace(record, frames=tuple(video.choose(*read_header(record.video))))
+        if tiles is None:
+            return record
+        return replace(record, grids=tuple(tiles(*read_size(path)) for path in record.images))
     except DataError as error:
         return BadSample(record.sample_id, str(error))

@@ -1,4 +1,4 @@
-"""Encode every distinct image, and every frame of a video, once per view, ahead of training."""
+"""Encode every distinct image, tile, and frame of a video, once per view, ahead of training."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def fill_features(
     cache = config.run.feature_cache
     encoder, shape = vision.describe(device)
     store = FeatureStore(cache.folder(config.env.cache_root), shape, cache.dtype)
-    names = {p: r.sample_id for d in datasets for r in d.records for p, _ in r.pictures}
+    names = {p: r.sample_id for d in datasets for r in d.records for p, *_ in r.pictures}
     digests, failures = _hash(list(names)[dist.rank() :: dist.world_size()])
     index = FeatureIndex(store, encoder, digests, failures)
     views = {v.key: v for d in datasets for v in _views(d, index)}  # of this process's images

@@ -69,6 +69,7 @@ class CachedFeatures:
         parts: list[object] = [_FORMAT, index.encoder, self._transform, str(index.store.dtype)]
         parts += [index.digests[picture.path], view]
         parts += [] if picture.frame is None else [picture.frame]
+        parts += [] if picture.tile is None else [picture.tile]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).digest()
 
     def draw(self, image: Image.Image, path: Path, view: int) -> Tensor:

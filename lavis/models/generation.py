@@ -189,7 +189,7 @@ class Generator:
             texts = [given] * len(images) if isinstance(given, str) else texts
             if len(texts) != len(images):
                 raise DataError(f"{len(texts)} prompts, but {len(images)} images: each needs one")
-            texts = [place_images(text, [1]) for text in texts]
+            texts = [place_images(text, [IMAGE_PLACEHOLDER]) for text in texts]
         return list(texts), images
 
     def _prompt(self, text: str) -> list[int]:

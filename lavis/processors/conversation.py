@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Literal
 
 from lavis.common.errors import DataError, LavisError
+from lavis.common.tiles import Grid
 from lavis.common.types import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML, text_pieces
 from lavis.processors.contracts import ChatTemplate, Ids, Kind, Piece, Tokenizer, Turn
 
 __all__ = [
     "DEFAULT_PROMPT", "IMAGE", "SYSTEM_PROMPT", "ChatML", "ConversationEncoder", "LabelMask",
-    "Turn", "place_images", "show_all",
+    "Turn", "place_images", "show_all", "show_in_turns", "tiles_text",
 ]  # fmt: skip
 
 IMAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 """An image in a question, as the instruction data write it."""
-_PLACE = re.compile(f"<Img>(?:{IMAGE_PLACEHOLDER})+</Img>|{IMAGE_PLACEHOLDER}")
+_PLACE = re.compile(f"<Img>(?:{IMAGE_PLACEHOLDER}|\n)+</Img>|{IMAGE_PLACEHOLDER}")
 DEFAULT_PROMPT = f"{IMAGE} Describe this image in detail."
 
 LabelMask = Literal["chatml_delimiters", "assistant_only"]
@@ -31,11 +32,11 @@ _SUPERVISED: dict[LabelMask, frozenset[Kind]] = {
 }
 
 
-def place_images(text: str, pictures: Sequence[int]) -> str:
+def place_images(text: str, pictures: Sequence[str]) -> str:
     """A question with places for its images: in front, unless it names them itself.
 
     Args:
-        pictures: for each image one, for each video its number of frames.
+        pictures: the placeholders of each.
 
     Raises:
         DataError: it names more or fewer.
@@ -49,12 +50,27 @@ def place_images(text: str, pictures: Sequence[int]) -> str:
     return show_all(text if named or not pictures else f"{IMAGE * len(pictures)} {text}", pictures)
 
 
-def show_all(text: str, pictures: Sequence[int]) -> str:
-    """A text each of whose placeholders becomes so many, as the frames of a video need."""
+def show_all(text: str, pictures: Sequence[str]) -> str:
+    """A text each of whose placeholders becomes those that a video or a picture in tiles needs."""
     first, *rest = text.split(IMAGE_PLACEHOLDER)
-    return first + "".join(
-        IMAGE_PLACEHOLDER * number + part for number, part in zip(pictures, rest, strict=True)
+    return first + "".join(shown + part for shown, part in zip(pictures, rest, strict=True))
+
+
+def show_in_turns(turns: Iterable[Turn], pictures: Iterable[str]) -> tuple[Turn, ...]:
+    """Turns each of whose user's placeholders becomes those of the next picture."""
+    left = iter(pictures)
+    return tuple(
+        Turn(role, show_all(text, list(islice(left, text.count(IMAGE_PLACEHOLDER)))))
+        if role == "user"
+        else Turn(role, text)
+        for role, text in turns
     )
+
+
+def tiles_text(grid: Grid) -> str:
+    """The placeholders of a picture: the whole, then each row of its tiles on a new line."""
+    rows = grid.rows if grid.tiles else 0
+    return IMAGE_PLACEHOLDER + ("\n" + IMAGE_PLACEHOLDER * grid.columns) * rows
 
 
 @dataclass(frozen=True)

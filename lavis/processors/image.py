@@ -21,7 +21,7 @@ class ImageProcessor:
 
     def __init__(self, config: ImageEvalConfig) -> None:
         self.config = config
-        size = config.image_size or self.image_size
+        self.image_size = size = config.image_size or self.image_size
         mode = InterpolationMode(config.interpolation or "bicubic")
         self.transform = transforms.Compose(
             [

@@ -30,8 +30,8 @@ _RATE = (
 def fingerprint(datasets: Sequence[Any]) -> str:
     """How many records there are, and a hash of all in their order, wherever their files lie.
 
-    It covers turns, words, the numbers of the frames that are shown of videos, and the names of
-    media below the folder that holds them all, not what pictures show. Data sets without
+    It covers turns, words, the frames of videos and the tiles of pictures that are shown, and the
+    names of media below the folder that holds them all, not what pictures show. Data sets without
     ``records`` are only counted.
     """
     records = [record for dataset in datasets for record in _records(dataset)]
@@ -42,6 +42,7 @@ def fingerprint(datasets: Sequence[Any]) -> str:
     for record, paths in zip(records, media, strict=True):
         content: list[object] = [record.turns, [path[start:] for path in paths], record.words]
         content += [record.frames] if record.frames else []
+        content += [record.grids] if record.grids else []
         digest.update(json.dumps(content).encode() + b"\n")
     return f"{sum(map(len, datasets))} samples, {digest.hexdigest()}"
 

@@ -212,21 +212,36 @@ class Estimator:
         return Pass(vision, live[1], forward, head, backward)
 
     @cached_property
+    def _views(self) -> int:
+        """Images that the largest picture is shown as.
+
+        Raises:
+            ConfigError: they do not fit into a document.
+        """
+        encoder = self.model.encoder
+        tiles = self.config.preprocess.tiles.within(
+            encoder.num_query_token, encoder.max_txt_len, "model.max_txt_len"
+        )
+        return 1 + tiles.max * (tiles.max > 1)
+
+    @cached_property
     def length(self) -> int:
         """Tokens of a document."""
-        shown = len(self.model.encoder.constant_prefix()[0]) + self.model.encoder.num_query_token
+        tokens = self._views * self.model.encoder.num_query_token
+        shown = len(self.model.encoder.constant_prefix()[0]) + tokens
         return min(self.model.encoder.max_txt_len, max(_DOCUMENT, shown + _STEP))
 
     def batch(self, documents: int) -> Batch:
-        """A packed micro-batch of documents with an image each, half of whose tokens count."""
+        """A packed micro-batch of documents with a picture each, half of whose tokens count."""
         encoder, vision = self.model.encoder, self.model.vision
         prefix, _ = encoder.constant_prefix()
-        opening = [*prefix, *[encoder.tokenizer.image_id] * encoder.num_query_token]
+        views = self._views
+        opening = [*prefix, *[encoder.tokenizer.image_id] * encoder.num_query_token * views]
         ids = torch.tensor([*opening, *[5] * self.length])[: self.length]
         labels = ids.where(torch.arange(self.length) >= self.length // 2, -100)
         side = self.model.image_size
-        pixels = torch.zeros(int(vision is not None), 3, side, side)
-        features = torch.zeros(int(vision is None), *self.model.features)
+        pixels = torch.zeros(views * (vision is not None), 3, side, side)
+        features = torch.zeros(views * (vision is None), *self.model.features)
         return collate(
             [Sample(str(i), ids, labels, pixels, query_features=features) for i in range(documents)]
         )
@@ -236,7 +251,7 @@ class Estimator:
         recomputed layers twice."""
         every, layers = schedule.recompute_every, list(self.model.language.blocks())
         again = sum(map(count_weights, layers[::every] if every else ()))
-        return self.model.training_flops(self.length, 1) / self.length + 2.0 * again
+        return self.model.training_flops(self.length, self._views) / self.length + 2.0 * again
 
     def chat(self, tokens: int) -> tuple[float, float]:
         """Bytes of a token's keys and values, and of a pass of so many tokens beside them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,19 +87,29 @@ def newest_of(config: Config) -> Path | None:
 
     Every process calls this, and gets what the main one finds.
     """
-    found, parent = None, Path(config.run.output_dir)
+    found = None
     if dist.is_main():
-        runs = [path.parent for path in parent.glob("*/config.yaml")]
-        same = [run for run in runs if _same_settings(run / "config.yaml", config.tree)]
-        found = newest_whole(*same)
-        if found is None:
-            logger.warning(
-                "run.resume_ckpt_path: auto finds no checkpoint of a run of this configuration in "
-                "%s (%d runs of others): it starts from the beginning", parent,
-                len(runs) - len(same),
-            )  # fmt: skip
+        found = newest_among(Path(config.run.output_dir), config.tree, [""])
     path: Path | None = dist.from_main(found)
     return path
+
+
+def newest_among(parent: Path, tree: dict[str, Any], inside: Sequence[str]) -> Path | None:
+    """As :func:`newest_of`, for runs in ``parent`` whose ``config.yaml`` says what ``tree`` says.
+
+    Args:
+        inside: folders of such a run; a checkpoint in the first of them goes before all others.
+    """
+    runs = [path.parent for path in parent.glob("*/config.yaml")]
+    same = [run for run in runs if _same_settings(run / "config.yaml", tree)]
+    for name in inside:
+        if found := newest_whole(*(run / name for run in same)):
+            return found
+    logger.warning(
+        "run.resume_ckpt_path: auto finds no checkpoint of a run of this configuration in %s "
+        "(%d runs of others): it starts from the beginning", parent, len(runs) - len(same),
+    )  # fmt: skip
+    return None
 
 
 def _same_settings(path: Path, tree: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -14,7 +15,7 @@ from lavis.common import dist
 from lavis.common.device import pick_device
 from lavis.common.errors import ConfigError
 from lavis.common.packages import check_packages
-from lavis.common.schema import Config, RunConfig
+from lavis.common.schema import RunConfig
 from lavis.runners.strategy import DDPStrategy, FSDP2Strategy, Strategy
 
 
@@ -113,8 +114,8 @@ def _make_new(parent: Path, name: str) -> str:
             return chosen
 
 
-def make_folder(folder: Path, config: Config) -> None:
-    """Make a run's folder and write its ``config.yaml``.
+def make_folder(folder: Path, tree: dict[str, Any]) -> None:
+    """Make a run's folder and write its ``config.yaml``, which says what ``tree`` says.
 
     Raises:
         ConfigError: on every process, if the main one cannot.
@@ -123,6 +124,6 @@ def make_folder(folder: Path, config: Config) -> None:
         try:
             if dist.is_main():
                 folder.mkdir(parents=True, exist_ok=True)
-                OmegaConf.save(OmegaConf.create(config.tree), folder / "config.yaml")
+                OmegaConf.save(OmegaConf.create(tree), folder / "config.yaml")
         except OSError as error:
             raise ConfigError(f"run.output_dir: {folder} cannot be made: {error}") from error

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lavis.common import dist
 from lavis.common.errors import ConfigError, at
@@ -37,6 +38,9 @@ class RunPlan:
         before: the checkpoint to resume from.
         step: optimizer steps that it has done.
         data: fingerprints of the training data.
+        kept: what earlier stages have trained and this run leaves as it is: checkpoints hold it,
+            too, under its name in a file.
+        arguments: of ``train.py``, by which it goes on; without, its folder's ``config.yaml``.
     """
 
     strategy: Strategy
@@ -46,6 +50,8 @@ class RunPlan:
     before: Checkpoint | None
     step: int
     data: dict[str, str]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Config, dataset: Any, device: torch.device) -> RunPlan:

@@ -79,6 +79,7 @@ class RunnerBase:
         self.device = plan.strategy.device
         self.strategy, self.plan, self.schedule = plan.strategy, plan.batches, plan.schedule
         self.data, self.step = plan.data, plan.step  # optimizer steps done
+        self._kept, self._arguments = plan.kept, plan.arguments
         self._rates = rates = plan.rates
         decay, by_layer = self.run.weight_decay, self.run.lr_layer_decay
         above = layers_above(name for name, _ in model.named_parameters())
@@ -102,7 +103,7 @@ class RunnerBase:
         if before is not None:
             self._load_optimizer(before)
         self.folder = Path(self.run.output_dir) / job_id
-        make_folder(self.folder, config)
+        make_folder(self.folder, config.tree)
         best = before.best_by(task.metric) if before else None
         self.checkpoints = CheckpointFolder(self.folder, self.run.keep_last, task.metric, best)
         self.stop = StopRequest()
@@ -292,7 +293,7 @@ class RunnerBase:
         run, plan = self.run, self.plan
         began_with = plan.samples_per_step // (run.batch_size_train * run.accum_grad_iters)
         checkpoint = Checkpoint(
-            model=trainable_state(self.model, self.strategy.full),
+            model={**self._kept, **trainable_state(self.model, self.strategy.full)},
             optimizer=self.strategy.optimizer_state(),
             config=self.config.tree,
             scaler=self.strategy.scaler.state_dict() if self.strategy.rescales else None,
@@ -335,7 +336,8 @@ class RunnerBase:
     def _how_to_resume(self) -> str:
         # The folder's own configuration holds what --options said, too.
         config, path = self.folder / "config.yaml", self.checkpoints.path("latest")
-        command = ["python", "train.py", "--cfg-path", str(config)]
+        arguments = self._arguments or ("--cfg-path", str(config))
+        command = ["python", "train.py", *arguments]
         if dist.world_size() > 1:
             each = dist.world_size() // dist.machines()
             launcher = f"-m torch.distributed.run --nproc_per_node={each}".split()

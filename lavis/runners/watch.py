@@ -224,6 +224,6 @@ def _wandb(folder: Path, config: Config) -> Any:
         project=config.run.wandb_project,
         mode=config.run.wandb_mode,
         dir=str(folder),
-        name=folder.name,
+        name=str(folder.relative_to(config.run.output_dir)),
         config=config.tree,
     )

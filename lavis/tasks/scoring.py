@@ -390,7 +390,8 @@ def _shuffled(records: Sequence[Record], seed: int) -> list[Record]:
             other = records[j]
             result[i] = replace(
                 records[i],
-                images=other.images, video=other.video, frames=other.frames, words=other.words,
+                images=other.images, video=other.video, frames=other.frames, grids=other.grids,
+                words=other.words,
             )  # fmt: skip
     return result
 

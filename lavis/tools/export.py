@@ -24,6 +24,7 @@ from lavis.common.config import load_config
 from lavis.common.device import pick_device
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import cache_path, require, require_checkpoint, user_path
+from lavis.common.schema import Config
 from lavis.common.types import DTYPES
 from lavis.models.language.qwen1 import read_spec
 from lavis.models.legacy import MiniGPT4QwenConfig
@@ -61,12 +62,12 @@ def main() -> int:
     args = parser.parse_args()
     setup_logging()
     checkpoint = require_checkpoint(args.checkpoint, "--checkpoint")
-    if args.format == "original":
-        for path in export(checkpoint, args.out, DTYPES.get(args.dtype, torch.float16)):
-            print(path)
-        return 0
     config = load_config(args.cfg_path or checkpoint.parent / "config.yaml", args.options)
     dtype = DTYPES.get(args.dtype)
+    if args.format == "original":
+        for path in export(checkpoint, args.out, dtype or torch.float16, config):
+            print(path)
+        return 0
     if args.format == "merged":
         check_mergeable(config, args.out)
         from lavis.models.language.merged import merge
@@ -89,8 +90,13 @@ def main() -> int:
     return 0
 
 
-def export(checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
+def export(
+    checkpoint: str | Path, out: Path, dtype: torch.dtype, config: Config | None = None
+) -> list[Path]:
     """Write every part that a checkpoint holds.
+
+    Args:
+        config: of the run that wrote it; by default what lies beside it.
 
     Returns:
         The files written.
@@ -100,7 +106,7 @@ def export(checkpoint: str | Path, out: Path, dtype: torch.dtype) -> list[Path]:
         ConfigError: the run's configuration is missing.
     """
     checkpoint = require_checkpoint(checkpoint, "--checkpoint")
-    config = load_config(checkpoint.parent / "config.yaml")
+    config = config or load_config(checkpoint.parent / "config.yaml")
     if not isinstance(config.model, MiniGPT4QwenConfig):
         raise ConfigError(
             f"{checkpoint}: only parts of arch minigpt4qwen are written, not of {config.model.arch}"

@@ -15,12 +15,13 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
 from lavis.common.errors import ConfigError, DataError
+from lavis.common.images import as_image
 from lavis.common.types import IMAGE_PLACEHOLDER
-from lavis.common.videos import read_video
+from lavis.common.videos import cut, read_video
 from lavis.models.decode import Prompts, require_context
 from lavis.models.generation import Generator
 from lavis.models.loading import find_model
-from lavis.processors.conversation import IMAGE, Turn
+from lavis.processors.conversation import IMAGE, Turn, tiles_text
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -77,9 +78,11 @@ class LavisModel(lmms):
         overrides = [option.strip() for option in options.split(";") if option.strip()]
         found = find_model("", checkpoint=checkpoint, cfg_path=cfg, options=overrides)
         self.model, *_ = found.load(self.device, "--device", "--device cpu")
+        tokens = self.model.encoder.num_query_token
         video = found.config.preprocess.video
-        self.video = replace(video, max_frames=max_frames or video.max_frames).within(
-            self.model.encoder.num_query_token
+        self.video = replace(video, max_frames=max_frames or video.max_frames).within(tokens)
+        self.tiles = found.config.preprocess.tiles.within(
+            tokens, self.model.context, "the language model's context"
         )
         self.device = self.model.device
 
@@ -177,7 +180,10 @@ class LavisModel(lmms):
                 raise DataError(f"a text of the task holds {IMAGE_PLACEHOLDER}")
             return content.text, []
         if content.type == "image":
-            return IMAGE, [content.url]
+            picture = as_image(content.url)
+            grid = self.tiles.grid(*picture.size, self.model.image_size)
+            shown = IMAGE.replace(IMAGE_PLACEHOLDER, tiles_text(grid))
+            return shown, [picture, *cut(picture, grid)]
         if content.type != "video":
             raise DataError(f"the model reads text, images and videos, no {content.type}")
         if content.start_time is not None or content.end_time is not None:

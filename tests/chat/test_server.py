@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import gzip
 import http.server
 import io
 import itertools
 import json
 import random
 import socket
+import ssl
+import struct
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,7 +36,7 @@ from lavis import serve
 from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.chat.address import bind
 from lavis.chat.server import pictures as server_pictures
-from lavis.chat.server.answers import Answers, Backend, Begun, Caches, Ended, UntilStop
+from lavis.chat.server.answers import Answers, Backend, Begun, Caches, Ended, Event, UntilStop
 from lavis.chat.server.app import ChatServer, http_server
 from lavis.chat.server.prompts import Limits, Prompts
 from lavis.chat.server.protocol import ApiError, ChatBody
@@ -94,6 +100,15 @@ class Served:
         head = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
         plain.sendall("\r\n".join([*head, "", ""]).encode() + content)
         return plain
+
+    def sent(self, what: str, content: bytes = b"", *headers: str) -> bytes:
+        """All that comes back to a request written as it stands."""
+        with socket.create_connection(("127.0.0.1", self.port), 60) as plain:
+            kind = "" if any("Content-Type" in h for h in headers) else "application/json"
+            head = [f"{what} HTTP/1.1", "Host: x", "Connection: close", *headers]
+            head += [f"Content-Length: {len(content)}", f"Content-Type: {kind}"][: 2 if kind else 1]
+            plain.sendall("\r\n".join([*head, "", ""]).encode() + content)
+            return b"".join(iter(lambda: plain.recv(65536), b""))
 
     @property
     def active(self) -> int:
@@ -200,13 +215,15 @@ def test_a_turn_costs_its_own_tokens(toybox: ChatEngine, rows: list[int]) -> Non
 def test_a_picture_sent_again_is_not_encoded_again(
     toybox: ChatEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the last ones; what is kept is bounded."""
+    monkeypatch.setattr(server_pictures, "_KEPT", 2)
     encoded: list[object] = []
     encode = toybox.encode_image
     monkeypatch.setattr(toybox, "encode_image", lambda *a: (encoded.append(a), encode(*a))[1])
     answers = Answers(toybox, Limits(), DEFAULTS)
-    for name in ("scene", "pair", "scene"):
+    for name, count in (("scene", 1), ("pair", 2), ("scene", 2), ("four", 3), ("pair", 4)):
         list(answers.answer(body(user(shown(name), "Why?")), lambda: False))
-    assert len(encoded) == 2
+        assert len(encoded) == count
 
 
 def test_another_conversation_uses_a_common_beginning_and_leaves_the_rest(
@@ -377,9 +394,43 @@ def test_a_vanished_client_costs_nothing_more(
         time.sleep(0.2)  # for the news to arrive
         gate.release(1)
         wait_until(lambda: served.active == 0)
-        assert len(rows) == 4
+        assert len(rows) <= 4  # one more token at most
         gate.release(100)
         assert served.ask(user(QUESTIONS[1])).choices[0].finish_reason == "stop"
+
+
+def test_a_client_that_does_not_read(toybox: ChatEngine) -> None:
+    """Is cut off, without a word, when its time is over."""
+
+    class Endless:
+        def answer(self, body: ChatBody, stopped: Callable[[], bool]) -> Iterator[Event]:
+            yield Begun(1, 0)
+            while not stopped():
+                yield "x" * 10**6
+
+    limits = Limits(seconds=0.3)
+    served = Served(Endless(), limits)
+    content = json.dumps({"model": "toy", "messages": [user("a")], "stream": True}).encode()
+    with served.raw(content, f"Content-Length: {len(content)}") as plain:
+        wait_until(lambda: served.active == 1)
+        wait_until(lambda: served.active == 0)
+        time.sleep(1.5)
+        received = b"".join(iter(lambda: plain.recv(10**6), b""))
+    assert received.startswith(b"HTTP/1.1 200")
+    assert b"timeout" not in received
+    served.close()
+
+
+def test_events_on_the_wire(served: Served) -> None:
+    request = {"model": "toy", "messages": [user("Why?")], "stream": True}
+    head, _, events = served.sent(
+        "POST /v1/chat/completions", json.dumps(request).encode()
+    ).partition(b"\r\n\r\n")
+    assert b"content-type: text/event-stream" in head
+    assert b"cache-control: no-cache" in head
+    assert b"server:" not in head.lower()
+    assert b"data: [DONE]\n\n" in events
+    assert b'"usage"' not in events
 
 
 def test_answers_end_when_the_server_is_stopped(
@@ -412,6 +463,16 @@ def refuses(port: int) -> bool:
     except ConnectionRefusedError:
         return True
     return False
+
+
+def test_a_token_is_sent_at_once() -> None:
+    """Not when the client has acknowledged the one before, 40 ms later."""
+    with (
+        bind("127.0.0.1", 0) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 # --- limits
@@ -550,17 +611,15 @@ def test_a_mistake_is_explained(
         (b"[1]", [], b"400", b"an object"),
         (b"\xff", [], b"400", b"no JSON"),
         (b'{"model": "a\\ud800"}', [], b"400", b"no JSON"),
+        (gzip.compress(b" " * 10**6), ["Content-Encoding: gzip"], b"400", b"no JSON"),
         (b"{}", ["Content-Type: text/plain"], b"415", b"application/json"),
+        (b"{}", ["Content-Type: application/x-www-form-urlencoded"], b"415", b"application/json"),
     ],
 )  # fmt: skip
 def test_a_body_that_cannot_be_read(
     served: Served, content: bytes, headers: list[str], status: bytes, message: bytes
 ) -> None:
-    plain = socket.create_connection(("127.0.0.1", served.port), 60)
-    head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {len(content)}"]
-    kind = headers or ["Content-Type: application/json"]
-    plain.sendall("\r\n".join([*head, *kind, "Connection: close", "", ""]).encode() + content)
-    answer = b"".join(iter(lambda: plain.recv(4096), b""))
+    answer = served.sent("POST /v1/chat/completions", content, *headers)
     assert answer.split()[1] == status
     assert message in answer
     assert b"Traceback" not in answer
@@ -571,6 +630,14 @@ def test_other_addresses(served: Served) -> None:
         url = f"http://127.0.0.1:{served.port}{path}"
         status, _ = error_of(lambda url=url: served.client.get(url, cast_to=object))  # type: ignore[misc]
         assert status == 404
+    for path in (
+        "/v1/models/../../../etc/passwd", "/v1/models/..%2f..%2f..%2fetc%2fpasswd", "//etc/passwd",
+        "/v1/models/%0d%0aSet-Cookie:%20a=1", "/..\\..\\etc\\passwd",
+    ):  # fmt: skip
+        head, _, answer = served.sent(f"GET {path}").partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 404")
+        assert b"cookie" not in head.lower()
+        assert b"root:" not in answer
     get = f"http://127.0.0.1:{served.port}/v1/chat/completions"
     assert error_of(lambda: served.client.get(get, cast_to=object))[0] == 405
 
@@ -578,10 +645,13 @@ def test_other_addresses(served: Served) -> None:
 def test_the_key(toybox: ChatEngine) -> None:
     with running(toybox, key="schlüssel") as served:
         raw = body(user("Why?")).model_dump_json(exclude_unset=True).encode()
-        for key in ("none", "x", "schl"):
-            client = served.new_client(key)
-            status, error = error_of(client.models.list)
-            assert (status, error["code"]) == (401, "invalid_api_key")
+        for key in ("none", "x", "schl", "key-2", ""):
+            for path in ("GET /v1/models", "GET /v1/models/toy", "POST /v1/chat/completions"):
+                refused = served.sent(path, raw, f"Authorization: Bearer {key}")
+                assert refused.startswith(b"HTTP/1.1 401")
+                assert b"www-authenticate: Bearer\r\n" in refused
+                assert b'"invalid_api_key"' in refused
+        assert served.sent("GET /health").startswith(b"HTTP/1.1 200")
         refused = served.raw(raw, f"Content-Length: {len(raw)}")
         assert b"401" in refused.recv(1000)
         key = "Authorization: Bearer schlüssel"
@@ -661,8 +731,38 @@ def test_a_bomb(toybox: ChatEngine, huge_png: Path) -> None:
         looked_at(toybox, f"data:image/png;base64,{data}")
 
 
+def png(*chunks: tuple[bytes, bytes]) -> str:
+    """A picture's address; chunks stand behind its header."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    content = file.getvalue()
+    more = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    data = base64.b64encode(content[:33] + more + content[33:]).decode()
+    return f"data:image/png;base64,{data}"
+
+
+def test_bombs_beside_the_pixels(toybox: ChatEngine) -> None:
+    """Texts and profiles that unpack to a thousand times their bytes, and a file cut short."""
+    assert looked_at(toybox, png()).images
+    packed = zlib.compress(bytes(10**8))
+    for kind in (b"zTXt", b"iCCP"):
+        tracemalloc.start()
+        with pytest.raises(ApiError, match=r"not an image|cannot be read") as caught:
+            looked_at(toybox, png((kind, b"a\0\0" + packed)))
+        assert tracemalloc.get_traced_memory()[1] < 30e6
+        tracemalloc.stop()
+        assert caught.value.code == "invalid_image"
+    with pytest.raises(ApiError, match=r"not an image|cannot be read"):
+        looked_at(toybox, png()[:-40])
+
+
 class _Host(http.server.BaseHTTPRequestHandler):
-    """A host with a picture, one that is too large, and one that is elsewhere."""
+    """A host with a picture, one that never ends or comes slowly, and one that is elsewhere."""
+
+    asked: list[tuple[str, list[str]]]
 
     def do_GET(self) -> None:
         content = (PICTURES / "scene.png").read_bytes()
@@ -671,11 +771,16 @@ class _Host(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/scene.png")
             self.end_headers()
             return
-        if self.path == "/slow":
-            time.sleep(1)
+        self.asked.append((self.path, sorted(self.headers)))
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(content * 2000 if self.path == "/large" else content)
+        with contextlib.suppress(OSError):  # the other side has had enough
+            while self.path == "/large":
+                self.wfile.write(content)
+            for n in range(len(content) if self.path == "/slow" else 0):
+                self.wfile.write(content[n : n + 1])
+                time.sleep(0.05)
+            self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -683,9 +788,10 @@ class _Host(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture()
 def host() -> Iterator[str]:
+    _Host.asked = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Host)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"localhost:{server.server_address[1]}"
+    yield f"pictures.example:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
 
@@ -694,8 +800,10 @@ def test_a_listed_host_is_asked(
     toybox: ChatEngine, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosts, size = frozenset({host}), 10**6
-    with pytest.raises(ApiError, match="no public address"):
+    with monkeypatch.context() as patch, pytest.raises(ApiError, match="no public address"):
+        patch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("127.0.0.1", 80))])
         looked_at(toybox, f"http://{host}/scene.png", hosts=hosts)
+    # Nothing else knows an address of the name.
     monkeypatch.setattr(server_pictures, "_public_address", lambda *_: "127.0.0.1")
     fetched = looked_at(toybox, f"http://{host}/scene.png", hosts=hosts)
     assert torch.equal(fetched.images[0].embeds, toybox.encode_image(PICTURES / "scene.png").embeds)
@@ -705,13 +813,36 @@ def test_a_listed_host_is_asked(
         (f"http://me@{host}/scene.png", "fetches no pictures"),
         (f"http://{host.split(':')[0]}/scene.png", "fetches no pictures"),
         (f"http://{host}/a b", "cannot be fetched"),
+        (f"http://{host}/a\r\nX-Evil: 1\r\n\r\n", "cannot be fetched"),
+        (f"http://{host}\r\nX-Evil:1/scene.png", "no address"),
         (f"https://{host}/scene.png", "cannot be fetched"),
     ):
         with pytest.raises(ApiError, match=message):
             looked_at(toybox, url, hosts=hosts, body_bytes=size)
+    looked_at(toybox, f"http://{host}/a%0d%0aX-Evil:%201?\r\nb", hosts=hosts)
+    assert {tuple(names) for _, names in _Host.asked} == {("Accept", "Accept-Encoding", "Host")}
+    assert _Host.asked[-1][0] == "/a%0d%0aX-Evil:%201?b"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_host_that_is_slow(
+    toybox: ChatEngine, host: str, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """A byte now and then keeps no thread for longer, encrypted or not."""
+
+    class Tls:
+        """Takes the socket over, as TLS does."""
+
+        def wrap_socket(self, plain: socket.socket, server_hostname: str) -> socket.socket:
+            return socket.socket(fileno=plain.detach())
+
+    monkeypatch.setattr(ssl, "create_default_context", Tls)
+    monkeypatch.setattr(server_pictures, "_public_address", lambda *_: "127.0.0.1")
     monkeypatch.setattr(server_pictures, "_FETCH_SECONDS", 0.2)
+    begun = time.monotonic()
     with pytest.raises(ApiError, match="cannot be fetched"):
-        looked_at(toybox, f"http://{host}/slow", hosts=hosts)
+        looked_at(toybox, f"{scheme}://{host}/slow", hosts=frozenset({host}))
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize(

@@ -394,7 +394,7 @@ def test_no_raised_text_reaches_a_page(
     monkeypatch.setattr(tab.web._engine, "extend", fail)
     messages = tab.ask("What?")
     assert said in warnings(messages) and "secret" not in json.dumps(messages)
-    monkeypatch.setattr(tab.web._engine, "encode_pictures", fail)
+    monkeypatch.setattr(tab.web._engine, "encode_image", fail)
     messages = tab.show(PICTURES / "pair.png")
     assert said in warnings(messages) and "secret" not in json.dumps(messages)
 

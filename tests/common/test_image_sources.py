@@ -256,6 +256,7 @@ def test_every_reader_sees_the_same(
         tokenizer = None
         encoder = types.SimpleNamespace(template=types.SimpleNamespace(stops=()), num_query_token=1)
         device = torch.device("cpu")
+        context, image_size = 9, 28
 
         def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
             return pixels

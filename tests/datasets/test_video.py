@@ -38,7 +38,7 @@ from lavis.common.schema import (
     ProcessorConfig,
     SplitProcessors,
 )
-from lavis.common.types import BadSample, Sample
+from lavis.common.types import IMAGE_PLACEHOLDER, BadSample, Sample
 from lavis.common.videos import (
     Picture,
     check_media,
@@ -571,21 +571,27 @@ def test_a_limit_of_tokens_holds_in_chat(world: Path, model: Any) -> None:
 
 def test_a_video_of_a_forgotten_turn_keeps_its_form(tokenizer: Any) -> None:
     encoder = ConversationEncoder(tokenizer, ChatML(tokenizer), num_query_token=2)
-    old = place_images("a", [3])
+    old = place_images("a", [IMAGE_PLACEHOLDER * 3])
     assert old == "<Img><ImageHere><ImageHere><ImageHere></Img> a"
-    ids, dropped = encoder.latest([(old, "b"), (place_images("<ImageHere>c", [1]), "d")], "e", 0)
+    ids, dropped = encoder.latest(
+        [(old, "b"), (place_images("<ImageHere>c", [IMAGE_PLACEHOLDER]), "d")], "e", 0
+    )
     moved = "<Img><ImageHere><ImageHere><ImageHere></Img><Img><ImageHere></Img> e"
     assert dropped == 2 and ids == encoder.prompt([Turn("user", moved)])
 
 
 def test_places_of_videos_among_pictures() -> None:
-    assert place_images("<ImageHere>, <ImageHere>", [2, 1]) == "<ImageHere><ImageHere>, <ImageHere>"
-    assert place_images("x", [1, 2]) == (
+    one, two = IMAGE_PLACEHOLDER, 2 * IMAGE_PLACEHOLDER
+    assert (
+        place_images("<ImageHere>, <ImageHere>", [two, one])
+        == "<ImageHere><ImageHere>, <ImageHere>"
+    )
+    assert place_images("x", [one, two]) == (
         "<Img><ImageHere></Img><Img><ImageHere><ImageHere></Img> x"
     )
     assert place_images("x", []) == "x"
     with pytest.raises(DataError, match=r"names 1 images \(<ImageHere>\), but 2 are new"):
-        place_images("<ImageHere>", [2, 1])
+        place_images("<ImageHere>", [two, one])
 
 
 def test_the_chat_of_a_run_shows_the_frames_of_the_run(world: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from lavis.chat import ChatEngine, ChatSettings, Conversation
-from lavis.common.config import load_config
+from lavis.common.config import load_config, load_stages
 from lavis.common.errors import ConfigError, DataError, WeightsError
 from lavis.common.images import open_image
 from lavis.common.registry import LANGUAGE_MODELS, PROCESSORS
@@ -34,6 +34,7 @@ from lavis.models.vlm import VLM
 from lavis.models.weights.agreement import check_settings
 from lavis.models.weights.trained import trainable_state
 from lavis.processors.conversation import Turn
+from lavis.runners.stages import train_stages
 from tests.conftest import REPO
 from tests.models.towers import (
     CONNECTORS_OF,
@@ -319,9 +320,16 @@ def test_another_folder_or_precision_is_pointed_out(
 
 
 @pytest.mark.parametrize(
-    ("project", "tower"), [("qwen3_siglip2", "siglip"), ("llama_clip_mlp", "clip")]
+    ("project", "tower", "one_file"),
+    [
+        ("qwen3_siglip2", "siglip", False),
+        ("qwen3_siglip2", "siglip", True),
+        ("llama_clip_mlp", "clip", False),
+    ],
 )
-def test_the_two_stages_of_a_project(home: Path, tmp_path: Path, project: str, tower: str) -> None:
+def test_the_two_stages_of_a_project(
+    home: Path, tmp_path: Path, project: str, tower: str, one_file: bool
+) -> None:
     """The shipped files, with small weights in place of the real ones."""
     pytest.importorskip("peft")
     said = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}
@@ -335,18 +343,22 @@ def test_the_two_stages_of_a_project(home: Path, tmp_path: Path, project: str, t
     ]  # fmt: skip
     small += ["model.connector.size=2"] if tower == "siglip" else []
     saved: Path | None = None
+    files = REPO / "lavis" / "projects" / project
     for stage, name in (("align", "llava_pretrain_558k"), ("instruct", "llava_instruct_150k")):
         info = f"datasets.{name}.build_info"
-        given = [*small, f"{info}.annotations.train.storage={tmp_path / 'data.json'}"]
+        given = [f"{info}.annotations.train.storage={tmp_path / 'data.json'}"]
         given += [f"{info}.images.storage={picture.parent}"]
+        if one_file:
+            small += [f"stages.{stage}.{item}" for item in given]
+            continue
         given += [] if saved is None else [f"model.finetuned={saved}"]
-        file = REPO / "lavis" / "projects" / project / f"{stage}.yaml"
-        runner = prepare(home, *given, file=file, job=stage)
+        runner = prepare(home, *small, *given, file=files / f"{stage}.yaml", job=stage)
         before = loss(runner)
         saved = runner.train()
         assert loss(runner) < before
-    assert saved is not None
+    saved = saved or train_stages(load_stages(files / "stages.yaml", small))[0]
     assert any("lora_" in name for name in state(saved))
+    assert any(name.startswith("connector.") for name in state(saved))
 
 
 @pytest.mark.parametrize("names", [("clip", "pool", "qwen3"), ("siglip+dinov2", "mlp", "llama")])

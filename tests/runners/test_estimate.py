@@ -189,6 +189,31 @@ def test_the_longest_row_is_the_last_that_fits() -> None:
     assert made.longest(plain, made.held.total) == 0
 
 
+ADAPTED = {
+    "frozen": [],
+    "adapters": ["lora_r=16", "lora_dropout=0.0"],
+    "dropout": ["lora_r=16", "lora_dropout=0.1"],
+}
+
+
+@pytest.mark.parametrize("adapters", ADAPTED)
+def test_what_is_recomputed_fits(adapters: str) -> None:
+    """Between what a row takes with all layers recomputed and what it takes with none."""
+    chosen = [f"model.{option}" for option in ADAPTED[adapters]]
+    chosen += ["model.get_lora=true"] if chosen else []
+    chosen += ["model.llm_grad_ckpt=true", "run.max_tokens_per_batch=4000"]
+    deep = BENCH[3].replace("num_hidden_layers: 2", "num_hidden_layers: 8")
+    made = Estimator(config_of(*chosen, deep), Sharing("single", 1))
+    least, most = (made.needed(4000, StepSchedule(recompute=how)) for how in ("all", "none"))
+    found = set()
+    for share in (0.3, 0.5, 0.7, 0.9, 1.3):
+        memory = least + share * (most - least)
+        schedule = made.schedule(memory)
+        found.add(schedule.recompute)
+        assert made.needed(4000, schedule) <= memory
+    assert "none" in found and len(found) > 2
+
+
 class _NoData:
     def build_datasets(self) -> None:
         raise ConfigError("no such file")

@@ -12,7 +12,7 @@ from lavis.common.errors import WeightsError
 from lavis.models import load_model
 from lavis.models.weights.trained import trainable_state
 from lavis.runners.checkpoint import Checkpoint, Progress
-from lavis.tools.export import export
+from lavis.tools.export import export, main
 from tests.conftest import TOY, TOY_YAML
 
 UNFROZEN = ["model.freeze_vit=false", "model.freeze_qformer=false", "model.freeze_queries=false"]
@@ -55,3 +55,13 @@ def test_a_projection_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.pth").write_bytes((TOY / "checkpoint_9.pth").read_bytes())
     with pytest.raises(WeightsError, match="neither a vision encoder, a Q-Former nor an LLM"):
         export(tmp_path / "c.pth", tmp_path / "out", torch.float32)
+
+
+def test_a_configuration_of_another_place(
+    toy_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--cfg-path`` is read with every format."""
+    where = ["--checkpoint", str(TOY / "checkpoint_9.pth"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["export", *where, "--cfg-path", str(toy_yaml)])
+    with pytest.raises(WeightsError, match="neither a vision encoder, a Q-Former nor an LLM"):
+        main()

@@ -11,7 +11,6 @@ import re
 import socket
 import ssl
 import threading
-import time
 from collections import OrderedDict
 from urllib.parse import SplitResult, urlsplit
 
@@ -120,10 +119,16 @@ def _get(parts: SplitResult, host: str, port: int, max_bytes: int) -> bytes:
     Raises:
         OSError, ValueError, HTTPException: saying why not.
     """
-    deadline = time.monotonic() + _FETCH_SECONDS
     # The address that was checked is the one that is asked: a name may change in between.
     plain = socket.create_connection((_public_address(host, port), port), _FETCH_SECONDS)
-    end = threading.Timer(_FETCH_SECONDS, plain.shutdown, (socket.SHUT_RDWR,))
+    same = plain.dup()  # TLS takes the first one over
+    late = threading.Event()
+
+    def hang_up() -> None:
+        late.set()  # before what is read ends
+        same.shutdown(socket.SHUT_RDWR)
+
+    end = threading.Timer(_FETCH_SECONDS, hang_up)
     end.daemon = True
     end.start()
     connection = http.client.HTTPConnection(host, port)
@@ -141,13 +146,14 @@ def _get(parts: SplitResult, host: str, port: int, max_bytes: int) -> bytes:
         content = response.read(max_bytes + 1)
         if len(content) > max_bytes:
             raise OSError(f"it is larger than {max_bytes / 1e6:.0f} MB")
-        if time.monotonic() > deadline:
+        if late.is_set():
             raise OSError(f"it takes longer than {_FETCH_SECONDS:.0f} seconds")
         return content
     finally:
         end.cancel()
         connection.close()
         plain.close()
+        same.close()
 
 
 def _public_address(host: str, port: int) -> str:

@@ -11,7 +11,7 @@ from lavis.chat.server.protocol import ApiError, ChatBody, ImagePart, Message, T
 from lavis.chat.settings import ChatSettings
 from lavis.common.errors import ConfigError, DataError
 from lavis.processors.chatml import as_typed
-from lavis.processors.conversation import IMAGE, Turn
+from lavis.processors.conversation import IMAGE, Turn, show_in_turns
 
 _CHARACTERS_A_TOKEN = 16  # many more than any text has
 
@@ -77,15 +77,21 @@ class Prompts:
         system, messages = self._roles(body.messages)
         urls = self._pictures_of(body.messages)
         self._require_size(body.messages, urls)
-        turns = [Turn("user" if m.role == "user" else "assistant", _text(m)) for m in messages]
+        turns: Sequence[Turn] = [
+            Turn("user" if m.role == "user" else "assistant", _text(m)) for m in messages
+        ]
         model = self._model
         encoder = model.encoder if system is None else replace(model.encoder, system=system)
-        try:
-            ids = encoder.prompt(turns)
-            settings = _settings(body, self._room(body, len(ids)), self._defaults)
-        except (ConfigError, DataError) as error:
-            raise ApiError(str(error), code="invalid_value") from error
-        images = tuple(self._pictures(url, param) for param, url in urls.items())
+        images: tuple[ChatImage, ...] = ()
+        for known in (False, True):  # first as if each took the least
+            if known:
+                images = tuple(self._pictures(url, param) for param, url in urls.items())
+                turns = show_in_turns(turns, [image.places for image in images])
+            try:
+                ids = encoder.prompt(turns)
+                settings = _settings(body, self._room(body, len(ids)), self._defaults)
+            except (ConfigError, DataError) as error:
+                raise ApiError(str(error), code="invalid_value") from error
         return Prompt(ids, images, settings)
 
     def _roles(self, messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:

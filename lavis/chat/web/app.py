@@ -23,6 +23,7 @@ from lavis.chat.web.server import direct, serve
 from lavis.chat.web.sessions import Session, Sessions, history, strip
 from lavis.chat.web.texts import TEXTS, VisitorError, language_of
 from lavis.common.errors import ConfigError, DataError, WeightsError
+from lavis.common.images import is_video
 from lavis.common.videos import contact_sheet
 from lavis.processors.conversation import IMAGE_PLACEHOLDER
 
@@ -200,7 +201,11 @@ class WebChat:
             if len(session.conversation.waiting) >= MAX_FILES:
                 raise VisitorError("many_images")
             pictures = open_upload(path, name, self._engine.video)
-            session.show(self._engine.encode_pictures(pictures, name), contact_sheet(pictures))
+            if is_video(path):
+                shown = self._engine.encode_frames(pictures, name)
+            else:
+                shown = self._engine.encode_image(pictures[0], name)
+            session.show(shown, contact_sheet(pictures))
         except Exception as error:  # noqa: BLE001 -- told, and logged where it is ours
             self._tell(error, session.language)
 

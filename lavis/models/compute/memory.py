@@ -40,7 +40,8 @@ def layers_to_recompute(
         budget = (free - reserved) * (1 - _RESERVE)
     tokens = run.max_tokens_per_batch or run.batch_size_train * model.encoder.max_txt_len
     kept, entry = activation_bytes(model.language.model)
-    depth = len(list(model.language.blocks()))
+    blocks = list(model.language.blocks())
+    kept, depth = kept + learned_bytes(blocks[0]), len(blocks)
     choice = _fewest(depth, budget, tokens * kept, tokens * entry)
     logger.info(
         "activations: %.1f GB for %d tokens if all %d layers are kept, %.1f GB may be used: "
@@ -88,6 +89,32 @@ def activation_bytes(llm: nn.Module) -> tuple[float, float]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         probe(x, position_embeddings=(cos, cos), attention_mask=None)
     return sum(saved.values()) / _PROBE, x.nbytes / _PROBE
+
+
+def learned_bytes(block: nn.Module) -> float:
+    """Bytes a token that a layer saves beside :func:`activation_bytes`, as parts of it learn.
+
+    A matrix that learns keeps its input; those that stand side by side share one, unless dropout
+    gives each its own. Adapters (PEFT's layers) also keep what is between their two matrices, and
+    with DoRA what the frozen matrix gives.
+    """
+    size, total, shared = next(block.parameters()).itemsize, 0.0, 0
+    for name, module in block.named_modules():
+        layer = getattr(module, "base_layer", module)
+        adapted = hasattr(module, "lora_A")
+        learns = isinstance(module, nn.Linear) and module.weight.requires_grad
+        if ".lora_" in name or not (adapted or learns):
+            continue
+        drops = adapted and any(getattr(d, "p", 0.0) for d in module.lora_dropout.values())
+        if drops:
+            total += layer.in_features * (size + 1)  # and what was dropped
+        elif layer.in_features != shared:
+            total += layer.in_features * size
+            shared = layer.in_features
+        if adapted:
+            total += 4 * sum(down.out_features for down in module.lora_A.values())
+            total += layer.out_features * size * len(module.lora_magnitude_vector)
+    return total
 
 
 def free_memory(device: torch.device) -> float:

@@ -77,6 +77,10 @@ class Export:
                 f"export the run with {key('quantize')} removed and {key('path')} naming the "
                 "weights that were quantized (what was trained fits them as well as it fits these)"
             )
+        if config.preprocess.tiles.max > 1:
+            logger.warning(
+                "preprocess.tiles: a stock class shows pictures whole, without their parts"
+            )
         model.check_files(root)
         encoder, described, _ = MODELS.get(model.arch).describe(model, root)
         target = TARGETS[kind](model, root, encoder.num_query_token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ def trainable_state(
     return _key_map(model).to_original(
         {n: whole(p) for n, p in model.named_parameters() if p.requires_grad}
     )
+
+
+def frozen_entries(model: nn.Module, file: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model's parts that are not trained now."""
+    names = _key_map(model)
+    learns = {names.source(n).key for n, p in model.named_parameters() if p.requires_grad}
+    return {key: tensor for key, tensor in file.items() if key not in learns}
 
 
 def load_model_state(
