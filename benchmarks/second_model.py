@@ -1,8 +1,9 @@
 """What another language model costs before it learns: one line of a YAML, and kept features.
 
-``train.py`` runs three times until its first optimizer step is done: with the toybox's language
-model and an empty feature cache, with the second one and the features that are there now, and with
-the second one and no cache. The vision encoder and the pictures stay the same.
+``train.py`` runs four times until its first optimizer step is done: with the toybox's language
+model and an empty feature cache; with the second one and the features that are there now; with the
+second one and a cache that is empty again; and with the second one and no cache, where each step
+encodes its own pictures. Vision encoder and pictures stay the same.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ PROJECT = REPOSITORY / "lavis" / "projects" / "toybox" / "smollm2.yaml"
 FIRST = "model.language={name: qwen1, path: examples/toybox/llm, precision: fp32}"
 FILLED = "first model, features are encoded"
 KEPT = "second model, features are kept"
+EMPTY = "second model, features are encoded"
 NO_CACHE = "second model, no feature cache"
 
 
@@ -34,7 +36,7 @@ class _FirstStepDone(BaseException):
 
 
 def measure(second: Path, pictures: int, batch_size: int) -> dict[str, dict[str, float]]:
-    """Seconds, and seconds of CPU of the training process, for each of the three runs."""
+    """Seconds, and seconds of CPU of the training process, for each of the runs."""
     from examples.toybox.world.__main__ import write_split
 
     other = f"model.language={{name: hf, path: {second.resolve()}, precision: bf16}}"
@@ -49,10 +51,13 @@ def measure(second: Path, pictures: int, batch_size: int) -> dict[str, dict[str,
             "run.max_tokens_per_batch=null",
             "run.warmup_steps=0",
         ]
-        cache = f"run.feature_cache={{enabled: true, dir: {folder}/features}}"
+        kept, empty = (
+            f"run.feature_cache={{enabled: true, dir: {folder}/{name}}}" for name in ("kept", "new")
+        )
         runs = {
-            FILLED: (FIRST, cache),
-            KEPT: (other, cache),
+            FILLED: (FIRST, kept),
+            KEPT: (other, kept),
+            EMPTY: (other, empty),
             NO_CACHE: (other, "run.feature_cache={enabled: false}"),
         }
         return {
@@ -96,12 +101,12 @@ def until_first_step(options: Sequence[str], started: float) -> dict[str, float]
 
 def table(numbers: dict[str, dict[str, float]]) -> str:
     """The numbers as text."""
-    lines = [f"{'':34} {'first step begins':>20} {'first step done':>20}"]
+    lines = [f"{'':36} {'first step begins':>20} {'first step done':>20}"]
     for name, found in numbers.items():
         cells = (
             f"{found[f'{at}_s']:.1f} s ({found[f'{at}_cpu_s']:.1f})" for at in ("begin", "end")
         )
-        lines.append(f"{name:34} " + " ".join(f"{cell:>20}" for cell in cells))
+        lines.append(f"{name:36} " + " ".join(f"{cell:>20}" for cell in cells))
     return "\n".join([*lines, "in brackets: of them, CPU time of the training process"])
 
 

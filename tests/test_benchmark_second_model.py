@@ -36,10 +36,11 @@ def test_few_pictures(
     setting = ["--language", str(language), "--pictures", "4", "--batch-size", "2"]
     assert second_model.main([*setting, "--json", str(report)]) == 0
     languages = [(c.model.language.name, c.run.feature_cache.enabled) for c in configs]
-    assert languages == [("qwen1", True), ("hf", True), ("hf", False)]
-    assert configs[0].run.feature_cache.dir == configs[1].run.feature_cache.dir
+    assert languages == [("qwen1", True), ("hf", True), ("hf", True), ("hf", False)]
+    first, second, empty = (c.run.feature_cache.dir for c in configs[:3])
+    assert first == second != empty
     numbers = json.loads(report.read_text(encoding="utf-8"))
-    assert list(numbers) == [second_model.FILLED, second_model.KEPT, second_model.NO_CACHE]
+    assert len(numbers) == len(configs)
     assert all(0 < n["begin_cpu_s"] < n["end_cpu_s"] for n in numbers.values())
     assert all(0 < n["begin_s"] < n["end_s"] for n in numbers.values())
     assert "first step begins" in capsys.readouterr().out
