@@ -100,20 +100,19 @@ def learned_bytes(block: nn.Module) -> float:
     """
     size, total, shared = next(block.parameters()).itemsize, 0.0, 0
     for name, module in block.named_modules():
-        layer = getattr(module, "base_layer", module)
         adapted = hasattr(module, "lora_A")
         learns = isinstance(module, nn.Linear) and module.weight.requires_grad
         if ".lora_" in name or not (adapted or learns):
             continue
         drops = adapted and any(getattr(d, "p", 0.0) for d in module.lora_dropout.values())
         if drops:
-            total += layer.in_features * (size + 1)  # and what was dropped
-        elif layer.in_features != shared:
-            total += layer.in_features * size
-            shared = layer.in_features
+            total += module.in_features * (size + 1)  # and what was dropped
+        elif module.in_features != shared:
+            total += module.in_features * size
+            shared = module.in_features
         if adapted:
             total += 4 * sum(down.out_features for down in module.lora_A.values())
-            total += layer.out_features * size * len(module.lora_magnitude_vector)
+            total += module.out_features * size * len(module.lora_magnitude_vector)
     return total
 
 
