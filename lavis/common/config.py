@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lavis.common.errors import ConfigError, at
 from lavis.common.paths import LIBRARY_ROOT, REPOSITORY, is_file, user_path
 from lavis.common.registry import BUILDERS, did_you_mean, import_plugins
-from lavis.common.schema import Config, ModelConfig, RunConfig
+from lavis.common.schema import Config, EnvConfig, ModelConfig, RunConfig
 from lavis.common.stages import in_stage, take_stages
 from lavis.common.typed import Where, convert, parse, quoted
 
@@ -49,6 +49,18 @@ class _Layers:
                 first += f"; the environment variable is ${{oc.env:{name[1]}}}"
             raise ConfigError(f"{self.where(path)}: {path}: {first}") from error
         return cast(dict[str, Any], plain)
+
+    def get(self, path: str) -> Any:
+        """The value at a dotted path, or ``None``; other paths' mistakes are left alone.
+
+        Raises:
+            ConfigError: an interpolation that leads nowhere.
+        """
+        try:
+            return OmegaConf.select(OmegaConf.merge(*(layer for _, layer in self._layers)), path)
+        except OmegaConfBaseException as error:
+            first = str(error).splitlines()[0]
+            raise ConfigError(f"{self.where(path)}: {path}: {first}") from error
 
     def where(self, path: str) -> str:
         """Source of a dotted path, for error messages."""
@@ -228,6 +240,8 @@ def _read_yaml(path: Path) -> DictConfig:
 def _add_model_defaults(layers: _Layers, given: dict[str, Any]) -> None:
     model = convert(dict[str, Any], given.get("model") or {}, "model", layers.where)
     model_class = ModelConfig.__select__(model, "model", layers.where)
+    if model.get("from_pretrained") is not None:
+        _add_folder(layers, model, model_class)
     defaults: Mapping[str, str] = getattr(model_class, "DEFAULTS", {})
     if not defaults:
         return
@@ -240,6 +254,23 @@ def _add_model_defaults(layers: _Layers, given: dict[str, Any]) -> None:
         )
     path = LIBRARY_ROOT / "configs" / "models" / defaults[model_type]
     layers.add(str(path), _read_yaml(path), first=True)
+
+
+def _add_folder(layers: _Layers, model: dict[str, Any], model_class: type[ModelConfig]) -> None:
+    """Put what a folder of a whole model says under what the YAML says."""
+    key = "model.from_pretrained"
+    path = convert(str, layers.get(key), key, layers.where)
+    root = convert(
+        str, layers.get("env.cache_root") or EnvConfig.cache_root, "env.cache_root", layers.where
+    )
+    blocks = model_class.of_folder(path, root)
+    for part, block in list(blocks.items()):
+        given = convert(dict[str, Any], model.get(part) or {}, f"model.{part}", layers.where)
+        if given.get("name", block["name"]) != block["name"]:
+            del blocks[part]  # another kind, with keys of its own
+    processor = {"name": "blip_image_eval"}  # with size and mean as the folder says
+    images = {"vis_processor": {"train": processor, "eval": processor}}
+    layers.add(path, OmegaConf.create({"model": blocks, "preprocess": images}), first=True)
 
 
 def _add_dataset_defaults(layers: _Layers, given: dict[str, Any]) -> None:

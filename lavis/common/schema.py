@@ -178,6 +178,15 @@ class ModelConfig:
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
         return _selected(MODELS, "arch", data, path, where)
 
+    @classmethod
+    def of_folder(cls, path: str, cache_root: str) -> dict[str, Any]:
+        """The keys that ``from_pretrained`` stands for.
+
+        Raises:
+            WeightsError, ConfigError: the folder, or models of this kind, cannot be read so.
+        """
+        raise ConfigError("model.from_pretrained is a key of arch: vlm")
+
     def key(self, part: str, name: str) -> str:
         """What the user calls a setting of a part, ``vision``, ``connector`` or ``language``."""
         return f"model.{name}"

@@ -21,7 +21,7 @@ from lavis.common.registry import (
 from lavis.common.schema import ImageTransform, ModelConfig, PartConfig, RunConfig
 from lavis.common.typed import require_range
 from lavis.models.vision.config import EvaQFormerConfig, Key, VisionConfig
-from lavis.models.weights.shards import check_download, find_shards, llm_files
+from lavis.models.weights.shards import check_download, folder_files, llm_files
 
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
 
@@ -103,14 +103,8 @@ class ConnectorConfig(PartConfig):
         Raises:
             WeightsError: it is missing or not complete.
         """
-        if self.path is None:
-            return
-        folder = require(
-            cache_path(self.path, cache_root), key("path"), WeightsError, directory=True
-        )
-        check_download(require(folder / "config.json", key("path"), WeightsError))
-        for shard in find_shards(folder, key("path")):
-            check_download(shard)
+        if self.path is not None:
+            list(folder_files(cache_path(self.path, cache_root), key("path")))
 
 
 @dataclass(frozen=True)
@@ -233,10 +227,7 @@ class HfConfig(LanguageConfig):
             check_packages("gguf", f"{key('path')}: {self.path}")
             check_download(require(path, key("path"), WeightsError))
             return
-        require(path, key("path"), WeightsError, directory=True)
-        check_download(require(path / "config.json", key("path"), WeightsError))
-        for shard in find_shards(path, key("path")):
-            check_download(shard)
+        list(folder_files(path, key("path")))
 
 
 @dataclass(frozen=True)
@@ -359,8 +350,13 @@ class PartsConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class VlmConfig(PartsConfig):
-    """``arch: vlm``: parts by one line each."""
+    """``arch: vlm``: parts by one line each.
 
+    ``from_pretrained`` names a folder of LLaVA or BLIP-2 of Transformers that gives the parts; what
+    the YAML says of one goes before what the folder does.
+    """
+
+    from_pretrained: str | None = None
     language: LanguageConfig = field(kw_only=True)
     vision: VisionConfig = EvaQFormerConfig("eva_qformer")
     connector: ConnectorConfig = LinearConfig("linear")
@@ -376,6 +372,14 @@ class VlmConfig(PartsConfig):
             )
         if (learn := self.training.get("vision")) is not None:
             self.vision.check_training(learn.parts)
+
+    @classmethod
+    def of_folder(cls, path: str, cache_root: str) -> dict[str, Any]:
+        """As its base says."""
+        from lavis.models.pretrained import parts_of
+
+        blocks = parts_of(cache_path(path, cache_root))
+        return {part: {"path": path} | block for part, block in blocks.items()}
 
     @property
     def parts(self) -> tuple[VisionConfig, ConnectorConfig, LanguageConfig]:

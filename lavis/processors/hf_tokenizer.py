@@ -200,6 +200,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             failure = failure or error
             continue
         if isinstance(hf, PreTrainedTokenizerFast):
+            hf.chat_template = hf.chat_template or _template_of_processor(folder)
             return hf
         failure = failure or TypeError(f"{type(hf).__name__} is no fast tokenizer")
     raise WeightsError(
@@ -207,6 +208,21 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         f"({type(failure).__name__}: {str(failure).strip().splitlines()[0]}); it needs "
         "tokenizer.json: load it where you trust its code and save_pretrained() it here"
     ) from failure
+
+
+def _template_of_processor(folder: Path) -> str | None:
+    """The chat template where older processors keep it; Transformers reads the newer places.
+
+    Raises:
+        WeightsError: the file is damaged.
+    """
+    file = folder / "chat_template.json"
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["chat_template"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{file}: no JSON object with a chat_template") from error
 
 
 def _is_markup(token: _Json) -> bool:

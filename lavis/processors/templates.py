@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jinja2 import TemplateError
 
-from lavis.common.errors import ConfigError, DataError
+from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.processors.chatml import text_pieces
 from lavis.processors.contracts import Kind, Piece, Turn
 from lavis.processors.hf_tokenizer import FastTokenizer
@@ -64,6 +64,8 @@ class TokenizerTemplate:
         thinking: whether answers are trained and asked with the template's room for thoughts.
         stops: what ends an answer, and the tokenizer's end tokens.
         source: the template in Jinja.
+        in_parts: whether it takes a message's content as a list of texts and images, as templates
+            of models that see do, and not as a text.
         no_system: why the template takes no system prompt; None if it does.
     """
 
@@ -80,6 +82,7 @@ class TokenizerTemplate:
             self.source = _FIXED_DATE + str(tokenizer.hf.get_chat_template())
         except ValueError as error:
             raise self._refusal(f"no chat template to use ({error})") from error
+        self.in_parts = not self._shows_texts() and self._shows_texts(in_parts=True)
         example = self.pieces([Turn("user", "?"), Turn("assistant", "!")])
         end = [text for text, kind in example if kind is Kind.END][-1]
         self.stops = tuple(dict.fromkeys([tokenizer.encode_markup(end)[-1], *tokenizer.eos]))
@@ -114,7 +117,10 @@ class TokenizerTemplate:
 
     def _apply(self, messages: Sequence[Message], ask: bool, *, tokenize: bool) -> str | list[int]:
         result: str | list[int] = self.tokenizer.hf.apply_chat_template(
-            [{"role": role, "content": text} for role, text in messages],
+            [
+                {"role": role, "content": [{"type": "text", "text": t}] if self.in_parts else t}
+                for role, t in messages
+            ],
             add_generation_prompt=ask,
             tokenize=tokenize,
             return_dict=False,
@@ -123,6 +129,13 @@ class TokenizerTemplate:
             thinking=self.thinking,  # Granite, DeepSeek
         )
         return result
+
+    def _shows_texts(self, *, in_parts: bool = False) -> bool:
+        """Whether the text of a question gets into the prompt."""
+        self.in_parts = in_parts
+        with suppress(LavisError):
+            return _sentinel(0) in self._render([("user", _sentinel(0))], True)
+        return False
 
     def _shape(self, messages: Sequence[Message], ask: bool) -> list[Piece | _Slot]:
         roles = tuple(

@@ -116,6 +116,16 @@ CHATML = """
 {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+CHATML_PARTS = """
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- for part in m.content %}
+{%- if part.type == 'image' %}{{- '<image>' }}{% else %}{{- part.text }}{% endif %}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+"""As of a model that sees: contents are lists."""
 CHATML_DEFAULT = (
     """
 {%- if messages[0].role != 'system' %}
@@ -282,6 +292,7 @@ class Family:
         system: whether it takes a system prompt.
         notes: how many remarks the proof has.
         prefix: characters of the constant prefix, without a system prompt.
+        in_parts: whether messages are lists of texts and images.
     """
 
     backend: Callable[[], Tokenizer]
@@ -293,6 +304,7 @@ class Family:
     added: list[AddedToken] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
     system: bool = True
+    in_parts: bool = False
     notes: int = 0
     trims: bool = False
 
@@ -334,6 +346,10 @@ qwen = partial(byte_level, nfc=True)
 
 FAMILIES: dict[str, Family] = {
     "chatml": Family(byte_level, CHATML, USER, IM_ASK, "<|im_end|>", "<|im_start|>", IM, IM_EOS),
+    "chatml in parts": Family(
+        byte_level, CHATML_PARTS, USER, IM_ASK, "<|im_end|>", "<|im_start|>", IM, IM_EOS,
+        in_parts=True,
+    ),
     "qwen2.5": Family(
         qwen, CHATML_DEFAULT, HELPFUL + USER, IM_ASK, "<|im_end|>", HELPFUL + "<|im_start|>",
         [*IM, plain("<tool_call>"), plain("</tool_call>")], IM_EOS,

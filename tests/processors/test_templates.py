@@ -90,9 +90,15 @@ def test_ids_are_those_of_apply_chat_template(built: Built, fixed_date: None) ->
             texts = [question, one, QUESTIONS[n - 3], two, "And?"]
             for length in range(1, 6):
                 turns, ask = dialog(*texts[:length]), length % 2 == 1
-                messages = [{"role": role, "content": text} for role, text in turns]
+                messages: list[dict[str, Any]] = [
+                    {"role": role, "content": text} for role, text in turns
+                ]
                 if system is not None:
                     messages.insert(0, {"role": "system", "content": system})
+                if built.family.in_parts:
+                    messages = [
+                        m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages
+                    ]
                 expected = hf.apply_chat_template(
                     messages, add_generation_prompt=ask, return_dict=False, enable_thinking=False
                 )

@@ -47,7 +47,7 @@ _FLATTEN = """\
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}
+{%- set flat.messages = flat.messages + [dict(message, content=CONTENT)] -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
@@ -87,8 +87,10 @@ def stock_template(described: LanguagePart, repeat: int) -> str:
         ConfigError: it is a class of one's own.
     """
     images = f"'{IMAGE_TOKEN}' * {repeat}" if repeat > 1 else f"'{IMAGE_TOKEN}'"
-    begin = _FLATTEN.replace("IMAGES", f"({images})")
     system, template = described.system, described.template
+    in_parts = isinstance(template, TokenizerTemplate) and template.in_parts
+    content = "[{'type': 'text', 'text': flat.text}]" if in_parts else "flat.text"
+    begin = _FLATTEN.replace("IMAGES", f"({images})").replace("CONTENT", content)
     if isinstance(described, Qwen1):
         source, system = _CHATML, SYSTEM_PROMPT if system is None else system
     elif type(template) is TokenizerTemplate:
@@ -102,7 +104,8 @@ def stock_template(described: LanguagePart, repeat: int) -> str:
             f"and remove {key}"
         )
     if system is not None:
-        begin += _SYSTEM.replace("SYSTEM", json.dumps(system, ensure_ascii=False))
+        said = [{"type": "text", "text": system}] if in_parts else system
+        begin += _SYSTEM.replace("SYSTEM", json.dumps(said, ensure_ascii=False))
     return begin + source
 
 

@@ -13,7 +13,7 @@ from lavis.common.paths import cache_path, require
 from lavis.common.registry import VISION_ENCODERS, Registry
 from lavis.common.schema import ImageTransform, PartConfig
 from lavis.common.typed import require_range
-from lavis.models.weights.shards import check_download, find_shards
+from lavis.models.weights.shards import folder_files
 
 if TYPE_CHECKING:
     import torch
@@ -144,11 +144,22 @@ class EvaQFormerKeys:
 
 @dataclass(frozen=True)
 class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
-    """``vision: {name: eva_qformer, ...}``."""
+    """``vision: {name: eva_qformer, ...}``.
+
+    Attributes:
+        path: a folder of BLIP-2 of Transformers with all weights, in place of ``vit_weights`` and
+            ``pretrained``.
+    """
 
     PARTS: ClassVar[tuple[str, ...]] = ("vit", "pos_embed", "qformer", "queries")
 
+    path: str | None = None
     from_scratch: tuple[Literal["vit", "qformer"], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is not None and self.from_scratch:
+            raise ConfigError("from_scratch: weights come from path; remove one of the two")
 
     @property
     def random_parts(self) -> tuple[str, ...]:
@@ -167,13 +178,24 @@ class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
         Raises:
             WeightsError: one is missing.
         """
+        if self.path is not None:
+            yield from folder_files(self.file("path", cache_root), key("path"))
+            return
         for part, name in (("vit", "vit_weights"), ("qformer", "pretrained")):
             if part not in self.from_scratch:
-                yield require(self.path(name, cache_root), key(name), WeightsError)
+                yield require(self.file(name, cache_root), key(name), WeightsError)
 
-    def path(self, name: str, cache_root: str) -> Path:
-        """The path that a key names."""
+    def file(self, name: str, cache_root: str) -> Path:
+        """The file or folder that a key names."""
         return cache_path(getattr(self, name), cache_root)
+
+    def transform(self, cache_root: str, key: Key) -> ImageTransform:
+        """As its base says; with a folder, what its image processor does."""
+        if self.path is None:
+            return super().transform(cache_root, key)
+        from lavis.models.vision.transforms import of_folder
+
+        return of_folder(self.file("path", cache_root), self.image_size, key("path"))
 
     def check_training(self, parts: tuple[str, ...]) -> None:
         """Check that these parts can learn.
@@ -252,9 +274,7 @@ class HfVisionConfig(TowerConfig):
 
     def files(self, cache_root: str, key: Key) -> Iterator[Path]:
         """The weight files, checked; the small ones must be there, too."""
-        folder = require(self.folder(cache_root), key("path"), WeightsError, directory=True)
-        check_download(require(folder / "config.json", key("path"), WeightsError))
-        yield from find_shards(folder, key("path"))
+        yield from folder_files(self.folder(cache_root), key("path"))
 
     def folder(self, cache_root: str) -> Path:
         """The folder of Transformers."""

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,15 @@ from transformers import Blip2QFormerConfig
 
 from lavis.common.hashing import file_digest
 from lavis.models.vision.config import EvaQFormerConfig
-from lavis.models.vision.eva import build_vit, load_vit
+from lavis.models.vision.eva import build_vit, fill_constants, interpolate_pos_embed, load_vit
 from lavis.models.vision.qformer import build_qformer, qformer_config
 from lavis.models.vision.tower import compute_dtype, learns, require_images
-from lavis.models.weights.files import load_weights, open_pth
-from lavis.models.weights.original import QFORMER
+from lavis.models.weights.files import load_weights, open_pth, open_shards
+from lavis.models.weights.original import BLIP2, QFORMER
 
 _VIT_NORM_EPS = 1e-5
+_STOCK_NORM_EPS = 1e-6  # of BLIP-2's class in Transformers
+_STOCK_VIT = "vision_model.embeddings.", "vision_model.encoder."
 _QFORMER_SETTINGS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "layer_norm_eps", "cross_attention_frequency", "encoder_hidden_size",
@@ -62,25 +65,53 @@ class EvaQFormer(nn.Module):
         vit_device = device if "vit" in c.from_scratch else meta
         self.visual_encoder = build_vit(c, vit_device, dtype)
         with device if "qformer" in c.from_scratch else meta:
-            self.ln_vision = nn.LayerNorm(c.vit_config.embed_dim, eps=_VIT_NORM_EPS)
+            eps = _VIT_NORM_EPS if c.path is None else _STOCK_NORM_EPS
+            self.ln_vision = nn.LayerNorm(c.vit_config.embed_dim, eps=eps)
             self.Qformer = build_qformer(qformer)
             self.query_tokens = nn.Parameter(
                 torch.randn(1, c.num_query_token, qformer.hidden_size) * qformer.initializer_range
             )
         if device.type == "meta":  # without weights
             return
+        if c.path is not None:
+            self._load_folder(c.file("path", cache_root), device, dtype)
+            return
         if "vit" not in c.from_scratch:
-            path = c.path("vit_weights", cache_root)
+            path = c.file("vit_weights", cache_root)
             load_vit(self.visual_encoder, path, device=device, dtype=dtype)
         if "qformer" not in c.from_scratch:
             load_weights(
                 self,
-                open_pth(c.path("pretrained", cache_root)),
+                open_pth(c.file("pretrained", cache_root)),
                 QFORMER,
                 device=device,
                 dtype=torch.float32,
-                select=lambda name: name.startswith(("query_tokens", "ln_vision.", "Qformer.")),
+                select=_is_qformer,
             )
+
+    def _load_folder(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        """Fill it from a folder of BLIP-2 of Transformers; the ViT's numbers become ``dtype``.
+
+        A bias of the keys, which such a ViT may have learned, is left out: it moves all scores of
+        a query alike, which the softmax takes back.
+        """
+
+        def adapt(key: str, tensor: Tensor) -> Tensor:
+            if not key.endswith("position_embedding"):
+                return tensor
+            return interpolate_pos_embed(tensor, self.visual_encoder.pos_embed.shape[1])
+
+        stored = open_shards(folder)
+        vit = {key for key in stored if key.startswith(_STOCK_VIT)}
+        for names, select, kind in (
+            (vit, _is_vit, dtype),
+            (stored.keys() - vit, _is_qformer, torch.float32),
+        ):
+            load_weights(
+                self, stored.only(names), BLIP2, device=device, dtype=kind, select=select,
+                adapt=adapt,
+            )  # fmt: skip
+        fill_constants(self.visual_encoder, device)
 
     def learning(self, parts: Sequence[str]) -> Iterator[nn.Module | nn.Parameter]:
         """What learns if these of its parts do; all by default."""
@@ -152,9 +183,12 @@ class EvaQFormer(nn.Module):
             WeightsError: a weight file is missing.
         """
         qformer = resolve_qformer(config, cache_root)
-        parts = {
-            "vit": file_digest(config.path("vit_weights", cache_root)),
-            "qformer": file_digest(config.path("pretrained", cache_root)),
+        if config.path is None:
+            names = {"vit": "vit_weights", "qformer": "pretrained"}
+            weights = {k: file_digest(config.file(name, cache_root)) for k, name in names.items()}
+        else:
+            weights = {p.name: file_digest(p) for p in config.files(cache_root, str)}
+        parts = weights | {
             "vit_model": config.vit_model,
             "vit_config": dataclasses.asdict(config.vit_config),
             "image_size": config.image_size,
@@ -166,10 +200,18 @@ class EvaQFormer(nn.Module):
         return hashlib.blake2b(text, digest_size=32).hexdigest()
 
 
+def _is_vit(name: str) -> bool:
+    return name.startswith("visual_encoder.")
+
+
+def _is_qformer(name: str) -> bool:
+    return name.startswith(("query_tokens", "ln_vision.", "Qformer."))
+
+
 def resolve_qformer(config: EvaQFormerConfig, cache_root: str) -> Blip2QFormerConfig:
     """The Q-Former's sizes."""
     return qformer_config(
-        config.qformer_config, config.path("bert_config", cache_root), config.vit_config.embed_dim
+        config.qformer_config, config.file("bert_config", cache_root), config.vit_config.embed_dim
     )
 
 

@@ -40,6 +40,10 @@ class WeightFile(Mapping[str, Tensor]):
         """Wrap tensors that are already open."""
         return cls(label, {k: partial(tensors.__getitem__, k) for k in tensors})
 
+    def only(self, names: Iterable[str]) -> WeightFile:
+        """These of its tensors."""
+        return WeightFile(self.label, {name: self._tensors[name] for name in names})
+
     def __getitem__(self, key: str) -> Tensor:
         try:
             return self._tensors[key]()

@@ -77,6 +77,19 @@ def check_download(path: Path) -> None:
             )
 
 
+def folder_files(folder: Path, key: str) -> Iterator[Path]:
+    """The weight files of a folder of Transformers, checked as its small ones are.
+
+    Raises:
+        WeightsError: one is missing or not complete.
+    """
+    require(folder, key, WeightsError, directory=True)
+    check_download(require(folder / "config.json", key, WeightsError))
+    for shard in find_shards(folder, key):
+        check_download(shard)
+        yield shard
+
+
 def find_shards(folder: Path, key: str = "the language model") -> list[Path]:
     """Weight files of a language model: safetensors if there are any, else ``.bin``.
 
