@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis.common.errors import ConfigError, at
+from lavis.common.hashing import settings_digest
 from lavis.common.registry import VISION_ENCODERS
 from lavis.models.contracts import VisionEncoder
 from lavis.models.vision.config import FusedConfig, Key
@@ -97,7 +96,7 @@ class FusedTowers(Tower):
         for tower, key in config.each(_KEY):
             parts.append(VISION_ENCODERS.get(tower.name).fingerprint(tower, cache_root, device))
             parts.append(normalization(tower.transform(cache_root, key)))
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).hexdigest()
+        return settings_digest(parts)
 
 
 def renormalize(pixels: Tensor, given: Normalization, wanted: Normalization) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING
 
 from lavis.common.errors import ConfigError
-from lavis.common.hashing import file_digest
+from lavis.common.hashing import file_digest, settings_digest
 from lavis.models.vision.config import HfVisionConfig
 from lavis.models.vision.tower import Tower, compute_dtype, pick_tokens
 from lavis.models.weights.files import WeightFile, open_shards
@@ -231,4 +229,4 @@ class HfVision(Tower):
             str(compute_dtype(config.precision, device)), config.class_token,
             str(spec.sizes.num_hidden_layers), str(spec.image_size),
         ]  # fmt: skip
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).hexdigest()
+        return settings_digest(parts)

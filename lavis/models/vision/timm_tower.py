@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis.common.errors import ConfigError
-from lavis.common.hashing import file_digest
+from lavis.common.hashing import file_digest, settings_digest
 from lavis.common.paths import cache_path
 from lavis.models.vision.config import TimmConfig
 from lavis.models.vision.eva import fill_constants
@@ -122,7 +120,7 @@ class TimmVision(Tower):
             len(_blocks(model)), config.class_token,
             str(compute_dtype(config.precision, device)),
         ]  # fmt: skip
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).hexdigest()
+        return settings_digest(parts)
 
 
 def _features(config: TimmConfig, model: Any, pixels: Tensor) -> Tensor:
