@@ -23,7 +23,7 @@ from lavis.common.registry import (
     Registry,
 )
 from lavis.common.tiles import TilesConfig
-from lavis.common.typed import Where, convert, only, require_range
+from lavis.common.typed import Selected, Where, only, require_range
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,12 @@ class ImageTransform:
 
 
 @dataclass(frozen=True)
-class ProcessorConfig:
+class ProcessorConfig(Selected):
     """Base of every processor's configuration; ``name`` selects the subclass."""
 
-    name: str
+    REGISTRY: ClassVar[Registry[Any]] = PROCESSORS
 
-    @classmethod
-    def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
-        return _selected(PROCESSORS, "name", data, path, where)
+    name: str
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,11 @@ class BuildInfo:
 
 
 @dataclass(frozen=True)
-class DatasetConfig:
+class DatasetConfig(Selected):
     """One block of ``datasets``. Its name picks a builder unless ``builder`` does."""
+
+    REGISTRY: ClassVar[Registry[Any]] = BUILDERS
+    KEY: ClassVar[str] = "builder"
 
     build_info: BuildInfo
     builder: str = ""
@@ -118,10 +119,6 @@ class DatasetConfig:
         if self.score is not None:
             with at("score"):
                 METRICS.check(self.score)
-
-    @classmethod
-    def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> Any:
-        return _selected(BUILDERS, "builder", data, path, where)
 
 
 @dataclass(frozen=True)
@@ -140,20 +137,14 @@ class BenchmarkConfig(DatasetConfig):
 
 
 @dataclass(frozen=True)
-class PartConfig:
-    """Base of the configuration of a model's part; ``name`` selects the subclass.
-
-    Attributes:
-        REGISTRY: where the names are.
-    """
-
-    REGISTRY: ClassVar[Registry[Any]]
+class PartConfig(Selected):
+    """Base of the configuration of a model's part; ``name`` selects the subclass."""
 
     name: str
 
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
-        selected = _selected(cls.REGISTRY, "name", data, path, where)
+        selected = super().__select__(data, path, where)
         if not issubclass(selected, cls):
             raise ConfigError(
                 f"{where(path)}: {path}.name: {selected.__qualname__}, the configuration of "
@@ -163,20 +154,18 @@ class PartConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Selected):
     """Base of every model's configuration; ``arch`` selects the subclass.
 
     Attributes:
         LEARNS_BY: the keys that say what learns, for messages.
     """
 
+    REGISTRY: ClassVar[Registry[Any]] = MODELS
+    KEY: ClassVar[str] = "arch"
     LEARNS_BY: ClassVar[str] = "model"
 
     arch: str
-
-    @classmethod
-    def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
-        return _selected(MODELS, "arch", data, path, where)
 
     def key(self, part: str, name: str) -> str:
         """What the user calls a setting of a part, ``vision``, ``connector`` or ``language``."""
@@ -406,20 +395,3 @@ class Config:
             )
         if min(ratios.values()) < 0 or not sum(ratios.values()) > 0:
             raise ConfigError("run.train_dataset_ratios must not be negative, and not all zero")
-
-
-def _selected(
-    registry: Registry[Any], key: str, data: Mapping[str, Any], path: str, where: Where
-) -> type:
-    """The class that types a block, named by one of the block's keys."""
-    if data.get(key) is None:
-        known, source = ", ".join(registry.names()), where(path)
-        add = f"--options {path}.{key}=..." if source == "--options" else f"`{key}: ...` to {path}"
-        raise ConfigError(
-            f"{source}: {path}.{key} is missing (known: {known}); it says which {registry.kind} "
-            f"the other keys are of: add {add}"
-        )
-    path = f"{path}.{key}"
-    name = convert(str, data[key], path, where)
-    with at(f"{where(path)}: {path}"):
-        return registry.config(name)
