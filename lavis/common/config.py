@@ -8,6 +8,7 @@ import os
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -148,10 +149,7 @@ def _build(layers: _Layers, source: str) -> Config:
         tree.setdefault(section, {})
     _move_old_names(tree)
     _apply_deepspeed_config(tree["run"], layers.where)
-    config = parse(Config, tree, "", layers.where)
-    config.tree.update(tree)
-    object.__setattr__(config, "source", source)
-    return config
+    return replace(parse(Config, tree, "", layers.where), source=source, tree=tree)
 
 
 def parse_options(options: Iterable[str]) -> DictConfig:

@@ -352,8 +352,8 @@ class Config:
     preprocess: PreprocessConfig = PreprocessConfig()
     env: EnvConfig = EnvConfig()
     imports: tuple[str, ...] = ()
-    source: str = field(default="", init=False, compare=False)
-    tree: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    source: str = field(default="", compare=False)
+    tree: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def dataset_ratios(self) -> tuple[float, ...] | None:
