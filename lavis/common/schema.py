@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -119,21 +119,6 @@ class DatasetConfig(Selected):
         if self.score is not None:
             with at("score"):
                 METRICS.check(self.score)
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig(DatasetConfig):
-    """A block of ``datasets`` whose files are a public benchmark's; ``builder`` says which."""
-
-    format: Literal["minigpt4qwen", "llava"] = only(
-        "minigpt4qwen", "a benchmark's files have their own format; remove the key"
-    )
-    prompt: str | None = None  # with {question} in it; without, the benchmark's usual one
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prompt is not None and self.prompt.count("{question}") != 1:
-            raise ConfigError(f"prompt must hold {{question}} once, not {self.prompt!r}")
 
 
 @dataclass(frozen=True)
@@ -370,8 +355,8 @@ class Config:
         transform = self.model.transform(self.env.cache_root)
         if processor is None or transform is None:
             return processor
-        wanted = {k: v for k, v in asdict(transform).items() if v is not None}
-        wanted = {k: v for k, v in wanted.items() if hasattr(processor, k)}
+        said = {k: v for k, v in vars(transform).items() if v is not None}
+        wanted = {k: v for k, v in said.items() if hasattr(processor, k)}
         for key, value in wanted.items():
             if (given := getattr(processor, key)) in (None, value):
                 continue
