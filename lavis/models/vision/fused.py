@@ -20,12 +20,7 @@ _KEY: Key = partial(str.format, "model.vision.{}")
 
 
 class FusedTowers(Tower):
-    """Encoders that see the same image, and whose features are concatenated: (N, Q, sum of D).
-
-    Attributes:
-        width: D, of a feature.
-        tokens: Q, features of an image.
-    """
+    """Encoders that see the same image, and whose features are concatenated: (N, Q, sum of D)."""
 
     config: FusedConfig
 
@@ -37,7 +32,6 @@ class FusedTowers(Tower):
         *,
         home: torch.device | None = None,
     ) -> None:
-        """Build its towers; arguments and errors as theirs."""
         super().__init__(config, config.transform(cache_root, _KEY).image_size)
         self.tokens, self.width = self.shape(config, cache_root)
         self.towers = nn.ModuleList(
@@ -55,16 +49,13 @@ class FusedTowers(Tower):
 
     @property
     def keeps_precision(self) -> bool:
-        """Whether autocast leaves all of its towers alone."""
         return all(getattr(tower, "keeps_precision", False) for tower in self.towers)
 
     def blocks(self) -> Iterator[nn.Module]:
-        """Those of its towers."""
         for tower in self._encoders():
             yield from tower.blocks()
 
     def flops(self, cost: Callable[[nn.Module], float]) -> float:
-        """Those of its towers."""
         return sum(tower.flops(cost) for tower in self._encoders())
 
     def _encoders(self) -> Iterator[VisionEncoder]:
@@ -91,7 +82,6 @@ class FusedTowers(Tower):
 
     @staticmethod
     def fingerprint(config: FusedConfig, cache_root: str, device: torch.device) -> str:
-        """A hash of all that :meth:`forward` depends on."""
         parts: list[object] = []
         for tower, key in config.each(_KEY):
             parts.append(VISION_ENCODERS.get(tower.name).fingerprint(tower, cache_root, device))
