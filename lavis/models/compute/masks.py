@@ -184,18 +184,9 @@ class MaskRule:
         Made once for all layers; positions are those of one pass.
         """
         if keys not in self._seen:
-            n = len(positions)
-            mask: Tensor = sdpa_mask(
-                batch_size=1,
-                q_length=n,
-                kv_length=keys,
-                q_offset=positions - torch.arange(n, device=positions.device),
-                mask_function=self._arguments["mask_function"],
-                use_vmap=self._arguments["use_vmap"],
-                device=positions.device,
-                allow_is_causal_skip=False,
-            )
-            self._seen[keys] = mask[0, 0, :, None, None]
+            offsets = positions - torch.arange(len(positions), device=positions.device)
+            mask = self._make(len(positions), keys, offsets, positions.device)
+            self._seen[keys] = mask[:, None, None]
         return self._seen[keys]
 
     def inside(self, documents: Documents) -> Masks:
@@ -215,17 +206,22 @@ class MaskRule:
 
     def _sees(self, length: int, before: int) -> Tensor | None:
         """(N, P + N), or ``None`` for a document that is shorter than windows and chunks."""
+        mask = self._make(length, before + length, before, self._arguments["device"])
+        return None if mask.equal(_causal(length, before, mask.device)) else mask
+
+    def _make(self, queries: int, keys: int, offset: int | Tensor, device: torch.device) -> Tensor:
+        """(N, K) bool: what N tokens, whose positions are ``offset`` and on, see of K keys."""
         mask: Tensor = sdpa_mask(
             batch_size=1,
-            q_length=length,
-            kv_length=before + length,
-            q_offset=before,
+            q_length=queries,
+            kv_length=keys,
+            q_offset=offset,
             mask_function=self._arguments["mask_function"],
             use_vmap=self._arguments["use_vmap"],
-            device=self._arguments["device"],
+            device=device,
             allow_is_causal_skip=False,
-        )[0, 0]
-        return None if mask.equal(_causal(length, before, mask.device)) else mask
+        )
+        return mask[0, 0]
 
 
 def _causal(length: int, before: int, device: torch.device) -> Tensor:
