@@ -35,17 +35,19 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
     labels = torch.cat([s.labels for s in good])
     labels[starts] = IGNORE_INDEX  # nothing before it in its own document predicts it
     positions = torch.arange(len(labels)) - torch.repeat_interleave(starts, lengths)
+    shown = [(s.pixel_values, s.query_features, s.word_ids) for s in good]
+    pixels, features, words, described = join_shown(shown)
     return Batch(
         input_ids=torch.cat([s.input_ids for s in good])[None],
         labels=labels[None],
         position_ids=positions[None],
         lengths=tuple(lengths.tolist()),
-        pixel_values=_cat_images([s.pixel_values for s in good], torch.empty(0)),
-        word_ids=stack_words([s.word_ids for s in good]),
-        described=tuple(len(s.word_ids) > 0 for s in good for _ in range(_spans(s))),
+        pixel_values=pixels,
+        word_ids=words,
+        described=described,
         sample_ids=tuple(s.sample_id for s in good if s is not _FILLER),
         bad=bad,
-        query_features=_cat_images([s.query_features for s in good], NO_FEATURES),
+        query_features=features,
     )
 
 
@@ -88,19 +90,23 @@ def report_bad(bad: Sequence[BadSample], on_bad: str, refused: str, skipped: str
         logger.warning("%s:%s", skipped, which)
 
 
-def stack_words(words: Sequence[Tensor]) -> Tensor:
-    """Join (M, Q, W) phrases of different widths, filled up with -1."""
-    kept = [w for w in words if len(w)]
-    if not kept:
-        return NO_WORDS
-    width = max(w.shape[2] for w in kept)
-    return torch.cat([F.pad(w, (0, width - w.shape[2]), value=-1) for w in kept])
+def join_shown(
+    shown: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, tuple[bool, ...]]:
+    """What the image spans of several texts show, end to end.
 
+    Args:
+        shown: for each text pixels, features and words, as a :class:`Sample` has them.
 
-def _cat_images(images: list[Tensor], none: Tensor) -> Tensor:
-    images = [x for x in images if len(x)]
-    return torch.cat(images) if images else none
-
-
-def _spans(sample: Sample) -> int:
-    return len(sample.pixel_values) + len(sample.query_features) + len(sample.word_ids)
+    Returns:
+        Pixels, features, words, filled up with -1, and of each span whether it is words.
+    """
+    pixels, features, words = ([s[i] for s in shown if len(s[i])] for i in range(3))
+    width = max((w.shape[2] for w in words), default=0)
+    words = [F.pad(w, (0, width - w.shape[2]), value=-1) for w in words]
+    return (
+        torch.cat(pixels) if pixels else torch.empty(0),
+        torch.cat(features) if features else NO_FEATURES,
+        torch.cat(words) if words else NO_WORDS,
+        tuple(len(w) > 0 for p, f, w in shown for _ in range(len(p) + len(f) + len(w))),
+    )

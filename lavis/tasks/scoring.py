@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,9 +17,9 @@ from lavis.common import dist
 from lavis.common.cli import printable
 from lavis.common.errors import ConfigError, DataError, in_lines
 from lavis.common.registry import METRICS
-from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, BadSample, Reference
+from lavis.common.types import IMAGE_PLACEHOLDER, BadSample, Reference
 from lavis.datasets.annotations import Record
-from lavis.datasets.collate import settle_bad, stack_words
+from lavis.datasets.collate import join_shown, settle_bad
 from lavis.datasets.instruction import InstructionDataset
 from lavis.models.decode import Prompts
 
@@ -155,8 +154,9 @@ def predict(
             answered.fresh.update({i: _prediction(records[i], None, why) for i, why in bad.items()})
             bar.update(len(bad))
             asked.extend(given)
-            words = [dataset.word_ids(shown[i]) for i in given]
-            yield _prompts([prompts[i] for i in given], list(given.values()), words)
+            images = [(*given[i], dataset.word_ids(shown[i])) for i in given]
+            pixels, features, words, described = join_shown(images)
+            yield Prompts([prompts[i] for i in given], pixels, words, features, described)
 
     title = "answering (blind)" if blind else "answering"
     with tqdm(total=len(order), desc=title, unit="q", disable=not dist.is_main()) as bar:
@@ -190,25 +190,6 @@ class _Answered:
         self._keep([p for i, p in everyone.items() if i not in self.all])
         self.all.update(everyone)
         self.fresh.clear()
-
-
-def _prompts(
-    ids: list[list[int]], images: list[tuple[Tensor, Tensor]], words: list[Tensor]
-) -> Prompts:
-    pixels = [p for p, _ in images if len(p)]
-    features = [f for _, f in images if len(f)]
-    described = [
-        is_words
-        for (p, f), w in zip(images, words, strict=True)
-        for is_words in (False,) * (len(p) + len(f)) + (True,) * len(w)
-    ]
-    return Prompts(
-        ids,
-        torch.cat(pixels) if pixels else None,
-        stack_words(words),
-        torch.cat(features) if features else NO_FEATURES,
-        described,
-    )
 
 
 def _images(
