@@ -283,11 +283,7 @@ _SAID = {  # by key of ``run``
 
 
 def _apply_deepspeed_config(run: Any, where: Where) -> None:
-    """Take over what a DeepSpeed section says about the step, as the original's recipes do.
-
-    Raises:
-        ConfigError: it is malformed, or says something else than ``run``.
-    """
+    """Take over what a DeepSpeed section says about the step, as the original's recipes do."""
     section = run.get("deepspeed_config") if isinstance(run, dict) else None
     if not isinstance(section, dict):
         return

@@ -213,11 +213,7 @@ class Estimator:
 
     @cached_property
     def _views(self) -> int:
-        """Images that the largest picture is shown as.
-
-        Raises:
-            ConfigError: they do not fit into a document.
-        """
+        """Images that the largest picture is shown as."""
         encoder = self.model.encoder
         tiles = self.config.preprocess.tiles.within(
             encoder.num_query_token, encoder.max_txt_len, "model.max_txt_len"

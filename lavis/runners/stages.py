@@ -188,12 +188,7 @@ def _check_begins(
 
 
 def _find_start(stages: Mapping[str, Config], only: str | None, tree: dict[str, Any]) -> _Start:
-    """Where ``run.resume_ckpt_path`` says to go on; the same in every process.
-
-    Raises:
-        ConfigError: the checkpoint is of no stage, or ``only`` has nothing to begin with.
-        WeightsError: it is damaged.
-    """
+    """Where ``run.resume_ckpt_path`` says to go on; the same in every process."""
     start = None
     with dist.raise_together():
         if dist.is_main():
