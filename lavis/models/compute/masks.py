@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from lavis.common.device import to_device
 from lavis.common.errors import ConfigError
 
 KeysAndValues = tuple[Tensor, Tensor]
-Keep = Callable[[nn.Module, Tensor, Tensor, Tensor, "MaskRule | None", "Softmax"], "Tensor | None"]
+Keep = Callable[["Asked"], "Tensor | None"]
 """Takes a layer's queries, keys and values where they outlive the pass. Returns what the queries
 see, (1, T, heads, head_dim), or ``None`` if they see nothing but their document."""
 
@@ -41,6 +41,29 @@ class Softmax:
     def fused(self) -> bool:
         """Whether fused kernels know it."""
         return self.softcap is None and self.sinks is None
+
+
+class Asked(NamedTuple):
+    """What a layer asks of attention.
+
+    Attributes:
+        module: the layer's.
+        query, key, value: (1, heads, T, head_dim).
+        rule: what a token sees, if the family says so.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rule: MaskRule | None
+    softmax: Softmax
+
+    @property
+    def layer(self) -> int:
+        """The layer's number."""
+        number: Any = self.module.layer_idx
+        return int(number)
 
 
 @dataclass(frozen=True)
