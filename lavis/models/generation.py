@@ -35,11 +35,7 @@ _HISTORY = (
 
 
 class Generator:
-    """Text out of images and text, for a model that other code trains and chats with.
-
-    Attributes:
-        model: answers.
-    """
+    """Text out of images and text, for a model that other code trains and chats with."""
 
     def __init__(self, model: VLM) -> None:
         self.model = model
@@ -158,11 +154,7 @@ class Generator:
                     f"an image tensor is {image.dtype} of shape {tuple(image.shape)}, not what "
                     "vis_processors['eval'] makes: (3, H, W) or (N, 3, H, W) of floats"
                 )
-            rows.append(
-                image[None].to(self.model.device)
-                if image.ndim == 3
-                else image.to(self.model.device)
-            )
+            rows.append((image if image.ndim == 4 else image[None]).to(self.model.device))
         if len({row.shape[1:] for row in rows}) > 1:
             raise DataError(f"images of several shapes: {[tuple(row.shape) for row in rows]}")
         return torch.cat(rows) if rows else None
@@ -247,11 +239,7 @@ class Generator:
         """Continue prompts of token ids; the answers are cut before the stop token.
 
         Args:
-            prompts: image spans included.
-            images: (N, 3, H, W), in order of the spans.
-            word_ids: (M, Q, W), for spans described in words, in place of images.
-            query_features: (N, Q, D), what the vision encoder gave, in place of images.
-            described: N + M, whether each span is words; by default those are the last.
+            prompts, images, word_ids, query_features, described: as :class:`Prompts` has them.
             generation_config: over ``GENERATION_DEFAULTS``.
 
         Raises:

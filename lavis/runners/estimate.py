@@ -56,14 +56,7 @@ class Pass(NamedTuple):
 
 
 class Estimator:
-    """One model on a card of shapes.
-
-    Attributes:
-        config: of the run.
-        sharing: between cards.
-        model: without numbers.
-        card: which has none, either.
-    """
+    """One model on a card of shapes; neither has numbers."""
 
     def __init__(self, config: Config, sharing: Sharing) -> None:
         """Build the model of its small files.

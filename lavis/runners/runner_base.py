@@ -61,7 +61,6 @@ class RunnerBase:
         """Prepare a run. Every process calls this.
 
         Args:
-            config: the whole configuration.
             task: defines a step and what makes a model better.
             model: on its device, weights loaded; mapped, if the plan's strategy shards.
             dataset: training samples by ``(epoch, index)``; a :class:`RunData` where the run
