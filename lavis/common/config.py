@@ -28,7 +28,7 @@ class _Layers:
     """Configuration layers in rising priority; the last one that sets a path owns it."""
 
     def __init__(self, source: str, user: DictConfig) -> None:
-        self._source = source
+        self.source = source
         self._layers = [(source, user)]
 
     def add(self, source: str, layer: DictConfig, *, first: bool = False) -> None:
@@ -57,7 +57,7 @@ class _Layers:
         for source, layer in reversed(self._layers):
             if _has(OmegaConf.to_container(layer, resolve=False), keys):
                 return source
-        return self._source if len(keys) <= 1 else self.where(".".join(keys[:-1]))
+        return self.source if len(keys) <= 1 else self.where(".".join(keys[:-1]))
 
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
@@ -96,7 +96,7 @@ def load_stages(path: str | Path, options: Sequence[str] = ()) -> dict[str, Conf
             if layer:
                 layers.add(origin, layer)
         with in_stage(name):
-            stages[name] = _build(layers, source)
+            stages[name] = _build(layers)
     return stages
 
 
@@ -117,7 +117,9 @@ def default_model_config(
     if cfg_path is None:
         cache = {"cache_root": str(REPOSITORY)} if model_type == "toybox" else {}
         user = OmegaConf.create({"model": asked, "env": cache})
-        return build_config(user, "the model's defaults", options)
+        layers = _Layers("the model's defaults", user)
+        layers.add("--options", parse_options(options))
+        return _build(layers)
     config = load_config(cfg_path, options)
     for key, value in asked.items():
         if value != (has := getattr(config.model, key, value)):
@@ -125,14 +127,8 @@ def default_model_config(
     return config
 
 
-def build_config(user: DictConfig, source: str, options: Sequence[str] = ()) -> Config:
-    """Put the defaults under ``user`` and the options over it, and type the result."""
-    layers = _Layers(source, user)
-    layers.add("--options", parse_options(options))
-    return _build(layers, source)
-
-
-def _build(layers: _Layers, source: str) -> Config:
+def _build(layers: _Layers) -> Config:
+    """Put the defaults under the layers, and type the result."""
     given = layers.merged(resolve=False)
     known = ("model", "datasets", "run", "preprocess", "env", "imports")
     for key in given:
@@ -149,7 +145,7 @@ def _build(layers: _Layers, source: str) -> Config:
         tree.setdefault(section, {})
     _move_old_names(tree)
     _apply_deepspeed_config(tree["run"], layers.where)
-    return replace(parse(Config, tree, "", layers.where), source=source, tree=tree)
+    return replace(parse(Config, tree, "", layers.where), source=layers.source, tree=tree)
 
 
 def parse_options(options: Iterable[str]) -> DictConfig:
