@@ -17,7 +17,7 @@ from torch import nn
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config
-from lavis.common.types import DTYPES, Batch, Sample
+from lavis.common.types import DTYPES, Batch, Sample, Spans
 from lavis.datasets.collate import collate
 from lavis.models.compute.fake_cuda import FakeCuda, on_card
 from lavis.models.compute.quantized_linear import count_weights
@@ -232,7 +232,7 @@ class Estimator:
         pixels = torch.zeros(views * (vision is not None), 3, side, side)
         features = torch.zeros(views * (vision is None), *self.model.features)
         return collate(
-            [Sample(str(i), ids, labels, pixels, query_features=features) for i in range(documents)]
+            [Sample(str(i), ids, labels, Spans(pixels, features)) for i in range(documents)]
         )
 
     def flops(self, schedule: StepSchedule) -> float:

@@ -200,7 +200,7 @@ class RunnerBase:
                 not math.isfinite(loss_sum),
                 sum(b.num_tokens for b in real),
                 sum(b.num_tokens for b in micro_batches if not b.sample_ids),
-                sum(b.num_images for b in real),
+                sum(b.spans.images for b in real),
                 sum(len(b.sample_ids) for b in real),
                 self.stop.requested,
             ]

@@ -25,7 +25,7 @@ from lavis.chat.engine import ChatEngine, TokenChooser
 from lavis.chat.graph import TokenGraph
 from lavis.chat.settings import ChatSettings
 from lavis.common.config import load_config
-from lavis.common.types import Batch, Sample
+from lavis.common.types import Batch, Sample, Spans
 from lavis.datasets.collate import collate
 from lavis.models import MiniGPT4QwenConfig
 from lavis.models.build import Assembly, MiniGPT4Qwen
@@ -130,7 +130,9 @@ def batch_of(model: VLM, count: int, length: int = 142) -> Batch:
     prefix, _ = model.encoder.constant_prefix()
     ids = torch.tensor([*prefix, *[model.tokenizer.image_id] * 32, *[5] * length])[:length]
     labels = ids.where(torch.arange(length) >= length // 2, -100)
-    return collate([Sample(str(i), ids, labels, torch.zeros(1, 3, 224, 224)) for i in range(count)])
+    return collate(
+        [Sample(str(i), ids, labels, Spans(torch.zeros(1, 3, 224, 224))) for i in range(count)]
+    )
 
 
 def forward(model: VLM, card: CountedCuda, batch: Batch, *, amp: bool = False) -> Any:

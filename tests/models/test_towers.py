@@ -24,7 +24,7 @@ from lavis.common.images import open_image
 from lavis.common.registry import LANGUAGE_MODELS, PROCESSORS
 from lavis.common.schema import ModelConfig
 from lavis.common.typed import parse
-from lavis.common.types import Batch, Sample
+from lavis.common.types import Batch, Sample, Spans
 from lavis.datasets.collate import collate
 from lavis.models import load_model_and_preprocess
 from lavis.models.build import Assembly
@@ -109,14 +109,12 @@ def batch(model: VLM, pixels: Tensor | None, features: Tensor | None = None) -> 
     for i, answer in enumerate(("A cat.", "Two: a red ball and a blue box.")):
         turns = [Turn("user", "<ImageHere> What is it?"), Turn("assistant", answer)]
         ids = model.encoder.encode(turns)
-        image: dict[str, Any] = {"pixel_values": torch.empty(0, 3, 1, 1)}
+        spans = Spans()
         if features is not None:
-            image["query_features"] = features[i : i + 1]
+            spans = Spans(features=features[i : i + 1])
         elif pixels is not None:
-            image["pixel_values"] = pixels[i : i + 1]
-        samples.append(
-            Sample(str(i), torch.tensor(ids.input_ids), torch.tensor(ids.labels), **image)
-        )
+            spans = Spans(pixels[i : i + 1])
+        samples.append(Sample(str(i), torch.tensor(ids.input_ids), torch.tensor(ids.labels), spans))
     return collate(samples)
 
 
