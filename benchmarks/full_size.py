@@ -85,7 +85,7 @@ def sample_batch(model: VLM) -> Batch:
     import torch
     from PIL import Image
 
-    from lavis.common.types import Sample
+    from lavis.common.types import Sample, Spans
     from lavis.datasets.collate import collate
     from lavis.processors.config import ImageEvalConfig
     from lavis.processors.conversation import Turn
@@ -100,7 +100,7 @@ def sample_batch(model: VLM) -> Batch:
         sample_id="random",
         input_ids=torch.tensor(encoded.input_ids),
         labels=torch.tensor(encoded.labels),
-        pixel_values=processor(Image.fromarray(noise))[None],
+        spans=Spans(processor(Image.fromarray(noise))[None]),
     )
     return collate([sample])
 
@@ -138,7 +138,7 @@ def step_flop(model: VLM, batch: Batch) -> int:
     The vision side runs forward; the language model forward and backward to its inputs, its head
     at supervised positions only. Attention scores (below 1 % at these lengths) are left out.
     """
-    images, tokens = len(batch.pixel_values), batch.num_tokens
+    images, tokens = len(batch.spans.pixels), batch.num_tokens
 
     def weights(module: Any) -> int:
         return sum(p.numel() for p in module.parameters() if p.ndim > 1)
@@ -160,7 +160,7 @@ def answer(model: VLM) -> dict[str, Any]:
     hook = model.language.model.model.register_forward_pre_hook(
         lambda *_: starts.append(time.perf_counter())
     )
-    pixels = sample_batch(model).pixel_values
+    pixels = sample_batch(model).spans.pixels
     model.eval()
     started = time.perf_counter()
     model.chat(QUESTION, None, pixels, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)

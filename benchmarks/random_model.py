@@ -137,7 +137,7 @@ def draw_samples(model: VLM, shape: Shape, count: int) -> list[Sample]:
     """
     import torch
 
-    from lavis.common.types import Sample
+    from lavis.common.types import Sample, Spans
     from lavis.processors.conversation import Turn
 
     rng = random.Random(0)
@@ -161,7 +161,7 @@ def draw_samples(model: VLM, shape: Shape, count: int) -> list[Sample]:
                 sample_id=str(i),
                 input_ids=torch.tensor(encoded.input_ids),
                 labels=torch.tensor(encoded.labels),
-                pixel_values=torch.randn(1, 3, side, side, generator=generator),
+                spans=Spans(torch.randn(1, 3, side, side, generator=generator)),
             )
         )
     return samples

@@ -145,8 +145,10 @@ class Bench:
         return time.perf_counter() - started, loss, gradient
 
     def _with_features(self, sample: Sample) -> Sample:
-        features = self.model.encode_query(sample.pixel_values.to(self.device))
-        return dataclasses.replace(sample, pixel_values=features.cpu())
+        from lavis.common.types import Spans
+
+        features = self.model.encode_query(sample.spans.pixels.to(self.device))
+        return dataclasses.replace(sample, spans=Spans(features.cpu()))
 
 
 def micro_batches(samples: list[Sample], rung: Rung, budget: int) -> list[Batch]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lavis.common.frames import VideoConfig
-from lavis.common.schema import BenchmarkConfig, BuildInfo, DatasetConfig, RunConfig
+from lavis.common.schema import BuildInfo, DatasetConfig, RunConfig
+from lavis.datasets.config import BenchmarkConfig
 from lavis.models.config import (
     HfConfig,
     LinearConfig,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lavis.common.types import Sample
+from lavis.common.types import Sample, Spans
 from lavis.datasets.collate import collate
 from lavis.processors.conversation import ChatML, ConversationEncoder, Turn
 from lavis.processors.tokenizer import QwenTokenizer
@@ -26,7 +26,7 @@ def _samples(model: Any, expected: dict[str, Any]) -> list[Sample]:
                 sample_id=str(i),
                 input_ids=torch.tensor(encoded.input_ids),
                 labels=torch.tensor(encoded.labels),
-                pixel_values=expected["image"][i : i + 1],
+                spans=Spans(expected["image"][i : i + 1]),
             )
         )
     return samples

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavis.chat.cache import ConversationCache
 from lavis.common.device import to_device
 from lavis.common.errors import ConfigError
 from lavis.models.compute.attention import attend_all
-from lavis.models.compute.masks import Documents, MaskRule, Softmax
+from lavis.models.compute.masks import Asked, Documents
 from lavis.models.contracts import LanguageModel
 
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
@@ -98,22 +97,13 @@ class TokenGraph:
         embeds = language.embed(self._token[None])
         return language.logits(language.hidden(embeds, self._place[None], documents=documents)[0])
 
-    def _attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rule: MaskRule | None,
-        softmax: Softmax,
-    ) -> Tensor:
+    def _attend(self, asked: Asked) -> Tensor:
         """Over all places of the buffers, of which the mask knows those that are filled."""
-        layer: Any = module.layer_idx
-        keys, values = self._buffers[layer]
-        keys.index_copy_(2, self._place, key)
-        values.index_copy_(2, self._place, value)
+        keys, values = self._buffers[asked.layer]
+        keys.index_copy_(2, self._place, asked.key)
+        values.index_copy_(2, self._place, asked.value)
         capacity = keys.shape[2]
-        if rule is None:
+        if asked.rule is None:
             raise ConfigError("--cuda-graphs: this family does not say what a token sees")
-        mask = rule.seen(self._place, capacity)
-        return attend_all(module, query, keys, values, mask, softmax, capacity, {})
+        mask = asked.rule.seen(self._place, capacity)
+        return attend_all(asked.module, asked.query, keys, values, mask, asked.softmax, capacity)

@@ -7,15 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavis.chat.cache import ConversationCache
 from lavis.common.device import to_device
 from lavis.models.compute.attention import attend_all
-from lavis.models.compute.masks import Documents, MaskRule, Softmax
+from lavis.models.compute.masks import Asked, Documents
 from lavis.models.contracts import LanguageModel
 
 _PATIENCE = 0.005  # seconds that a pass waits for conversations which were in the one before
@@ -140,23 +139,15 @@ def next_tokens(
     return language.logits(hidden[0])
 
 
-def _attend(
-    caches: Sequence[ConversationCache],
-    positions: Tensor,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rule: MaskRule | None,
-    softmax: Softmax,
-) -> Tensor:
+def _attend(caches: Sequence[ConversationCache], positions: Tensor, asked: Asked) -> Tensor:
     """(1, heads, R, head_dim) -> (1, R, heads, head_dim): each row with the keys of its cache."""
-    layer: Any = module.layer_idx
+    module, rule, softmax, layer = asked.module, asked.rule, asked.softmax, asked.layer
     rows = []
     for row, cache in enumerate(caches):
-        own = slice(row, row + 1)
-        keys, values = cache.update(key[:, :, own], value[:, :, own], layer)
+        query, *new = (x[:, :, row : row + 1] for x in (asked.query, asked.key, asked.value))
+        keys, values = cache.update(*new, layer)
         length = cache.layers[layer].get_seq_length()
-        mask = None if rule is None or rule.causal else rule.seen(positions[own], length)
-        rows.append(attend_all(module, query[:, :, own], keys, values, mask, softmax, length, {}))
+        place = positions[row : row + 1]
+        mask = None if rule is None or rule.causal else rule.seen(place, length)
+        rows.append(attend_all(module, query, keys, values, mask, softmax, length))
     return torch.cat(rows, dim=1)

@@ -8,6 +8,7 @@ import os
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,7 +28,7 @@ class _Layers:
     """Configuration layers in rising priority; the last one that sets a path owns it."""
 
     def __init__(self, source: str, user: DictConfig) -> None:
-        self._source = source
+        self.source = source
         self._layers = [(source, user)]
 
     def add(self, source: str, layer: DictConfig, *, first: bool = False) -> None:
@@ -68,7 +69,7 @@ class _Layers:
         for source, layer in reversed(self._layers):
             if _has(OmegaConf.to_container(layer, resolve=False), keys):
                 return source
-        return self._source if len(keys) <= 1 else self.where(".".join(keys[:-1]))
+        return self.source if len(keys) <= 1 else self.where(".".join(keys[:-1]))
 
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
@@ -107,7 +108,7 @@ def load_stages(path: str | Path, options: Sequence[str] = ()) -> dict[str, Conf
             if layer:
                 layers.add(origin, layer)
         with in_stage(name):
-            stages[name] = _build(layers, source)
+            stages[name] = _build(layers)
     return stages
 
 
@@ -128,7 +129,9 @@ def default_model_config(
     if cfg_path is None:
         cache = {"cache_root": str(REPOSITORY)} if model_type == "toybox" else {}
         user = OmegaConf.create({"model": asked, "env": cache})
-        return build_config(user, "the model's defaults", options)
+        layers = _Layers("the model's defaults", user)
+        layers.add("--options", parse_options(options))
+        return _build(layers)
     config = load_config(cfg_path, options)
     for key, value in asked.items():
         if value != (has := getattr(config.model, key, value)):
@@ -136,14 +139,8 @@ def default_model_config(
     return config
 
 
-def build_config(user: DictConfig, source: str, options: Sequence[str] = ()) -> Config:
-    """Put the defaults under ``user`` and the options over it, and type the result."""
-    layers = _Layers(source, user)
-    layers.add("--options", parse_options(options))
-    return _build(layers, source)
-
-
-def _build(layers: _Layers, source: str) -> Config:
+def _build(layers: _Layers) -> Config:
+    """Put the defaults under the layers, and type the result."""
     given = layers.merged(resolve=False)
     known = ("model", "datasets", "run", "preprocess", "env", "imports")
     for key in given:
@@ -160,10 +157,7 @@ def _build(layers: _Layers, source: str) -> Config:
         tree.setdefault(section, {})
     _move_old_names(tree)
     _apply_deepspeed_config(tree["run"], layers.where)
-    config = parse(Config, tree, "", layers.where)
-    config.tree.update(tree)
-    object.__setattr__(config, "source", source)
-    return config
+    return replace(parse(Config, tree, "", layers.where), source=layers.source, tree=tree)
 
 
 def parse_options(options: Iterable[str]) -> DictConfig:
@@ -316,11 +310,7 @@ _SAID = {  # by key of ``run``
 
 
 def _apply_deepspeed_config(run: Any, where: Where) -> None:
-    """Take over what a DeepSpeed section says about the step, as the original's recipes do.
-
-    Raises:
-        ConfigError: it is malformed, or says something else than ``run``.
-    """
+    """Take over what a DeepSpeed section says about the step, as the original's recipes do."""
     section = run.get("deepspeed_config") if isinstance(run, dict) else None
     if not isinstance(section, dict):
         return

@@ -82,7 +82,7 @@ def open_image(
     """
     refuse_address(os.fspath(path))
     with _explained(str(path)), Path(path).open("rb") as file:
-        return _decode(file, str(path), formats, max_pixels)
+        return to_rgb(_opened(file, str(path), formats, max_pixels), str(path))
 
 
 def as_image(
@@ -113,7 +113,7 @@ def as_image(
             value = read()
     if isinstance(value, bytes | bytearray | memoryview):
         with _explained(name):
-            return _decode(io.BytesIO(value), name, formats, max_pixels)
+            return to_rgb(_opened(io.BytesIO(value), name, formats, max_pixels), name)
     raise DataError(
         "an image must be a file's path, a Pillow image, an array of (H, W), (H, W, 3) or "
         "(H, W, 4), an image file's bytes or a file open for reading bytes, not "
@@ -129,7 +129,7 @@ def read_size(path: Path) -> tuple[int, int]:
     """
     name = str(path)
     with _explained(name), path.open("rb") as file:
-        image = _opened(file, name, None, None)
+        image = _opened(file, name)
         turned = _orientation(image) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
@@ -192,14 +192,11 @@ def refuse_address(path: str) -> None:
         raise DataError(f"{path[:200]} is an address, not a file: download it first")
 
 
-def _decode(
-    file: BinaryIO, name: str, formats: tuple[str, ...] | None, max_pixels: int | None
-) -> Image.Image:
-    return to_rgb(_opened(file, name, formats, max_pixels), name)
-
-
 def _opened(
-    file: BinaryIO, name: str, formats: tuple[str, ...] | None, max_pixels: int | None
+    file: BinaryIO,
+    name: str,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
 ) -> Image.Image:
     """A picture whose header has been read."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +23,7 @@ from lavis.common.registry import (
     Registry,
 )
 from lavis.common.tiles import TilesConfig
-from lavis.common.typed import Where, convert, only, require_range
+from lavis.common.typed import Selected, Where, only, require_range
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,12 @@ class ImageTransform:
 
 
 @dataclass(frozen=True)
-class ProcessorConfig:
+class ProcessorConfig(Selected):
     """Base of every processor's configuration; ``name`` selects the subclass."""
 
-    name: str
+    REGISTRY: ClassVar[Registry[Any]] = PROCESSORS
 
-    @classmethod
-    def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
-        return _selected(PROCESSORS, "name", data, path, where)
+    name: str
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,11 @@ class BuildInfo:
 
 
 @dataclass(frozen=True)
-class DatasetConfig:
+class DatasetConfig(Selected):
     """One block of ``datasets``. Its name picks a builder unless ``builder`` does."""
+
+    REGISTRY: ClassVar[Registry[Any]] = BUILDERS
+    KEY: ClassVar[str] = "builder"
 
     build_info: BuildInfo
     builder: str = ""
@@ -119,41 +120,16 @@ class DatasetConfig:
             with at("score"):
                 METRICS.check(self.score)
 
-    @classmethod
-    def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> Any:
-        return _selected(BUILDERS, "builder", data, path, where)
-
 
 @dataclass(frozen=True)
-class BenchmarkConfig(DatasetConfig):
-    """A block of ``datasets`` whose files are a public benchmark's; ``builder`` says which."""
-
-    format: Literal["minigpt4qwen", "llava"] = only(
-        "minigpt4qwen", "a benchmark's files have their own format; remove the key"
-    )
-    prompt: str | None = None  # with {question} in it; without, the benchmark's usual one
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prompt is not None and self.prompt.count("{question}") != 1:
-            raise ConfigError(f"prompt must hold {{question}} once, not {self.prompt!r}")
-
-
-@dataclass(frozen=True)
-class PartConfig:
-    """Base of the configuration of a model's part; ``name`` selects the subclass.
-
-    Attributes:
-        REGISTRY: where the names are.
-    """
-
-    REGISTRY: ClassVar[Registry[Any]]
+class PartConfig(Selected):
+    """Base of the configuration of a model's part; ``name`` selects the subclass."""
 
     name: str
 
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
-        selected = _selected(cls.REGISTRY, "name", data, path, where)
+        selected = super().__select__(data, path, where)
         if not issubclass(selected, cls):
             raise ConfigError(
                 f"{where(path)}: {path}.name: {selected.__qualname__}, the configuration of "
@@ -163,20 +139,18 @@ class PartConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Selected):
     """Base of every model's configuration; ``arch`` selects the subclass.
 
     Attributes:
         LEARNS_BY: the keys that say what learns, for messages.
     """
 
+    REGISTRY: ClassVar[Registry[Any]] = MODELS
+    KEY: ClassVar[str] = "arch"
     LEARNS_BY: ClassVar[str] = "model"
 
     arch: str
-
-    @classmethod
-    def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
-        return _selected(MODELS, "arch", data, path, where)
 
     @classmethod
     def of_folder(cls, path: str, cache_root: str) -> dict[str, Any]:
@@ -372,8 +346,8 @@ class Config:
     preprocess: PreprocessConfig = PreprocessConfig()
     env: EnvConfig = EnvConfig()
     imports: tuple[str, ...] = ()
-    source: str = field(default="", init=False, compare=False)
-    tree: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    source: str = field(default="", compare=False)
+    tree: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def dataset_ratios(self) -> tuple[float, ...] | None:
@@ -390,8 +364,8 @@ class Config:
         transform = self.model.transform(self.env.cache_root)
         if processor is None or transform is None:
             return processor
-        wanted = {k: v for k, v in asdict(transform).items() if v is not None}
-        wanted = {k: v for k, v in wanted.items() if hasattr(processor, k)}
+        said = {k: v for k, v in vars(transform).items() if v is not None}
+        wanted = {k: v for k, v in said.items() if hasattr(processor, k)}
         for key, value in wanted.items():
             if (given := getattr(processor, key)) in (None, value):
                 continue
@@ -415,20 +389,3 @@ class Config:
             )
         if min(ratios.values()) < 0 or not sum(ratios.values()) > 0:
             raise ConfigError("run.train_dataset_ratios must not be negative, and not all zero")
-
-
-def _selected(
-    registry: Registry[Any], key: str, data: Mapping[str, Any], path: str, where: Where
-) -> type:
-    """The class that types a block, named by one of the block's keys."""
-    if data.get(key) is None:
-        known, source = ", ".join(registry.names()), where(path)
-        add = f"--options {path}.{key}=..." if source == "--options" else f"`{key}: ...` to {path}"
-        raise ConfigError(
-            f"{source}: {path}.{key} is missing (known: {known}); it says which {registry.kind} "
-            f"the other keys are of: add {add}"
-        )
-    path = f"{path}.{key}"
-    name = convert(str, data[key], path, where)
-    with at(f"{where(path)}: {path}"):
-        return registry.config(name)

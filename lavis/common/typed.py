@@ -9,10 +9,10 @@ import shlex
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from lavis.common.errors import ConfigError
-from lavis.common.registry import did_you_mean
+from lavis.common.errors import ConfigError, at
+from lavis.common.registry import Registry, did_you_mean
 
 T = TypeVar("T")
 Where = Callable[[str], str]
@@ -38,6 +38,35 @@ def only(value: Any, why: str) -> Any:
     return dataclasses.field(default=value, metadata={"why": why})
 
 
+class Selected:
+    """Base of dataclasses of which one of the keys selects the subclass.
+
+    Attributes:
+        REGISTRY: has the subclasses, by the values of the key.
+        KEY: the key.
+    """
+
+    REGISTRY: ClassVar[Registry[Any]]
+    KEY: ClassVar[str] = "name"
+
+    @classmethod
+    def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
+        """The subclass for what YAML holds at ``path``; arguments and errors as :func:`parse`."""
+        registry, dotted = cls.REGISTRY, f"{path}.{cls.KEY}"
+        if data.get(cls.KEY) is None:
+            known, source = ", ".join(registry.names()), where(path)
+            add = f"`{cls.KEY}: ...` to {path}"
+            if source == "--options":
+                add = f"--options {dotted}=..."
+            raise ConfigError(
+                f"{source}: {dotted} is missing (known: {known}); it says which {registry.kind} "
+                f"the other keys are of: add {add}"
+            )
+        name = convert(str, data[cls.KEY], dotted, where)
+        with at(f"{where(dotted)}: {dotted}"):
+            return registry.config(name)
+
+
 def require_range(config: object, least: float, *names: str, below: float = math.inf) -> None:
     """Check that fields which are set lie in [``least``, ``below``); NaN lies nowhere.
 
@@ -55,10 +84,8 @@ def require_range(config: object, least: float, *names: str, below: float = math
 def parse(cls: type[T], data: Any, path: str, where: Where) -> T:
     """Build the dataclass ``cls`` from a mapping.
 
-    A class with a ``__select__(data, path, where)`` class method chooses its own subclass.
-
     Args:
-        cls: a dataclass type.
+        cls: a dataclass type; of :class:`Selected`, the subclass is built.
         data: what YAML holds at ``path``.
         path: dotted path of ``data``, for messages (empty at the top).
         where: names the source of a dotted path, for messages.
@@ -68,9 +95,8 @@ def parse(cls: type[T], data: Any, path: str, where: Where) -> T:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where(path)}: {path or 'file'} must be a mapping, not {data!r}")
-    select = getattr(cls, "__select__", None)
-    if select is not None:
-        cls = select(data, path, where)
+    if issubclass(cls, Selected):
+        cls = cls.__select__(data, path, where)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in data:
@@ -96,8 +122,8 @@ def parse(cls: type[T], data: Any, path: str, where: Where) -> T:
         if first.partition(".")[0] in fields:
             dotted = _join(path, first)
             raise ConfigError(f"{where(dotted)}: {_join(path, error)}") from error
-        at = f"{path}: " if path else ""
-        raise ConfigError(f"{where(path)}: {at}{error}") from error
+        here = f"{path}: " if path else ""
+        raise ConfigError(f"{where(path)}: {here}{error}") from error
 
 
 def convert(hint: Any, value: Any, path: str, where: Where) -> Any:

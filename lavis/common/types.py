@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -20,8 +22,9 @@ DTYPES = {
 }  # fmt: skip
 """What YAML calls the types of floating-point numbers."""
 
-NO_WORDS = torch.empty(0, 0, 0, dtype=torch.int64)
-NO_FEATURES = torch.empty(0, 0, 0)
+_NO_PIXELS = torch.empty(0)
+_NO_FEATURES = torch.empty(0, 0, 0)
+_NO_WORDS = torch.empty(0, 0, 0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,51 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Spans:
+    """What the image spans of a text show, in order.
+
+    Attributes:
+        pixels: (N, 3, H, W) float, of pictures.
+        features: (N, Q, D) float, what the vision encoder gives, in place of ``pixels``.
+        words: (M, Q, W) int64, of spans that are described in words instead: token ids of each
+            position's phrase, filled up with -1.
+        described: N + M, whether each span is words; by default the last ones are.
+    """
+
+    pixels: Tensor = _NO_PIXELS
+    features: Tensor = _NO_FEATURES
+    words: Tensor = _NO_WORDS
+    described: tuple[bool, ...] = ()
+
+    @property
+    def images(self) -> int:
+        """N."""
+        return len(self.pixels) + len(self.features)
+
+    @property
+    def kinds(self) -> tuple[bool, ...]:
+        """Of each span, whether it is words."""
+        return self.described or (False,) * self.images + (True,) * len(self.words)
+
+    @classmethod
+    def join(cls, each: Sequence[Spans]) -> Spans:
+        """Those of several texts, end to end."""
+        width = max((s.words.shape[2] for s in each), default=0)
+        words = (F.pad(s.words, (0, width - s.words.shape[2]), value=-1) for s in each)
+        return cls(
+            _joined((s.pixels for s in each), _NO_PIXELS),
+            _joined((s.features for s in each), _NO_FEATURES),
+            _joined(words, _NO_WORDS),
+            tuple(is_words for s in each for is_words in s.kinds),
+        )
+
+
+def _joined(parts: Iterable[Tensor], none: Tensor) -> Tensor:
+    kept = [part for part in parts if len(part)]
+    return torch.cat(kept) if kept else none
+
+
+@dataclass(frozen=True)
 class Sample:
     """One training example.
 
@@ -49,18 +97,13 @@ class Sample:
         sample_id: ``<data set>:<record number>`` or the record's own id.
         input_ids: (T,) int64.
         labels: (T,) int64.
-        pixel_values: (N, 3, H, W) float, one per image span in order; N may be 0.
-        word_ids: (M, Q, W) int64, for spans that are described in words instead: token ids of
-            each position's phrase, filled up with -1. A sample has the one or the other.
-        query_features: (N, Q, D) float, the Q-Former's output, in place of ``pixel_values``.
+        spans: of its images, or of its words.
     """
 
     sample_id: str
     input_ids: Tensor
     labels: Tensor
-    pixel_values: Tensor
-    word_ids: Tensor = NO_WORDS
-    query_features: Tensor = NO_FEATURES
+    spans: Spans = Spans()
 
 
 @dataclass(frozen=True)
@@ -83,29 +126,18 @@ class Batch:
         labels: (1, T) int64; the first position of a document is never supervised.
         position_ids: (1, T) int64, restarting at 0 in every document.
         lengths: tokens of each document.
-        pixel_values: (N, 3, H, W) float, in order of the image spans.
-        word_ids: (M, Q, W) int64, for spans described in words; -1 fills up.
-        described: N + M, whether each span is one of those.
+        spans: of all documents.
         sample_ids: one per document.
         bad: samples that were asked for and could not be read.
-        query_features: (N, Q, D) float, in place of ``pixel_values``.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
     lengths: tuple[int, ...]
-    pixel_values: Tensor
-    word_ids: Tensor
-    described: tuple[bool, ...]
+    spans: Spans
     sample_ids: tuple[str, ...]
     bad: tuple[BadSample, ...] = ()
-    query_features: Tensor = NO_FEATURES
-
-    @property
-    def num_images(self) -> int:
-        """Number of images, N."""
-        return len(self.pixel_values) + len(self.query_features)
 
     @property
     def num_supervised(self) -> int:
@@ -119,8 +151,12 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by the data loader when it copies through pinned memory."""
-        pinned = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **pinned)  # type: ignore[arg-type]
+        spans = replace(self.spans, **_pinned(self.spans))  # type: ignore[arg-type]
+        return replace(self, spans=spans, **_pinned(self))  # type: ignore[arg-type]
+
+
+def _pinned(value: Spans | Batch) -> dict[str, Tensor]:
+    return {k: v.pin_memory() for k, v in vars(value).items() if isinstance(v, Tensor)}
 
 
 @dataclass(frozen=True)

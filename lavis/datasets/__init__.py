@@ -1,7 +1,8 @@
 """Builders, the instruction data set, the batch plan and collation."""
 
 from lavis.common.registry import BUILDERS
-from lavis.common.schema import BenchmarkConfig, DatasetConfig
+from lavis.common.schema import DatasetConfig
+from lavis.datasets.config import BenchmarkConfig
 
 for _name in (
     "instruction",  # the user's own data

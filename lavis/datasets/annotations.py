@@ -207,11 +207,7 @@ def as_object(raw: Any) -> dict[str, Any]:
 
 
 def _check_keys(raw: dict[str, Any], record_format: str) -> list[str]:
-    """The keys of a record that are not read.
-
-    Raises:
-        DataError: one of them would change what is learned.
-    """
+    """The keys of a record that are not read; one that changes what is learned is refused."""
     turns = _TURN_KEYS[record_format]
     for other, keys in _TURN_KEYS.items():
         if other != record_format and keys[0] in raw and turns[0] not in raw:

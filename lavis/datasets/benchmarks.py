@@ -26,10 +26,10 @@ from typing import Any
 
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.paths import is_file, replaces
-from lavis.common.schema import BenchmarkConfig
 from lavis.common.types import IMAGE_PLACEHOLDER, BadSample, Reference
 from lavis.datasets.annotations import NOT_JSON, Record, as_object, read_lines, read_text
 from lavis.datasets.builders import InstructionBuilder
+from lavis.datasets.config import BenchmarkConfig
 from lavis.processors.conversation import IMAGE, ConversationEncoder, Turn
 
 MME_DIVISIONS = {

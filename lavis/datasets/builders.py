@@ -172,11 +172,7 @@ class InstructionBuilder:
     def _measured(
         self, records: Sequence[Record | BadSample], dataset: InstructionDataset, file: str
     ) -> list[Record | BadSample]:
-        """Records with the numbers of their videos' frames, and the grids of their pictures.
-
-        Raises:
-            ConfigError: these do not fit into the tokens that ``preprocess`` allows them.
-        """
+        """Records with the numbers of their videos' frames, and the grids of their pictures."""
         tokens = dataset.encoder.num_query_token
         tiles = self._tiles(dataset)
         good = [r for r in records if isinstance(r, Record)]

@@ -6,19 +6,16 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from lavis.common import dist
 from lavis.common.errors import DataError, in_lines
-from lavis.common.types import IGNORE_INDEX, NO_FEATURES, NO_WORDS, BadSample, Batch, Sample
+from lavis.common.types import IGNORE_INDEX, BadSample, Batch, Sample, Spans
 
 logger = logging.getLogger(__name__)
 _FILLER = Sample(
     sample_id="",
     input_ids=torch.zeros(2, dtype=torch.int64),
     labels=torch.full((2,), IGNORE_INDEX),
-    pixel_values=torch.empty(0),
 )
 
 
@@ -40,12 +37,9 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
         labels=labels[None],
         position_ids=positions[None],
         lengths=tuple(lengths.tolist()),
-        pixel_values=_cat_images([s.pixel_values for s in good], torch.empty(0)),
-        word_ids=stack_words([s.word_ids for s in good]),
-        described=tuple(len(s.word_ids) > 0 for s in good for _ in range(_spans(s))),
+        spans=Spans.join([s.spans for s in good]),
         sample_ids=tuple(s.sample_id for s in good if s is not _FILLER),
         bad=bad,
-        query_features=_cat_images([s.query_features for s in good], NO_FEATURES),
     )
 
 
@@ -86,21 +80,3 @@ def report_bad(bad: Sequence[BadSample], on_bad: str, refused: str, skipped: str
         raise DataError(f"{refused} (run.on_bad_sample: skip leaves them out):{which}")
     if bad and dist.is_main():
         logger.warning("%s:%s", skipped, which)
-
-
-def stack_words(words: Sequence[Tensor]) -> Tensor:
-    """Join (M, Q, W) phrases of different widths, filled up with -1."""
-    kept = [w for w in words if len(w)]
-    if not kept:
-        return NO_WORDS
-    width = max(w.shape[2] for w in kept)
-    return torch.cat([F.pad(w, (0, width - w.shape[2]), value=-1) for w in kept])
-
-
-def _cat_images(images: list[Tensor], none: Tensor) -> Tensor:
-    images = [x for x in images if len(x)]
-    return torch.cat(images) if images else none
-
-
-def _spans(sample: Sample) -> int:
-    return len(sample.pixel_values) + len(sample.query_features) + len(sample.word_ids)

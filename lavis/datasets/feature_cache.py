@@ -124,11 +124,7 @@ def fill_features(
 
 
 def _require_room(store: FeatureStore, total: int, absent: int) -> None:
-    """Say what will be written, and check that the disk can hold it.
-
-    Raises:
-        ConfigError: it cannot.
-    """
+    """Say what will be written, and check that the disk can hold it."""
     there = next(path for path in (store.folder, *store.folder.parents) if path.exists())
     needed, free = absent * store.nbytes, shutil.disk_usage(there).free
     logger.info(

@@ -13,7 +13,6 @@ import logging
 import math
 import time
 import uuid
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from lavis.common import dist
 from lavis.common.errors import LavisError
+from lavis.common.paths import replaces
 from lavis.common.types import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -133,20 +133,15 @@ class FeatureStore:
             "checksums": torch.frombuffer(bytearray(checksums), dtype=torch.uint8).view(-1, 8),
             "features": torch.stack(list(added.values())),
         }
-        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        temporary = path.with_suffix(".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(safetensors.torch.save(shard))
-            temporary.replace(path)
+            with replaces(self.folder / f"{uuid.uuid4().hex}.safetensors") as temporary:
+                temporary.write_bytes(safetensors.torch.save(shard))
         except OSError as error:
             raise LavisError(
                 f"run.feature_cache.dir: {self.folder} cannot be written: {error}. What has been "
                 "written so far is kept"
             ) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
 
 @cache

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from lavis.common import dist
 from lavis.common.errors import DataError
+from lavis.common.hashing import settings_digest
 from lavis.common.images import IMAGE_READING
 from lavis.common.seeds import drawing_from
 from lavis.common.videos import Picture
@@ -70,7 +69,7 @@ class CachedFeatures:
         parts += [index.digests[picture.path], view]
         parts += [] if picture.frame is None else [picture.frame]
         parts += [] if picture.tile is None else [picture.tile]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).digest()
+        return bytes.fromhex(settings_digest(parts))
 
     def draw(self, image: Image.Image, path: Path, view: int) -> Tensor:
         """A view, (3, H, W): a function of the file's content, the seed and the view's number.
@@ -119,4 +118,4 @@ def transform_fingerprint(processor: ImageProcessor, seed: int) -> str:
         except (OSError, TypeError):
             parts.append("")
     parts.append(str(seed) if is_random(processor) else "")
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).hexdigest()
+    return settings_digest(parts)

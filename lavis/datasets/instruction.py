@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from lavis.common.errors import DataError
 from lavis.common.seeds import drawing_from
-from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, NO_WORDS, BadSample, Encoded, Sample
+from lavis.common.types import IMAGE_PLACEHOLDER, BadSample, Encoded, Sample, Spans
 from lavis.common.videos import open_pictures
 from lavis.datasets.annotations import Record
 from lavis.datasets.features import CachedFeatures, ImageProcessor
@@ -51,16 +51,14 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         record = self.records[index]
         try:
             encoded = self.encode(record)
-            pixel_values, query_features = self.images(record, epoch, index)
+            spans = self.spans(record, epoch, index)
         except DataError as error:
             return BadSample(record.sample_id, str(error))
         return Sample(
             sample_id=record.sample_id,
             input_ids=torch.tensor(encoded.input_ids),
             labels=torch.tensor(encoded.labels),
-            pixel_values=pixel_values,
-            word_ids=self.word_ids(record),
-            query_features=query_features,
+            spans=spans,
         )
 
     def encode(self, record: Record) -> Encoded:
@@ -70,14 +68,6 @@ class InstructionDataset(Dataset[Sample | BadSample]):
             DataError: if truncation would leave nothing to learn from, or as :meth:`turns`.
         """
         return self.encoder.encode(self.turns(record))
-
-    def word_ids(self, record: Record) -> Tensor:
-        """Token ids of the phrases that stand for an image: (1, Q, W), or nothing without any."""
-        if not record.words:
-            return NO_WORDS
-        rows = [self.encoder.tokenizer.encode(f" {phrase.strip()}") for phrase in record.words]
-        width = max(map(len, rows))
-        return torch.tensor([[[*row, *[-1] * (width - len(row))] for row in rows]])
 
     def turns(self, record: Record) -> list[Turn]:
         """A record's turns as the model reads them.
@@ -102,15 +92,19 @@ class InstructionDataset(Dataset[Sample | BadSample]):
             )
         return turns
 
-    def images(self, record: Record, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """A record's images: (N, 3, H, W) pixels and (N, Q, D) features, one of them empty.
+    def spans(self, record: Record, epoch: int, index: int) -> Spans:
+        """What a record's image spans show.
 
         Raises:
             DataError: an image or a video cannot be read.
         """
+        if record.words:
+            return Spans(words=self._word_ids(record.words))
+        if not record.pictures:
+            return Spans()
         if self.features is not None:
             cached = [self.features.read(picture, epoch) for picture in record.pictures]
-            return torch.empty(0), torch.stack(cached) if cached else NO_FEATURES
+            return Spans(features=torch.stack(cached))
         images = open_pictures(record.pictures)
         # Frames of a video are cropped and flipped alike: what moves in it is what moved.
         alike = [images] if record.video is None else [[image] for image in images]
@@ -118,7 +112,13 @@ class InstructionDataset(Dataset[Sample | BadSample]):
         for group in alike:
             with drawing_from(self.seed, epoch, index):
                 pixels += [self.vis_processor(image) for image in group]
-        return torch.stack(pixels) if pixels else torch.empty(0), NO_FEATURES
+        return Spans(torch.stack(pixels))
+
+    def _word_ids(self, words: Sequence[str]) -> Tensor:
+        """(1, Q, W) token ids of the phrases that stand for an image."""
+        rows = [self.encoder.tokenizer.encode(f" {phrase.strip()}") for phrase in words]
+        width = max(map(len, rows))
+        return torch.tensor([[[*row, *[-1] * (width - len(row))] for row in rows]])
 
 
 class ConcatDataset(Dataset[Sample | BadSample]):

@@ -40,17 +40,15 @@ class Mlp(nn.Sequential):
 
     @staticmethod
     def tokens(config: MlpConfig, features: int) -> int:
-        """Positions that an image takes in the text, of its number of features."""
         return features
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, Q, D) -> (N, Q, C)."""
         out: Tensor = super().forward(features)
         return out
 
 
 class Merge(Mlp):
-    """Each square of ``size`` x ``size`` features becomes one, then an MLP.
+    """Each square of ``size`` x ``size`` features becomes one, then an MLP: (N, Q / size^2, C).
 
     They are concatenated, as in InternVL (Chen et al. 2024, pixel unshuffle, section 3.2).
     """
@@ -61,7 +59,7 @@ class Merge(Mlp):
 
     @staticmethod
     def tokens(config: MlpConfig, features: int) -> int:
-        """Positions that an image takes in the text, of its number of features.
+        """As its base says.
 
         Raises:
             ConfigError: the features are no square grid that ``size`` divides.
@@ -70,7 +68,6 @@ class Merge(Mlp):
         return (_side(config, features) // config.size) ** 2
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, Q, D) -> (N, Q / size^2, C), row by row."""
         return super().forward(self.join(squares(features, self.size)))
 
     def join(self, squares: Tensor) -> Tensor:
@@ -110,11 +107,9 @@ class Resampler(nn.Module):
 
     @staticmethod
     def tokens(config: ResamplerConfig, features: int) -> int:
-        """Positions that an image takes in the text."""
         return config.queries
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, Q, D) -> (N, queries, C)."""
         queries = self.queries.expand(len(features), -1, -1)
         out: Tensor = self.proj(self.decoder(queries, self.norm(features)))
         return out
@@ -128,11 +123,7 @@ def squares(features: Tensor, size: int) -> Tensor:
 
 
 def _side(config: MergeConfig, features: int) -> int:
-    """Features of a side of the grid.
-
-    Raises:
-        ConfigError: they are no square grid, or ``size`` does not divide it.
-    """
+    """Features of a side of the grid; errors as :meth:`Merge.tokens`."""
     side = math.isqrt(features)
     if side**2 != features:
         raise ConfigError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lavis.common.device import to_device
 from lavis.common.errors import ConfigError, WeightsError
-from lavis.common.types import NO_FEATURES, NO_WORDS
+from lavis.common.types import Spans
 from lavis.models.compute.slots import Slots
 from lavis.processors.conversation import Turn
 
@@ -36,25 +36,11 @@ class Prompts:
 
     Attributes:
         ids: of each prompt, image spans included.
-        images: (N, 3, H, W), in order of the spans.
-        word_ids: (M, Q, W), for spans described in words, in place of images.
-        query_features: (N, Q, D), what the vision encoder gave, in place of images.
-        described: N + M, whether each span is words; by default those are the last.
+        spans: of all prompts.
     """
 
     ids: Sequence[list[int]]
-    images: Tensor | None = None
-    word_ids: Tensor = NO_WORDS
-    query_features: Tensor = NO_FEATURES
-    described: Sequence[bool] | None = None
-
-    def encode(self, model: VLM) -> Tensor | None:
-        """(N + M, Q, C) soft tokens of the spans, or ``None`` without any."""
-        described = self.described
-        if described is None:
-            pictures = len(self.query_features if self.images is None else self.images)
-            described = (False,) * pictures + (True,) * len(self.word_ids)
-        return model.encode_spans(self.images, self.word_ids, described, self.query_features)
+    spans: Spans = Spans()
 
 
 @dataclass(eq=False)
@@ -200,7 +186,7 @@ def _rows(model: VLM, batches: Iterable[Prompts], max_new_tokens: int) -> Iterat
             continue
         require_context(model.context, max(map(len, prompts.ids)), max_new_tokens)
         with torch.no_grad():
-            soft = prompts.encode(model)
+            soft = model.encode_spans(prompts.spans)
         counts = [ids.count(model.tokenizer.image_id) // spans for ids in prompts.ids]
         parts = [None] * len(counts) if soft is None else soft.split(counts)
         for ids, part in zip(prompts.ids, parts, strict=True):
@@ -210,15 +196,9 @@ def _rows(model: VLM, batches: Iterable[Prompts], max_new_tokens: int) -> Iterat
 
 def _one_by_one(model: VLM, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
     """Who has nothing to ask computes all the same: sharded models wait for each other."""
-    ids = model.generate_ids(
-        prompts.ids or [model.encoder.prompt([Turn("user", "")])],
-        prompts.images,
-        max_new_tokens=max_new_tokens,
-        query_features=prompts.query_features,
-        word_ids=prompts.word_ids,
-        described=prompts.described,
-    )
-    return ids[: len(prompts.ids)]
+    ids = prompts.ids or [model.encoder.prompt([Turn("user", "")])]
+    made = model.generate_ids(ids, prompts.spans, max_new_tokens=max_new_tokens)
+    return made[: len(prompts.ids)]
 
 
 def require_context(context: int, longest: int, max_new_tokens: int) -> None:

@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.images import as_image
-from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, NO_WORDS
-from lavis.models.decode import Prompts, require_context
+from lavis.common.types import IMAGE_PLACEHOLDER, Spans
+from lavis.models.decode import require_context
 from lavis.models.generation_settings import generation_options
 from lavis.processors.contracts import Kind
 from lavis.processors.conversation import ConversationEncoder, Turn, place_images
@@ -35,11 +35,7 @@ _HISTORY = (
 
 
 class Generator:
-    """Text out of images and text, for a model that other code trains and chats with.
-
-    Attributes:
-        model: answers.
-    """
+    """Text out of images and text, for a model that other code trains and chats with."""
 
     def __init__(self, model: VLM) -> None:
         self.model = model
@@ -158,11 +154,7 @@ class Generator:
                     f"an image tensor is {image.dtype} of shape {tuple(image.shape)}, not what "
                     "vis_processors['eval'] makes: (3, H, W) or (N, 3, H, W) of floats"
                 )
-            rows.append(
-                image[None].to(self.model.device)
-                if image.ndim == 3
-                else image.to(self.model.device)
-            )
+            rows.append((image if image.ndim == 4 else image[None]).to(self.model.device))
         if len({row.shape[1:] for row in rows}) > 1:
             raise DataError(f"images of several shapes: {[tuple(row.shape) for row in rows]}")
         return torch.cat(rows) if rows else None
@@ -236,22 +228,15 @@ class Generator:
     def generate_ids(
         self,
         prompts: Sequence[list[int]],
-        images: Tensor | None,
+        shown: Spans | Tensor | None,
         generation_config: GenerationConfig | dict[str, Any] | None = None,
-        *,
-        word_ids: Tensor = NO_WORDS,
-        query_features: Tensor = NO_FEATURES,
-        described: Sequence[bool] | None = None,
         **overrides: Any,
     ) -> list[list[int]]:
         """Continue prompts of token ids; the answers are cut before the stop token.
 
         Args:
             prompts: image spans included.
-            images: (N, 3, H, W), in order of the spans.
-            word_ids: (M, Q, W), for spans described in words, in place of images.
-            query_features: (N, Q, D), what the vision encoder gave, in place of images.
-            described: N + M, whether each span is words; by default those are the last.
+            shown: by the spans, in order; (N, 3, H, W) pixels will do.
             generation_config: over ``GENERATION_DEFAULTS``.
 
         Raises:
@@ -262,7 +247,9 @@ class Generator:
         model = self.model
         require_context(model.context, longest, options["max_new_tokens"])
         row = torch.tensor([i for p in prompts for i in p])[None]
-        features = Prompts(prompts, images, word_ids, query_features, described).encode(model)
+        if not isinstance(shown, Spans):
+            shown = Spans() if shown is None else Spans(shown)
+        features = model.encode_spans(shown)
         rows = model.embed(row, features)[0].split([len(p) for p in prompts])
         # Left padding: every prompt ends where its answer begins.
         embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])

@@ -81,7 +81,6 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
 
     @property
     def parts(self) -> tuple[VisionConfig, ConnectorConfig, LanguageConfig]:
-        """Vision encoder, connector and language model."""
         scratch = {*self.from_scratch, *(() if self.load_pretrained else ("qformer",))}
         vision = EvaQFormerConfig(
             "eva_qformer",
@@ -101,14 +100,12 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
         return vision, LinearConfig("linear", init="pytorch"), language
 
     def key(self, part: str, name: str) -> str:
-        """What the user calls a setting of a part."""
         if part != "language" or name == "from_scratch":
             return f"model.{name}"
         return "model.llm_model" if name == "path" else f"model.llm_{name}"
 
     @property
     def training(self) -> Mapping[str, PartTraining]:
-        """How each part learns that does."""
         learn: dict[str, PartTraining] = {}
         if parts := tuple(self._vision_parts.values()):
             learn["vision"] = PartTraining(parts=parts)
@@ -117,20 +114,12 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
         if not self.freeze_llm:
             learn["language"] = PartTraining()
         elif self.get_lora:
-            lora = LoraConfig(
-                self.lora_r,
-                self.lora_alpha,
-                self.lora_dropout,
-                self.lora_targets,
-                self.lora_use_rslora,
-                self.lora_use_dora,
-            )
-            learn["language"] = PartTraining(lora=lora)
+            options = {f.name: getattr(self, f"lora_{f.name}") for f in fields(LoraConfig)}
+            learn["language"] = PartTraining(lora=LoraConfig(**options))
         return learn
 
     @property
     def trained_vision(self) -> tuple[str, ...]:
-        """The settings by which some of the vision encoder is trained."""
         return tuple(self._vision_parts)
 
     @property

@@ -36,9 +36,7 @@ def packed_loss(model: VLM, batch: Batch) -> LossOutput:
     Raises:
         DataError: images and placeholders do not match.
     """
-    features = model.encode_spans(
-        batch.pixel_values, batch.word_ids, batch.described, batch.query_features
-    )
+    features = model.encode_spans(batch.spans)
     if model.schedule.reference:
         return _reference_loss(model, batch, features)
     prefix = model.constant_prefix()

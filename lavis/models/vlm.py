@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lavis.common.device import to_device
 from lavis.common.errors import ConfigError, DataError
-from lavis.common.types import NO_FEATURES, Batch
+from lavis.common.types import Batch, Spans
 from lavis.models.compute.head import autocast_dtype
 from lavis.models.compute.prefix import ConstantPrefix
 from lavis.models.compute.quantized_linear import count_weights
@@ -117,31 +117,20 @@ class VLM(nn.Module):
         """(N, 3, H, W) -> (N, Q, C) soft tokens of the language model's width C."""
         return self.connect(self.encode_query(pixel_values))
 
-    def encode_spans(
-        self,
-        pixel_values: Tensor | None,
-        word_ids: Tensor,
-        described: Sequence[bool],
-        query_features: Tensor = NO_FEATURES,
-    ) -> Tensor | None:
+    def encode_spans(self, spans: Spans) -> Tensor | None:
         """Soft tokens of all image spans in order, from pictures and from words.
 
         Args:
-            pixel_values: (N, 3, H, W).
-            word_ids: (M, Q, W), filled up with -1.
-            described: N + M, whether each span is words.
-            query_features: (N, Q, D), what the vision encoder gave, in place of pictures.
-
-        All may be on the host.
+            spans: may be on the host.
 
         Returns:
             (N + M, Q, C), or ``None`` without spans.
         """
         images = None
-        if len(query_features):
-            images = self.connect(to_device(query_features, self.device))
-        elif pixel_values is not None and len(pixel_values):
-            images = self.encode_image(to_device(pixel_values, self.device))
+        if len(spans.features):
+            images = self.connect(to_device(spans.features, self.device))
+        elif len(spans.pixels):
+            images = self.encode_image(to_device(spans.pixels, self.device))
         elif self.uniform_graph:
             # Encoded with the others, used by nothing, with gradient zero.
             if self.vision is None:
@@ -150,13 +139,13 @@ class VLM(nn.Module):
                 side = self.image_size
                 blank = torch.zeros(1, 3, side, side, device=self.device)
                 images = self.encode_image(blank)[:0]
-        if not len(word_ids):
+        if not len(spans.words):
             return images
-        words = self.embed_words(word_ids)
+        words = self.embed_words(spans.words)
         if images is None:
             return words
         # The first sorting takes the pictures' spans, then the words'; the second one inverts it.
-        order = torch.as_tensor(described).argsort(stable=True).argsort()
+        order = torch.tensor(spans.kinds).argsort(stable=True).argsort()
         return torch.cat([images.to(words), words]).index_select(0, to_device(order, words.device))
 
     def embed_words(self, word_ids: Tensor) -> Tensor:

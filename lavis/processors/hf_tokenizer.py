@@ -250,11 +250,7 @@ def _rename(model: _Json, names: dict[str, str]) -> str | None:
 
 
 def _byte_rule(decoder: _Json | None, path: Path) -> Callable[[str], bytes]:
-    """How a token's name spells its bytes.
-
-    Raises:
-        WeightsError: in neither of the two ways that language models use.
-    """
+    """How a token's name spells its bytes."""
     types = set(re.findall(r'"type": "(\w+)"', json.dumps(decoder)))
     if "ByteLevel" in types:
         return _byte_level
@@ -279,11 +275,7 @@ def _well_formed(text: str) -> str:
 
 
 def _eos(hf: PreTrainedTokenizerFast, path: Path) -> list[int]:
-    """End tokens, the tokenizer's first.
-
-    Raises:
-        WeightsError: ``generation_config.json`` is damaged.
-    """
+    """End tokens, the tokenizer's first."""
     file = path / "generation_config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -178,11 +178,7 @@ class Checkpoint:
 
 
 def _progress(path: Path, content: dict[str, Any]) -> Progress | None:
-    """What a file says, in its own steps.
-
-    Raises:
-        WeightsError: the entry is damaged.
-    """
+    """What a file says, in its own steps."""
     if "progress" not in content:
         return None
     with suppress(TypeError):

@@ -17,7 +17,7 @@ from torch import nn
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config
-from lavis.common.types import DTYPES, Batch, Sample
+from lavis.common.types import DTYPES, Batch, Sample, Spans
 from lavis.datasets.collate import collate
 from lavis.models.compute.fake_cuda import FakeCuda, on_card
 from lavis.models.compute.quantized_linear import count_weights
@@ -56,14 +56,7 @@ class Pass(NamedTuple):
 
 
 class Estimator:
-    """One model on a card of shapes.
-
-    Attributes:
-        config: of the run.
-        sharing: between cards.
-        model: without numbers.
-        card: which has none, either.
-    """
+    """One model on a card of shapes; neither has numbers."""
 
     def __init__(self, config: Config, sharing: Sharing) -> None:
         """Build the model of its small files.
@@ -213,11 +206,7 @@ class Estimator:
 
     @cached_property
     def _views(self) -> int:
-        """Images that the largest picture is shown as.
-
-        Raises:
-            ConfigError: they do not fit into a document.
-        """
+        """Images that the largest picture is shown as."""
         encoder = self.model.encoder
         tiles = self.config.preprocess.tiles.within(
             encoder.num_query_token, encoder.max_txt_len, "model.max_txt_len"
@@ -243,7 +232,7 @@ class Estimator:
         pixels = torch.zeros(views * (vision is not None), 3, side, side)
         features = torch.zeros(views * (vision is None), *self.model.features)
         return collate(
-            [Sample(str(i), ids, labels, pixels, query_features=features) for i in range(documents)]
+            [Sample(str(i), ids, labels, Spans(pixels, features)) for i in range(documents)]
         )
 
     def flops(self, schedule: StepSchedule) -> float:

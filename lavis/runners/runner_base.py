@@ -61,7 +61,6 @@ class RunnerBase:
         """Prepare a run. Every process calls this.
 
         Args:
-            config: the whole configuration.
             task: defines a step and what makes a model better.
             model: on its device, weights loaded; mapped, if the plan's strategy shards.
             dataset: training samples by ``(epoch, index)``; a :class:`RunData` where the run
@@ -201,7 +200,7 @@ class RunnerBase:
                 not math.isfinite(loss_sum),
                 sum(b.num_tokens for b in real),
                 sum(b.num_tokens for b in micro_batches if not b.sample_ids),
-                sum(b.num_images for b in real),
+                sum(b.spans.images for b in real),
                 sum(len(b.sample_ids) for b in real),
                 self.stop.requested,
             ]

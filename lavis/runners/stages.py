@@ -69,7 +69,7 @@ def train_stages(stages: Mapping[str, Config], only: str | None = None) -> tuple
         for name in names:
             resume = str(start.resume) if start.resume and name == start.stage else None
             config = chosen[name]
-            config = _changed(config, run=replace(config.run, resume_ckpt_path=resume))
+            config = replace(config, run=replace(config.run, resume_ckpt_path=resume))
             with in_stage(name):
                 with dist.main_first():
                     data = tasks[name].build_datasets()
@@ -110,7 +110,7 @@ def _train(
     assert isinstance(made, PartsConfig)
     if start is not None:
         made = replace(made, load_finetuned=True, finetuned=str(start.absolute()))
-        config = _changed(config, model=made)
+        config = replace(config, model=made)
     task = TASKS.get(run.task)(config)
     torch.manual_seed(run.seed)
     model = task.build_model(device, data, mapped=plan.strategy.shards, start=True)
@@ -188,12 +188,7 @@ def _check_begins(
 
 
 def _find_start(stages: Mapping[str, Config], only: str | None, tree: dict[str, Any]) -> _Start:
-    """Where ``run.resume_ckpt_path`` says to go on; the same in every process.
-
-    Raises:
-        ConfigError: the checkpoint is of no stage, or ``only`` has nothing to begin with.
-        WeightsError: it is damaged.
-    """
+    """Where ``run.resume_ckpt_path`` says to go on; the same in every process."""
     start = None
     with dist.raise_together():
         if dist.is_main():
@@ -240,11 +235,3 @@ def _start(stages: Mapping[str, Config], only: str | None, tree: dict[str, Any])
             "it first, or begin with it all the same by model.finetuned"
         )
     return _Start(names[number + 1], weights=found)
-
-
-def _changed(config: Config, **parts: Any) -> Config:
-    """A configuration with other typed sections, which says of itself what it did."""
-    changed = replace(config, **parts)
-    changed.tree.update(config.tree)
-    object.__setattr__(changed, "source", config.source)
-    return changed

@@ -255,11 +255,7 @@ class ImageTextPretrainTask:
                 spec.require_room(self.config.run.max_new_tokens, "run.max_new_tokens")
 
     def _builders(self, *sides: str) -> list[Any]:
-        """A builder of each data set, whose image processors of these sides fit the model.
-
-        Raises:
-            ConfigError: a processor makes images that the model does not take.
-        """
+        """A builder of each data set, whose image processors of these sides fit the model."""
         config, builders = self.config, []
         for name, block in config.datasets.items():
             fit: dict[str, Any] = {}

@@ -10,17 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from lavis.common import dist
 from lavis.common.cli import printable
 from lavis.common.errors import ConfigError, DataError, in_lines
 from lavis.common.registry import METRICS
-from lavis.common.types import IMAGE_PLACEHOLDER, NO_FEATURES, BadSample, Reference
+from lavis.common.types import IMAGE_PLACEHOLDER, BadSample, Reference, Spans
 from lavis.datasets.annotations import Record
-from lavis.datasets.collate import settle_bad, stack_words
+from lavis.datasets.collate import settle_bad
 from lavis.datasets.instruction import InstructionDataset
 from lavis.models.decode import Prompts
 
@@ -146,7 +144,7 @@ def predict(
         for start in range(0, len(order), batch_size):
             answered.publish()
             chosen = order[start : start + batch_size]
-            given, bad = _images(dataset, {i: shown[i] for i in chosen})
+            given, bad = _spans(dataset, {i: shown[i] for i in chosen})
             try:
                 settle_bad((BadSample(records[i].sample_id, why) for i, why in bad.items()), on_bad)
             except DataError as error:  # of all processes; what was asked before is answered first
@@ -155,8 +153,7 @@ def predict(
             answered.fresh.update({i: _prediction(records[i], None, why) for i, why in bad.items()})
             bar.update(len(bad))
             asked.extend(given)
-            words = [dataset.word_ids(shown[i]) for i in given]
-            yield _prompts([prompts[i] for i in given], list(given.values()), words)
+            yield Prompts([prompts[i] for i in given], Spans.join(list(given.values())))
 
     title = "answering (blind)" if blind else "answering"
     with tqdm(total=len(order), desc=title, unit="q", disable=not dist.is_main()) as bar:
@@ -192,34 +189,15 @@ class _Answered:
         self.fresh.clear()
 
 
-def _prompts(
-    ids: list[list[int]], images: list[tuple[Tensor, Tensor]], words: list[Tensor]
-) -> Prompts:
-    pixels = [p for p, _ in images if len(p)]
-    features = [f for _, f in images if len(f)]
-    described = [
-        is_words
-        for (p, f), w in zip(images, words, strict=True)
-        for is_words in (False,) * (len(p) + len(f)) + (True,) * len(w)
-    ]
-    return Prompts(
-        ids,
-        torch.cat(pixels) if pixels else None,
-        stack_words(words),
-        torch.cat(features) if features else NO_FEATURES,
-        described,
-    )
-
-
-def _images(
+def _spans(
     dataset: InstructionDataset, shown: dict[int, Record]
-) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, str]]:
-    """Pixels and features of records by their numbers; or why there are none."""
-    given: dict[int, tuple[Tensor, Tensor]] = {}
+) -> tuple[dict[int, Spans], dict[int, str]]:
+    """What records show by their numbers; or why there is nothing."""
+    given: dict[int, Spans] = {}
     bad: dict[int, str] = {}
     for i, record in shown.items():
         try:
-            given[i] = dataset.images(record, epoch=0, index=i)
+            given[i] = dataset.spans(record, epoch=0, index=i)
         except DataError as error:
             bad[i] = str(error)
     return given, bad

@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lavis.common.errors import DataError
 from lavis.common.types import Reference
@@ -24,8 +24,8 @@ Sheet = dict[str, Figures]
 """Figures of all questions and of their kinds and divisions."""
 
 
-class Metric(Protocol):
-    """How the answers to a benchmark are scored."""
+class Metric:
+    """How the answers to a benchmark are scored: by their accuracy, unless a subclass says more."""
 
     def check(self, truth: str, reference: Reference) -> None:
         """Refuse a question that cannot be scored.
@@ -33,19 +33,25 @@ class Metric(Protocol):
         Raises:
             DataError: saying what it lacks.
         """
-        ...
 
     def credit(self, answer: str, truth: str, reference: Reference) -> float:
         """What a single answer earns, 0 to 1."""
-        ...
+        raise NotImplementedError
 
     def sheet(self, predictions: Sequence[Prediction]) -> Sheet:
-        """Figures of the answers that were given, at least one."""
-        ...
+        """Figures of the answers that were given, at least one: of all, by division, by kind."""
+        divisions = _by(predictions, lambda p: p.reference.division)
+        kinds = _by(predictions, lambda p: "" if p.kind == "question" else p.kind)
+        parts = {"all": predictions, **divisions, **kinds}
+        return {name: self.figures(part) for name, part in parts.items()}
 
+    def figures(self, predictions: Sequence[Prediction]) -> Figures:
+        """Figures of a part of the answers."""
+        return {"accuracy": _mean(map(self.earned, predictions)), "count": len(predictions)}
 
-def _credit(metric: Metric, prediction: Prediction) -> float:
-    return metric.credit(prediction.answer, prediction.truth, prediction.reference)
+    def earned(self, prediction: Prediction) -> float:
+        """What an answer earns, 0 to 1."""
+        return self.credit(prediction.answer, prediction.truth, prediction.reference)
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -64,13 +70,6 @@ def _by(
     return dict(sorted(groups.items()))
 
 
-def _parts(predictions: Sequence[Prediction]) -> dict[str, Sequence[Prediction]]:
-    """All, then by division, then by kind."""
-    divisions = _by(predictions, lambda p: p.reference.division)
-    kinds = _by(predictions, lambda p: "" if p.kind == "question" else p.kind)
-    return {"all": predictions, **divisions, **kinds}
-
-
 def _complete(predictions: Sequence[Prediction]) -> list[list[Prediction]]:
     """Groups of questions that count together and were all asked."""
     groups = _by(predictions, lambda p: p.reference.group).values()
@@ -78,7 +77,7 @@ def _complete(predictions: Sequence[Prediction]) -> list[list[Prediction]]:
 
 
 @dataclass(frozen=True)
-class PeoplesAccuracy:
+class PeoplesAccuracy(Metric):
     """VQA accuracy by the answers of several people.
 
     Attributes:
@@ -96,33 +95,16 @@ class PeoplesAccuracy:
     def credit(self, answer: str, truth: str, reference: Reference) -> float:
         return vqa_accuracy(self.normalize(answer), [self.normalize(a) for a in reference.answers])
 
-    def sheet(self, predictions: Sequence[Prediction]) -> Sheet:
-        return _accuracies(self, predictions)
 
-
-@dataclass(frozen=True)
-class StringMatch:
+class StringMatch(Metric):
     """GQA's accuracy: the answer is the truth, but for case and a full stop."""
-
-    def check(self, truth: str, reference: Reference) -> None:
-        pass
 
     def credit(self, answer: str, truth: str, reference: Reference) -> float:
         return float(_bare(answer) == _bare(truth))
 
-    def sheet(self, predictions: Sequence[Prediction]) -> Sheet:
-        return _accuracies(self, predictions)
-
 
 def _bare(text: str) -> str:
     return text.strip().rstrip(".").lower()
-
-
-def _accuracies(metric: Metric, predictions: Sequence[Prediction]) -> Sheet:
-    return {
-        name: {"accuracy": _mean(_credit(metric, p) for p in part), "count": len(part)}
-        for name, part in _parts(predictions).items()
-    }
 
 
 def _check_yes_or_no(truth: str) -> None:
@@ -130,8 +112,7 @@ def _check_yes_or_no(truth: str) -> None:
         raise DataError(f"the true answer must be yes or no, not {truth!r:.60}")
 
 
-@dataclass(frozen=True)
-class YesNoDetection:
+class YesNoDetection(Metric):
     """POPE (Li et al. 2023): yes is the class that is looked for.
 
     As the published script has it, an answer is no if its first sentence holds one of the words
@@ -146,7 +127,7 @@ class YesNoDetection:
 
     def sheet(self, predictions: Sequence[Prediction]) -> Sheet:
         """Figures of each setting, and their means."""
-        settings = {k: self._figures(v) for k, v in _by(predictions, lambda p: p.kind).items()}
+        settings = {k: self.figures(v) for k, v in _by(predictions, lambda p: p.kind).items()}
         figures = list(settings.values())
         means: Figures = {
             name: sum(f[name] or 0.0 for f in figures) / len(figures)
@@ -155,7 +136,7 @@ class YesNoDetection:
         }
         return {"mean": {**means, "count": len(predictions)}, **settings}
 
-    def _figures(self, predictions: Sequence[Prediction]) -> Figures:
+    def figures(self, predictions: Sequence[Prediction]) -> Figures:
         pairs = [(_says_yes(p.answer), _is_yes(p.truth)) for p in predictions]
         hits, said = pairs.count((True, True)), sum(s for s, _ in pairs)
         true = sum(t for _, t in pairs)
@@ -180,8 +161,7 @@ def _is_yes(truth: str) -> bool:
     return truth.strip().lower() == "yes"
 
 
-@dataclass(frozen=True)
-class PairedYesNo:
+class PairedYesNo(Metric):
     """MME (Fu et al. 2023): two questions to an image.
 
     ``accuracy`` is over questions, ``accuracy+`` over images both of whose questions are answered
@@ -199,7 +179,7 @@ class PairedYesNo:
         return float(said == truth.strip().lower())
 
     def sheet(self, predictions: Sequence[Prediction]) -> Sheet:
-        categories = {k: self._figures(v) for k, v in _by(predictions, lambda p: p.kind).items()}
+        categories = {k: self.figures(v) for k, v in _by(predictions, lambda p: p.kind).items()}
         divisions: Sheet = {}
         for name, part in _by(predictions, lambda p: p.reference.division).items():
             scores = [categories[kind]["score"] for kind in sorted({p.kind for p in part})]
@@ -207,18 +187,16 @@ class PairedYesNo:
             divisions[name] = {"score": total, "categories": len(scores), "count": len(part)}
         return {**divisions, **categories}
 
-    def _figures(self, predictions: Sequence[Prediction]) -> Figures:
-        accuracy = _mean(_credit(self, p) for p in predictions)
-        pairs = _complete(predictions)
-        plus = _mean(all(_credit(self, p) for p in pair) for pair in pairs)
+    def figures(self, predictions: Sequence[Prediction]) -> Figures:
+        accuracy = _mean(map(self.earned, predictions))
+        plus = _mean(all(map(self.earned, pair)) for pair in _complete(predictions))
         score = None if accuracy is None or plus is None else accuracy + plus
         return {
             "accuracy": accuracy, "accuracy+": plus, "score": score, "count": len(predictions),
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class MultipleChoice:
+class MultipleChoice(Metric):
     """MMBench (Liu et al. 2023): the option is read from the answer without another model.
 
     ``accuracy`` is over questions with their options in the first order; ``circular`` counts a
@@ -234,16 +212,13 @@ class MultipleChoice:
     def credit(self, answer: str, truth: str, reference: Reference) -> float:
         return float(read_option(answer, reference.options) == truth)
 
-    def sheet(self, predictions: Sequence[Prediction]) -> Sheet:
-        return {name: self._figures(part) for name, part in _parts(predictions).items()}
-
-    def _figures(self, predictions: Sequence[Prediction]) -> Figures:
+    def figures(self, predictions: Sequence[Prediction]) -> Figures:
         groups = _by(predictions, lambda p: p.reference.group).values()
         unread = (read_option(p.answer, p.reference.options) is None for p in predictions)
-        figures: Figures = {"accuracy": _mean(_credit(self, group[0]) for group in groups)}
+        figures: Figures = {"accuracy": _mean(self.earned(group[0]) for group in groups)}
         if any(p.reference.group_size > 1 for p in predictions):
             whole = _complete(predictions)
-            figures["circular"] = _mean(all(_credit(self, p) for p in group) for group in whole)
+            figures["circular"] = _mean(all(map(self.earned, group)) for group in whole)
         return figures | {"unread": _mean(unread), "count": len(groups)}
 
 

@@ -16,7 +16,7 @@ from lmms_eval.protocol import ChatMessages
 
 from lavis.common.errors import ConfigError, DataError
 from lavis.common.images import as_image
-from lavis.common.types import IMAGE_PLACEHOLDER
+from lavis.common.types import IMAGE_PLACEHOLDER, Spans
 from lavis.common.videos import cut, read_video
 from lavis.models.decode import Prompts, require_context
 from lavis.models.generation import Generator
@@ -129,9 +129,7 @@ class LavisModel(lmms):
             yield from ((numbers[number], ids) for number, ids in answers)
             return
         for start, prompts in zip(starts, batches, strict=True):
-            ids = self.model.generate_ids(
-                prompts.ids, prompts.images, sampling, max_new_tokens=most
-            )
+            ids = self.model.generate_ids(prompts.ids, prompts.spans, sampling, max_new_tokens=most)
             yield from zip(numbers[start : start + self.batch_size], ids, strict=True)
 
     def _prompts(
@@ -151,7 +149,8 @@ class LavisModel(lmms):
                 raise type(error)(f"task {task}, {split}[{doc_id}]: {error}") from error
             ids.append(prompt)
             pictures += shown
-        return Prompts(ids, Generator(self.model).pixels(pictures))
+        pixels = Generator(self.model).pixels(pictures)
+        return Prompts(ids, Spans() if pixels is None else Spans(pixels))
 
     def _prompt(self, messages: ChatMessages) -> tuple[list[int], list[Any]]:
         """Ids of a conversation that ends with a question, and its pictures in order."""

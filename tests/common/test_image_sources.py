@@ -246,7 +246,7 @@ def test_every_reader_sees_the_same(
     )
     encoder = ConversationEncoder(tokenizer, ChatML(tokenizer), 2)
     sample = builder.build("train", encoder, train=True, seed=0, on_bad="error")[0, 0]
-    assert isinstance(sample, Sample) and torch.equal(sample.pixel_values[0], wanted)
+    assert isinstance(sample, Sample) and torch.equal(sample.spans.pixels[0], wanted)
 
     cached = CachedFeatures(BlipImageEval(config), 0, 1)
     cached.index = FeatureIndex(FeatureStore(tmp_path, (1, 1), "fp32"), "", {path: ""}, {})

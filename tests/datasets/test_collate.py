@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from lavis.common.types import IGNORE_INDEX, BadSample, Sample
+from lavis.common.types import IGNORE_INDEX, BadSample, Sample, Spans
 from lavis.datasets.collate import collate
 
 
 def sample(name: str, ids: list[int], labels: list[int], *images: float) -> Sample:
     pixels = [torch.full((3, 2, 2), value) for value in images]
-    return Sample(
-        name,
-        torch.tensor(ids),
-        torch.tensor(labels),
-        torch.stack(pixels) if pixels else torch.empty(0),
-    )
+    spans = Spans(torch.stack(pixels)) if pixels else Spans()
+    return Sample(name, torch.tensor(ids), torch.tensor(labels), spans)
 
 
 def test_two_documents() -> None:
@@ -28,8 +24,8 @@ def test_two_documents() -> None:
     assert batch.labels.tolist() == [[-100, -100, 17, -100, 23, -100, -100, 37, 41]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
     assert batch.lengths == (3, 2, 4)
-    assert batch.pixel_values.shape == (3, 3, 2, 2)
-    assert batch.pixel_values[:, 0, 0, 0].tolist() == [0.25, 0.5, 0.75]
+    assert batch.spans.pixels.shape == (3, 3, 2, 2)
+    assert batch.spans.pixels[:, 0, 0, 0].tolist() == [0.25, 0.5, 0.75]
     assert batch.sample_ids == ("one", "two", "three")
     assert batch.bad == ()
     assert batch.num_tokens == 9
@@ -58,7 +54,7 @@ def test_nothing_but_bad_samples() -> None:
     assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (1, 2)
     assert batch.bad == (BadSample("broken", "why"),)
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
-    assert len(batch.pixel_values) == 0
+    assert len(batch.spans.pixels) == 0
     assert batch.sample_ids == ()
 
 
@@ -69,13 +65,12 @@ def test_a_process_without_samples() -> None:
 
 
 def test_text_only() -> None:
-    assert len(collate([sample("one", [11, 13], [11, 13])]).pixel_values) == 0
+    assert len(collate([sample("one", [11, 13], [11, 13])]).spans.pixels) == 0
 
 
 def described(name: str, *phrases: list[int]) -> Sample:
-    return Sample(
-        name, torch.tensor([11]), torch.tensor([11]), torch.empty(0), torch.tensor([phrases])
-    )
+    spans = Spans(words=torch.tensor([phrases]))
+    return Sample(name, torch.tensor([11]), torch.tensor([11]), spans)
 
 
 def test_spans_of_pictures_and_of_words_keep_their_order() -> None:
@@ -86,6 +81,6 @@ def test_spans_of_pictures_and_of_words_keep_their_order() -> None:
             described("three", [8, 9, 10], [4, -1, -1]),
         ]
     )
-    assert batch.described == (True, False, False, True)
-    assert batch.word_ids.tolist() == [[[5, 6, -1], [7, -1, -1]], [[8, 9, 10], [4, -1, -1]]]
-    assert len(batch.pixel_values) == 2
+    assert batch.spans.described == (True, False, False, True)
+    assert batch.spans.words.tolist() == [[[5, 6, -1], [7, -1, -1]], [[8, 9, 10], [4, -1, -1]]]
+    assert len(batch.spans.pixels) == 2

@@ -106,7 +106,7 @@ def test_sample(root: Path, tokenizer: Any) -> None:
     sample = dataset[0, 2]
     assert isinstance(sample, Sample)
     assert sample.sample_id == "ann.json[2]"
-    assert sample.pixel_values.shape == (1, 3, 14, 14)
+    assert sample.spans.pixels.shape == (1, 3, 14, 14)
     assert sample.input_ids.dtype == sample.labels.dtype == torch.int64
     wanted = dataset.encode(dataset.records[2])
     assert sample.input_ids.tolist() == wanted.input_ids
@@ -119,8 +119,8 @@ def test_two_images_and_none(root: Path, tokenizer: Any) -> None:
     assert isinstance(two, Sample)
     assert isinstance(text, Sample)
     assert (two.sample_id, text.sample_id) == ("ann.json[6] (id two)", "ann.json[7] (id text)")
-    assert two.pixel_values.shape == (2, 3, 14, 14)
-    assert len(text.pixel_values) == 0
+    assert two.spans.pixels.shape == (2, 3, 14, 14)
+    assert len(text.spans.pixels) == 0
 
 
 def test_several_files_end_to_end(root: Path, tokenizer: Any) -> None:
@@ -139,7 +139,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(root: Path, tokenize
     def pixels(epoch: int, index: int) -> torch.Tensor:
         sample = dataset[epoch, index]
         assert isinstance(sample, Sample)
-        return sample.pixel_values
+        return sample.spans.pixels
 
     first = pixels(0, 3)
     torch.manual_seed(99)
@@ -174,7 +174,7 @@ def test_workers_change_nothing(root: Path, tokenizer: Any) -> None:
         assert one.sample_ids == other.sample_ids
         assert torch.equal(one.input_ids, other.input_ids)
         assert torch.equal(one.labels, other.labels)
-        assert torch.equal(one.pixel_values, other.pixel_values)
+        assert torch.equal(one.spans.pixels, other.spans.pixels)
 
 
 # --- bad samples ----------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_own_processor_goes_before_the_models(root: Path, tokenizer: Any) -> Non
     own = SplitProcessors(train=ImageEvalConfig("blip_image_eval", 28))
     sample = build(root, tokenizer, vis_processor=own)[0, 0]
     assert isinstance(sample, Sample)
-    assert sample.pixel_values.shape == (1, 3, 28, 28)
+    assert sample.spans.pixels.shape == (1, 3, 28, 28)
 
 
 def test_words_in_place_of_an_image(root: Path, tokenizer: Any) -> None:
@@ -375,10 +375,10 @@ def test_words_in_place_of_an_image(root: Path, tokenizer: Any) -> None:
     dataset = build(root, tokenizer, "words.json")
     sample = dataset[0, 0]
     assert isinstance(sample, Sample)
-    assert sample.word_ids.shape[:2] == (1, 2)
-    ids = [i for i in sample.word_ids[0, 1].tolist() if i >= 0]
+    assert sample.spans.words.shape[:2] == (1, 2)
+    ids = [i for i in sample.spans.words[0, 1].tolist() if i >= 0]
     assert tokenizer.decode(ids) == " big red 1"
-    assert len(sample.pixel_values) == 0
+    assert len(sample.spans.pixels) == 0
 
 
 @pytest.mark.parametrize(

@@ -225,8 +225,8 @@ def test_a_sample_has_the_tiles_of_its_picture(world: Path, model: Any) -> None:
     for i, tiles in enumerate(grids):
         sample, whole = part[0, i], plain[0, i]
         assert isinstance(sample, Sample) and isinstance(whole, Sample)
-        assert len(sample.pixel_values) == 1 + tiles
-        assert torch.equal(sample.pixel_values[0], whole.pixel_values[0])
+        assert len(sample.spans.pixels) == 1 + tiles
+        assert torch.equal(sample.spans.pixels[0], whole.spans.pixels[0])
         ids = sample.input_ids.tolist()
         assert ids.count(model.tokenizer.image_id) == 9 * (1 + tiles)
         assert part.lengths[i] == len(ids)
@@ -262,10 +262,10 @@ def test_kept_features_are_those_of_the_tiles(world: Path, model: Any, tmp_path:
     (plain,) = load(world, TILES).build_split("train", train=True)
     for i in range(6):
         got, shown = part[0, i], plain[0, i]
-        assert torch.equal(got.input_ids, shown.input_ids) and not len(got.pixel_values)
+        assert torch.equal(got.input_ids, shown.input_ids) and not len(got.spans.pixels)
         with torch.no_grad():
-            wanted = model.encode_query(shown.pixel_values)
-        assert torch.allclose(got.query_features, wanted, atol=1e-5)
+            wanted = model.encode_query(shown.spans.pixels)
+        assert torch.allclose(got.spans.features, wanted, atol=1e-5)
 
 
 def test_chat_and_scores_see_what_training_saw(world: Path, model: Any) -> None:
@@ -283,7 +283,7 @@ def test_chat_and_scores_see_what_training_saw(world: Path, model: Any) -> None:
         answer = talk.ask(record.turns[-2].text.removeprefix(f"<Img>{P}</Img> "))
         assert answer.prompt == model.encoder.prompt(part.turns(record)[:-1])
         assert answer.read() == scored[i].answer
-        pixels, _ = part.images(record, 0, 0)
+        pixels = part.spans(record, 0, 0).pixels
         with torch.no_grad():
             assert torch.allclose(image.embeds, model.encode_image(pixels), atol=1e-5)
         again = talk.ask("What else?")
@@ -299,13 +299,13 @@ def test_who_is_blind_sees_the_tiles_of_another(
     part = replace(part, records=part.records[:3])
     grids = {r.images: r.grids for r in part.records}
     shown: list[Any] = []
-    images = InstructionDataset.images
+    spans = InstructionDataset.spans
 
     def watched(self: Any, record: Any, **where: int) -> Any:
         shown.append(record)
-        return images(self, record, **where)
+        return spans(self, record, **where)
 
-    monkeypatch.setattr(InstructionDataset, "images", watched)
+    monkeypatch.setattr(InstructionDataset, "spans", watched)
     predict(model, part, batch_size=3, max_new_tokens=2, blind=True, seed=1)
     own = {r.sample_id: r.images for r in part.records}
     assert any(r.images != own[r.sample_id] for r in shown)
@@ -361,8 +361,8 @@ def test_the_plan_counts_the_largest_picture() -> None:
         return Estimator(config, Sharing("single", 1))
 
     plain, tiled = made(), made(TILES)
-    assert tiled.batch(2).pixel_values.shape == (2 * 5, 3, SIDE, SIDE)
-    assert plain.batch(2).pixel_values.shape == (2, 3, SIDE, SIDE)
+    assert tiled.batch(2).spans.pixels.shape == (2 * 5, 3, SIDE, SIDE)
+    assert plain.batch(2).spans.pixels.shape == (2, 3, SIDE, SIDE)
     ids = tiled.batch(1).input_ids.flatten().tolist()
     assert ids.count(tiled.model.tokenizer.image_id) == 9 * 5
     assert tiled.length >= 9 * 5 > plain.model.encoder.num_query_token

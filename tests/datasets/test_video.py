@@ -329,8 +329,8 @@ def test_a_sample_from_end_to_end(folder: Path, tokenizer: Any) -> None:
     sample = dataset[0, 0]
     assert isinstance(sample, Sample)
     assert dataset.lengths == (len(sample.input_ids),)
-    assert sample.pixel_values.shape == (4, 3, 14, 14)
-    means = sample.pixel_values.mean((1, 2, 3))
+    assert sample.spans.pixels.shape == (4, 3, 14, 14)
+    means = sample.spans.pixels.mean((1, 2, 3))
     assert (means.diff() > 0.3).all()  # the frames in order, ever lighter
     spans = (sample.input_ids == tokenizer.image_id).nonzero().flatten()
     assert torch.equal(spans, torch.arange(8) + spans[0])  # four frames of two ids, in one run
@@ -388,8 +388,8 @@ def test_frames_are_cropped_and_flipped_alike(tmp_path: Path, tokenizer: Any) ->
     for epoch in range(4):
         sample = dataset[epoch, 0]
         assert isinstance(sample, Sample)
-        assert (sample.pixel_values - sample.pixel_values[0]).abs().max() < 0.3
-        seen.append(sample.pixel_values[0])
+        assert (sample.spans.pixels - sample.spans.pixels[0]).abs().max() < 0.3
+        seen.append(sample.spans.pixels[0])
     assert max(float((s - seen[0]).abs().max()) for s in seen) > 1  # epochs differ
 
 
@@ -447,10 +447,10 @@ def test_kept_features_are_those_of_the_frames(world: Path, model: Any, tmp_path
     for i in range(4):
         got, shown = part[0, i], plain[0, i]
         assert isinstance(got, Sample) and isinstance(shown, Sample)
-        assert torch.equal(got.input_ids, shown.input_ids) and not len(got.pixel_values)
+        assert torch.equal(got.input_ids, shown.input_ids) and not len(got.spans.pixels)
         with torch.no_grad():
-            wanted = model.encode_query(shown.pixel_values)
-        assert torch.allclose(got.query_features, wanted, atol=1e-5)
+            wanted = model.encode_query(shown.spans.pixels)
+        assert torch.allclose(got.spans.features, wanted, atol=1e-5)
         assert (wanted[0] - wanted[-1]).abs().max() > 0.01 or "motion" in str(part.records[i])
     # What is there is found again, whatever other frames are wanted besides.
     assert fill(load(world, kept(tmp_path / "f")))[1] == Counts(12, 0, 0)
@@ -517,8 +517,12 @@ def test_videos_are_scored(
     assert [p.question for p in blind] == [p.question for p in seen]
     spans = [i.count(model.tokenizer.image_id) // 9 for p in asked for i in p.ids]
     assert sum(spans[:10]) == sum(spans[10:]) == 9 * 3 + 5
-    assert sum(len(p.images) for p in asked[:3]) == sum(len(p.images) for p in asked[3:]) == 32
-    first, other = (torch.cat([p.images for p in asked[i : i + 3]]) for i in (0, 3))
+    assert (
+        sum(len(p.spans.pixels) for p in asked[:3])
+        == sum(len(p.spans.pixels) for p in asked[3:])
+        == 32
+    )
+    first, other = (torch.cat([p.spans.pixels for p in asked[i : i + 3]]) for i in (0, 3))
     assert not torch.equal(first, other)
 
 
@@ -536,7 +540,7 @@ def test_chat_sees_what_training_saw(world: Path, model: Any) -> None:
     assert clip.name == record.video.name and clip.embeds.shape[:2] == (3, 9)
     answer = talk.ask(question)
     assert answer.prompt == model.encoder.prompt(part.turns(record)[:1])
-    pixels, _ = part.images(record, 0, 0)
+    pixels = part.spans(record, 0, 0).pixels
     content = engine.content(answer.prompt, answer.images)
     logits = engine.extend(ConversationCache(), content, answer.images)
     with torch.no_grad():

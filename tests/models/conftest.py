@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lavis.common.errors import LavisError
-from lavis.common.types import Batch, Sample
+from lavis.common.types import Batch, Sample, Spans
 from lavis.datasets.collate import collate
 from lavis.processors.conversation import Turn
 from tests.conftest import TOY, TOY_YAML
@@ -86,5 +86,5 @@ def one_batch(model: Any, image: Tensor | None = None) -> Batch:
         image = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(5))
     encoded = model.encoder.encode([Turn("user", "<ImageHere> What?"), Turn("assistant", "A cat.")])
     return collate(
-        [Sample("x", torch.tensor(encoded.input_ids), torch.tensor(encoded.labels), image)]
+        [Sample("x", torch.tensor(encoded.input_ids), torch.tensor(encoded.labels), Spans(image))]
     )

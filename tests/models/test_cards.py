@@ -18,7 +18,7 @@ from lavis.common import device
 from lavis.models import build
 from lavis.models.compute import attention
 from lavis.models.compute.cpu import FrozenLinear
-from lavis.models.compute.masks import Documents
+from lavis.models.compute.masks import Asked, Documents, Softmax
 from lavis.models.language.causal import CausalLM
 from tests.models.conftest import Load
 
@@ -51,7 +51,8 @@ def test_flash_attention_only_where_there_is_one(
     with FakeTensorMode():
         query = torch.empty(1, 2, 5, 8, device="cuda", dtype=torch.bfloat16)
     documents = Documents((2, 3))
-    chosen = attention._choose(query, query, documents, documents.causal, attention.Softmax(None))
+    asked = Asked(nn.Identity(), query, query, query, None, Softmax(None))
+    chosen = attention._choose(asked, documents, documents.causal)
     device.is_ampere.cache_clear()
     assert chosen is kernel
 

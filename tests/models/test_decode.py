@@ -12,6 +12,7 @@ from torch import Tensor
 from lavis.chat import ChatSettings
 from lavis.chat.engine import TokenChooser
 from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.types import Spans
 from lavis.models.compute.slots import Slots
 from lavis.models.decode import Batch, Prompts, Row
 from lavis.processors.conversation import Turn
@@ -27,12 +28,12 @@ def prompts(model: Any) -> Prompts:
     ids = [model.encoder.prompt([Turn("user", text)]) for text in QUESTIONS]
     images = sum(text.count(PICTURE) for text in QUESTIONS)
     draw = torch.Generator().manual_seed(7)
-    return Prompts(ids, torch.rand(images, 3, 56, 56, generator=draw))
+    return Prompts(ids, Spans(torch.rand(images, 3, 56, 56, generator=draw)))
 
 
 def soft_tokens(model: Any, prompts: Prompts) -> list[Tensor]:
     with torch.no_grad():
-        soft = prompts.encode(model)
+        soft = model.encode_spans(prompts.spans)
     assert soft is not None
     return list(soft.split([text.count(PICTURE) for text in QUESTIONS]))
 
@@ -40,9 +41,7 @@ def soft_tokens(model: Any, prompts: Prompts) -> list[Tensor]:
 def alone(model: Any, prompts: Prompts, index: int, **settings: Any) -> list[int]:
     """By ``generate``, everything computed anew."""
     first = sum(text.count(PICTURE) for text in QUESTIONS[:index])
-    images = prompts.images
-    assert images is not None
-    images = images[first : first + QUESTIONS[index].count(PICTURE)]
+    images = prompts.spans.pixels[first : first + QUESTIONS[index].count(PICTURE)]
     ids: list[int] = model.generate_ids([prompts.ids[index]], images, **settings)[0]
     return ids
 
@@ -144,15 +143,14 @@ def test_an_answer_that_ends_makes_room_for_the_next(
         return step(self)
 
     monkeypatch.setattr(Batch, "step", spy)
-    images = prompts.images
-    assert images is not None
+    images = prompts.spans.pixels
     read: list[int] = []
 
     def batches() -> Any:
         for i, ids in enumerate(prompts.ids):
             read.append(sum(steps))
             first = sum(text.count(PICTURE) for text in QUESTIONS[:i])
-            yield Prompts([ids], images[first : first + QUESTIONS[i].count(PICTURE)])
+            yield Prompts([ids], Spans(images[first : first + QUESTIONS[i].count(PICTURE)]))
 
     got = dict(model.answers(batches(), max_new_tokens=12, size=3))
     assert [got[i] for i in range(len(QUESTIONS))] == ends
@@ -180,15 +178,13 @@ def test_pictures_and_words_side_by_side(
 ) -> None:
     """Words stand before a picture, between two, and after."""
     monkeypatch.setattr(model.language, "caches", caches)
-    assert prompts.images is not None
     words = torch.randint(0, 90, (2, 8, 3), generator=torch.Generator().manual_seed(3))
-    picture, ids = prompts.images[:1], prompts.ids[0]
-    shown = [
-        Prompts([ids], None, words[:1]), Prompts([ids], picture), Prompts([ids], None, words[1:])
-    ]  # fmt: skip
-    wanted = [dict(model.answers([one], max_new_tokens=4, size=1))[0] for one in shown]
+    picture, ids = prompts.spans.pixels[:1], prompts.ids[0]
+    shown = [Spans(words=words[:1]), Spans(picture), Spans(words=words[1:])]
+    one_by_one = [Prompts([ids], spans) for spans in shown]
+    wanted = [dict(model.answers([one], max_new_tokens=4, size=1))[0] for one in one_by_one]
     assert len({tuple(answer) for answer in wanted}) == 3
-    mixed = Prompts([ids] * 3, picture, words, described=(True, False, True))
+    mixed = Prompts([ids] * 3, Spans.join(shown))
     assert dict(model.answers([mixed], max_new_tokens=4, size=3)) == dict(enumerate(wanted))
 
 

@@ -25,11 +25,11 @@ from lavis.chat.engine import ChatEngine, TokenChooser
 from lavis.chat.graph import TokenGraph
 from lavis.chat.settings import ChatSettings
 from lavis.common.config import load_config
-from lavis.common.types import Batch, Sample
+from lavis.common.types import Batch, Sample, Spans
 from lavis.datasets.collate import collate
 from lavis.models import MiniGPT4QwenConfig
 from lavis.models.build import Assembly, MiniGPT4Qwen
-from lavis.models.compute.fake_cuda import FakeCuda, on_card
+from lavis.models.compute.fake_cuda import on_card
 from lavis.models.compute.quantized_linear import QuantizedLinear
 from lavis.models.compute.schedule import StepSchedule
 from lavis.models.config import EvaQFormerConfig, HfConfig, MlpConfig, VlmConfig
@@ -37,6 +37,7 @@ from lavis.models.language.causal import CausalLM
 from lavis.models.language.quantize import quantize
 from lavis.models.vlm import VLM
 from tests.conftest import REPO, TOY
+from tests.models.counted_cuda import CountedCuda
 from tests.processors.families import FAMILIES
 
 GIB = 2**30
@@ -65,7 +66,7 @@ SHARES = {"train_fsdp2": 4, "train_14b_fsdp2": 2, "train_zero3_offload": 4}  # c
 
 
 @cache
-def qwen(model_type: str, packed: str | None = None) -> tuple[VLM, FakeCuda]:
+def qwen(model_type: str, packed: str | None = None) -> tuple[VLM, CountedCuda]:
     """EVA ViT-g, Q-Former and a first-generation Qwen's sizes, on a card of their own."""
     config = MiniGPT4QwenConfig(
         arch="minigpt4qwen",
@@ -83,7 +84,7 @@ def qwen(model_type: str, packed: str | None = None) -> tuple[VLM, FakeCuda]:
 
 
 @pytest.fixture(scope="module")
-def qwen3_4b(tmp_path_factory: pytest.TempPathFactory) -> tuple[VLM, FakeCuda]:
+def qwen3_4b(tmp_path_factory: pytest.TempPathFactory) -> tuple[VLM, CountedCuda]:
     """``arch: vlm`` with a language model of Qwen3-4B's size, and grouped queries."""
     folder = tmp_path_factory.mktemp("qwen3")
     sizes = AutoConfig.for_model("qwen3", **QWEN3_4B)
@@ -112,9 +113,9 @@ def _plain_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CausalLM, "chunked", True)
 
 
-def placed(model: VLM) -> tuple[VLM, FakeCuda]:
+def placed(model: VLM) -> tuple[VLM, CountedCuda]:
     """With weights and the constant prefix on the card, which happens once in a run."""
-    with FakeCuda() as card:
+    with CountedCuda() as card:
         on_card(model)
         model.set_schedule(StepSchedule())
         for amp in (False, True):
@@ -129,10 +130,12 @@ def batch_of(model: VLM, count: int, length: int = 142) -> Batch:
     prefix, _ = model.encoder.constant_prefix()
     ids = torch.tensor([*prefix, *[model.tokenizer.image_id] * 32, *[5] * length])[:length]
     labels = ids.where(torch.arange(length) >= length // 2, -100)
-    return collate([Sample(str(i), ids, labels, torch.zeros(1, 3, 224, 224)) for i in range(count)])
+    return collate(
+        [Sample(str(i), ids, labels, Spans(torch.zeros(1, 3, 224, 224))) for i in range(count)]
+    )
 
 
-def forward(model: VLM, card: FakeCuda, batch: Batch, *, amp: bool = False) -> Any:
+def forward(model: VLM, card: CountedCuda, batch: Batch, *, amp: bool = False) -> Any:
     card.restart()
     with card.autocast(torch.bfloat16) if amp else nullcontext():
         return model(batch.pin_memory())
@@ -153,7 +156,7 @@ def test_a_micro_batch_of_7b(count: int, amp: bool, kernels: int) -> None:
 
 def test_autocast_reaches_the_card() -> None:
     """Without it, the ceilings under autocast would say nothing."""
-    with FakeCuda() as card:
+    with CountedCuda() as card:
         linear = torch.nn.Linear(4, 5, device="cuda", dtype=torch.float16)
         x = torch.empty(3, 4, device="cuda", dtype=torch.float16)
         card.restart()
@@ -163,7 +166,7 @@ def test_autocast_reaches_the_card() -> None:
     assert card.kernels == {"_to_copy": 3, "addmm": 1}
 
 
-def test_a_micro_batch_of_a_qwen3(qwen3_4b: tuple[VLM, FakeCuda]) -> None:
+def test_a_micro_batch_of_a_qwen3(qwen3_4b: tuple[VLM, CountedCuda]) -> None:
     model, card = qwen3_4b
     batch = batch_of(model, 7)
     with card:
@@ -179,7 +182,7 @@ DRAWN = {"repetition_penalty": 1.1, "do_sample": True, "top_p": 0.9, "seed": 1}
 
 @pytest.mark.parametrize(("settings", "kernels"), [({}, 1400), (DRAWN, 2150)])
 def test_a_token_of_chat(
-    settings: dict[str, Any], kernels: int, qwen3_4b: tuple[VLM, FakeCuda]
+    settings: dict[str, Any], kernels: int, qwen3_4b: tuple[VLM, CountedCuda]
 ) -> None:
     model, card = qwen3_4b if settings else qwen("qwen7b_chat")
     model.eval()

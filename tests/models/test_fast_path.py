@@ -116,14 +116,14 @@ def test_text_only_and_an_empty_question(toy_model: Any) -> None:
     empty = encoder.encode([Turn("user", ""), Turn("assistant", "So.")])
     plain = encoder.encode([Turn("user", "Why?"), Turn("assistant", "So.")])
     samples = [
-        Sample(str(i), torch.tensor(e.input_ids), torch.tensor(e.labels), torch.empty(0))
+        Sample(str(i), torch.tensor(e.input_ids), torch.tensor(e.labels))
         for i, e in enumerate((empty, plain))
     ]
     toy_model.train()
     for some in (
         [samples[1]],
         samples,
-        [Sample("", *(torch.zeros(2).long(),) * 2, torch.empty(0))],
+        [Sample("", *(torch.zeros(2).long(),) * 2)],
     ):
         losses = []
         for schedule in (REFERENCE, StepSchedule()):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 from lavis.common.errors import ConfigError, LavisError, WeightsError
-from lavis.common.types import Sample
+from lavis.common.types import Sample, Spans
 from lavis.datasets.collate import collate
 from lavis.models import load_model
 from lavis.models.vision.eva_qformer import EvaQFormer
@@ -157,7 +157,7 @@ def test_it_is_the_stock_model(name: str, tmp_path: Path) -> None:
 
     encoded = model.encoder.encode([*turns, Turn("assistant", "A lot.")])
     ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
-    batch = collate([Sample("a", ids, labels, pixels)])
+    batch = collate([Sample("a", ids, labels, Spans(pixels))])
     loss = model.train()(batch).loss_sum / (labels[1:] != -100).sum()
     loss.backward()
     image = ids == model.tokenizer.image_id

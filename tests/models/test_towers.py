@@ -24,7 +24,7 @@ from lavis.common.images import open_image
 from lavis.common.registry import LANGUAGE_MODELS, PROCESSORS
 from lavis.common.schema import ModelConfig
 from lavis.common.typed import parse
-from lavis.common.types import Batch, Sample
+from lavis.common.types import Batch, Sample, Spans
 from lavis.datasets.collate import collate
 from lavis.models import load_model_and_preprocess
 from lavis.models.build import Assembly
@@ -73,9 +73,18 @@ def positions(name: str, side: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def parts() -> Any:
-    """Vision encoders and language models are read and proved once for all combinations."""
-    build_vision, load, kept = Assembly.build_vision, Hf.load, {}
+def kept() -> dict[Any, Any]:
+    """Vision encoders and language models that were read."""
+    return {}
+
+
+@pytest.fixture()
+def parts(kept: dict[Any, Any]) -> Any:
+    """Vision encoders and language models are read and proved once for all combinations.
+
+    Only for tests that ask for it: others give a language model adapters, which stay in it.
+    """
+    build_vision, load = Assembly.build_vision, Hf.load
 
     def vision(config: Any, **places: Any) -> Any:
         key = str(config.vision)
@@ -109,14 +118,12 @@ def batch(model: VLM, pixels: Tensor | None, features: Tensor | None = None) -> 
     for i, answer in enumerate(("A cat.", "Two: a red ball and a blue box.")):
         turns = [Turn("user", "<ImageHere> What is it?"), Turn("assistant", answer)]
         ids = model.encoder.encode(turns)
-        image: dict[str, Any] = {"pixel_values": torch.empty(0, 3, 1, 1)}
+        spans = Spans()
         if features is not None:
-            image["query_features"] = features[i : i + 1]
+            spans = Spans(features=features[i : i + 1])
         elif pixels is not None:
-            image["pixel_values"] = pixels[i : i + 1]
-        samples.append(
-            Sample(str(i), torch.tensor(ids.input_ids), torch.tensor(ids.labels), **image)
-        )
+            spans = Spans(pixels[i : i + 1])
+        samples.append(Sample(str(i), torch.tensor(ids.input_ids), torch.tensor(ids.labels), spans))
     return collate(samples)
 
 

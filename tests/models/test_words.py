@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from lavis.common.types import Spans
+
 
 def test_a_position_is_the_sum_of_its_words(toy_model: Any) -> None:
     table = toy_model.language.model.get_input_embeddings().weight
@@ -19,13 +21,13 @@ def test_pictures_and_words_in_the_order_of_the_text(toy_model: Any) -> None:
     size, width = toy_model.config.image_size, toy_model.config.num_query_token
     pixels = torch.rand(2, 3, size, size)
     words = torch.arange(3, 3 + width).reshape(1, width, 1)
-    spans = toy_model.encode_spans(pixels, words, torch.tensor([False, True, False]))
+    spans = toy_model.encode_spans(Spans(pixels, words=words, described=(False, True, False)))
     images = toy_model.encode_image(pixels)
     assert torch.equal(spans[0], images[0])
     assert torch.equal(spans[1], toy_model.embed_words(words)[0])
     assert torch.equal(spans[2], images[1])
     words = torch.cat([words, words + 1])
-    spans = toy_model.encode_spans(pixels[:1], words, (True, True, False))
+    spans = toy_model.encode_spans(Spans(pixels[:1], words=words, described=(True, True, False)))
     assert torch.equal(spans[:2], toy_model.embed_words(words))
     assert torch.equal(spans[2], toy_model.encode_image(pixels[:1])[0])
 
@@ -34,8 +36,8 @@ def test_gradients_reach_the_words_and_the_projection(toy_model: Any) -> None:
     toy_model.language.model.get_input_embeddings().weight.requires_grad_(True)
     size, width = toy_model.config.image_size, toy_model.config.num_query_token
     words = torch.arange(3, 3 + width).reshape(1, width, 1)
-    described = torch.tensor([True, False])
-    spans = toy_model.encode_spans(torch.rand(1, 3, size, size), words, described)
+    shown = Spans(torch.rand(1, 3, size, size), words=words, described=(True, False))
+    spans = toy_model.encode_spans(shown)
     spans.square().sum().backward()
     table = toy_model.language.model.get_input_embeddings().weight
     assert table.grad[3 : 3 + width].abs().sum() > 0

@@ -12,7 +12,7 @@ import torch
 
 from examples.toybox.world.__main__ import make_record
 from lavis.common.errors import DataError
-from lavis.common.types import NO_FEATURES, NO_WORDS
+from lavis.common.types import Spans
 from lavis.datasets.annotations import Record
 from lavis.processors.conversation import Turn
 from lavis.tasks.scoring import Prediction, normalize, predict, score, table
@@ -142,12 +142,9 @@ class _Dataset:
     def turns(self, record: Record) -> list[Turn]:
         return list(record.turns)
 
-    def images(self, record: Record, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def spans(self, record: Record, epoch: int, index: int) -> Spans:
         assert record.turns is self.records[index].turns
-        return torch.full((1, 3, 2, 2), float(record.images[0].stem)), NO_FEATURES
-
-    def word_ids(self, record: Record) -> torch.Tensor:
-        return NO_WORDS
+        return Spans(torch.full((1, 3, 2, 2), float(record.images[0].stem)))
 
 
 class _Seer:
@@ -166,8 +163,8 @@ class _Seer:
     def answers(self, batches: Any, **_: Any) -> Any:
         number = 0
         for prompts in batches:
-            assert len(prompts.ids) == len(prompts.images)
-            for image in prompts.images:
+            assert len(prompts.ids) == len(prompts.spans.pixels)
+            for image in prompts.spans.pixels:
                 yield number, [int(image[0, 0, 0])]
                 number += 1
 
@@ -190,10 +187,10 @@ def test_what_was_asked_before_a_bad_picture_is_answered() -> None:
             yield from super().answers(list(batches))
 
     class Damaged(_Dataset):
-        def images(self, record: Record, epoch: int, index: int) -> Any:
+        def spans(self, record: Record, epoch: int, index: int) -> Any:
             if record.sample_id == "4":
                 raise DataError("damaged")
-            return super().images(record, epoch, index)
+            return super().spans(record, epoch, index)
 
     dataset: Any = Damaged(6)
     kept: list[str] = []

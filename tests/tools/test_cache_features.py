@@ -21,7 +21,7 @@ from examples.toybox.world.__main__ import write_split
 from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, DataError, LavisError
 from lavis.common.registry import RUNNERS, TASKS
-from lavis.common.types import NO_WORDS
+from lavis.common.types import Spans
 from lavis.datasets import feature_store
 from lavis.datasets.feature_cache import Counts
 from lavis.models.build import Assembly
@@ -261,10 +261,9 @@ def test_text_alone_touches_the_projection_alone() -> None:
 
     config = load_config(PROJECT, [f"env.cache_root={REPO}"])
     model: Any = MiniGPT4Qwen.from_config(config.model, cache_root=str(REPO), vision=False)
-    none = torch.zeros(0, dtype=torch.bool)
-    assert model.encode_spans(None, NO_WORDS, none) is None
+    assert model.encode_spans(Spans()) is None
     model.uniform_graph = True
-    spans = model.encode_spans(None, NO_WORDS, none)
+    spans = model.encode_spans(Spans())
     assert spans.shape == (0, 9, model.connector.out_features)
     spans.sum().backward()
     assert model.connector.weight.grad.abs().max() == 0
@@ -272,13 +271,13 @@ def test_text_alone_touches_the_projection_alone() -> None:
     blocks = list(model.shardable_blocks())
     assert len(blocks) == len(model.language.model.model.layers) + 2  # embeddings and head
     with pytest.raises(ConfigError, match="built without its vision side"):
-        model.encode_spans(torch.zeros(1, 3, 84, 84), NO_WORDS, none)
+        model.encode_spans(Spans(torch.zeros(1, 3, 84, 84)))
 
 
 def test_views_take_turns_and_a_resumed_run_sees_the_same(data: Path, tmp_path: Path) -> None:
     more = [cached(tmp_path / "f", views=2), RANDOM, "run.max_epoch=3"]
     whole = train(data, tmp_path / "whole", *more)
-    samples = [whole.dataset[epoch, 1].query_features for epoch in range(4)]
+    samples = [whole.dataset[epoch, 1].spans.features for epoch in range(4)]
     assert len(samples[0]) == 1
     assert not torch.allclose(samples[0], samples[1], atol=1e-2)
     assert torch.equal(samples[0], samples[2]) and torch.equal(samples[1], samples[3])

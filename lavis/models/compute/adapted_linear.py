@@ -7,8 +7,6 @@ fp32 until the backward pass: the whole model, twice over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -134,7 +132,5 @@ def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-@contextmanager
-def _fp32(like: Tensor) -> Iterator[None]:
-    with torch.autocast(like.device.type, enabled=False):
-        yield
+def _fp32(like: Tensor) -> torch.autocast:
+    return torch.autocast(like.device.type, enabled=False)

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lavis.common.device import is_ampere
 from lavis.common.errors import ConfigError
 from lavis.models.compute import cpu
-from lavis.models.compute.masks import Documents, KeysAndValues, MaskRule, Masks, Softmax
+from lavis.models.compute.masks import Asked, Documents, KeysAndValues, MaskRule, Masks, Softmax
 
 __all__ = ["PACKED", "Documents", "KeysAndValues", "attend_all", "packed_attention"]
 
@@ -68,23 +68,22 @@ def packed_attention(
         length = key.shape[2]
         if isinstance(attention_mask, MaskRule):
             length = attention_mask.length
-        return attend_all(module, query, key, value, attention_mask, softmax, length, kwargs), None
+        seen = attend_all(module, query, key, value, attention_mask, softmax, length, **kwargs)
+        return seen, None
     _refuse(kwargs, {"is_causal"} if kwargs.get("is_causal") else set())
     if isinstance(attention_mask, Tensor) or (
         attention_mask is None and kwargs.get("sliding_window") is not None
     ):
         raise ConfigError("this family's mask cannot be applied document by document")
-    if documents.keep is not None:
-        seen = documents.keep(module, query, key, value, attention_mask, softmax)
-        if seen is not None:
-            return seen, None
+    asked = Asked(module, query, key, value, attention_mask, softmax)
+    if documents.keep is not None and (kept := documents.keep(asked)) is not None:
+        return kept, None
     prefix = None
     if documents.prefix:
-        keys, values = documents.prefix[module.layer_idx]  # type: ignore[index]
+        keys, values = documents.prefix[asked.layer]
         prefix = (keys.to(key), values.to(value))
     masks = documents.causal if attention_mask is None else attention_mask.inside(documents)
-    attend = _choose(query, value, documents, masks, softmax)
-    return attend(query, key, value, documents, prefix, masks, softmax), None
+    return _choose(asked, documents, masks)(asked, documents, prefix, masks), None
 
 
 def _refuse(kwargs: dict[str, Any], known: set[str]) -> None:
@@ -103,7 +102,8 @@ def attend_all(
     mask: Tensor | MaskRule | None,
     softmax: Softmax,
     length: int,
-    kwargs: dict[str, Any],
+    /,
+    **kwargs: Any,
 ) -> Tensor:
     """Rows that are a document each: prompts, turns of chat; perhaps padded on the left.
 
@@ -132,49 +132,34 @@ def attend_all(
     return out
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Documents, KeysAndValues | None, Masks, Softmax], Tensor]
+Attend = Callable[[Asked, Documents, KeysAndValues | None, Masks], Tensor]
 
 
-def _choose(
-    query: Tensor, value: Tensor, documents: Documents, masks: Masks, softmax: Softmax
-) -> Attend:
+def _choose(asked: Asked, documents: Documents, masks: Masks) -> Attend:
     """The one place that says which kernel computes what."""
+    query, softmax = asked.query, asked.softmax
     if documents.square:
         return _square
     half = query.dtype in (torch.float16, torch.bfloat16)
     plain = softmax.fused and not softmax.dropout and masks.plain
-    same = query.shape[-1] == value.shape[-1]
+    same = query.shape[-1] == asked.value.shape[-1]
     if query.device.type == "cuda" and half and plain and same and is_ampere(query.device):
         return _varlen
     return _each
 
 
 def _square(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    documents: Documents,
-    prefix: KeysAndValues | None,
-    masks: Masks,
-    softmax: Softmax,
+    asked: Asked, documents: Documents, prefix: KeysAndValues | None, masks: Masks
 ) -> Tensor:
-    key, value = _after(prefix, key, value)
-    mask = masks.square(query.device)
-    return _sdpa(query, key, value, mask, softmax).transpose(1, 2)
+    key, value = _after(prefix, asked.key, asked.value)
+    mask = masks.square(key.device)
+    return _sdpa(asked.query, key, value, mask, asked.softmax).transpose(1, 2)
 
 
-def _each(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    documents: Documents,
-    prefix: KeysAndValues | None,
-    masks: Masks,
-    softmax: Softmax,
-) -> Tensor:
+def _each(asked: Asked, documents: Documents, prefix: KeysAndValues | None, masks: Masks) -> Tensor:
     """One document after the other: no kernel for packed rows on a CPU."""
-    parts = (x.split(documents.lengths, dim=2) for x in (query, key, value))
-    rows = []
+    parts = (x.split(documents.lengths, dim=2) for x in (asked.query, asked.key, asked.value))
+    softmax, rows = asked.softmax, []
     for q, k, v in zip(*parts, strict=True):
         k, v = _after(prefix, k, v)
         n, scaling = q.shape[2], softmax.scaling
@@ -188,24 +173,19 @@ def _each(
 
 
 def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    documents: Documents,
-    prefix: KeysAndValues | None,
-    masks: Masks,
-    softmax: Softmax,
+    asked: Asked, documents: Documents, prefix: KeysAndValues | None, masks: Masks
 ) -> Tensor:
     """FlashAttention over variable lengths; its causal mask is aligned at the end of the keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    layout = documents.layout(query.device)
+    key, value = asked.key, asked.value
+    layout = documents.layout(key.device)
     if prefix is not None:
         key, value = (
             p.index_select(2, layout.before).index_copy_(2, layout.own, x)
             for p, x in zip(prefix, (key, value), strict=True)
         )
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in (asked.query, key, value))
     longest = max(documents.lengths)
     out: Any = varlen_attn(
         q,
@@ -215,7 +195,7 @@ def _varlen(
         layout.keys,
         longest,
         longest + documents.prefix_length,
-        scale=softmax.scaling,
+        scale=asked.softmax.scaling,
         window_size=(-1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )

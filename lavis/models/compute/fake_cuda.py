@@ -1,14 +1,12 @@
 """A GPU without a card: what is on it has shapes and no numbers, what is on the host is real.
 
-So every index that the host computes is the right one, an operation that needs a number of the
-device raises or is counted, and models of real size take no memory.
+So every index that the host computes is the right one, and models of real size take no memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -23,13 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
-_NO_KERNEL = {
-    aten.detach.default, aten.empty.memory_format, aten.empty_like.default, aten.alias.default,
-    aten.empty_strided.default, aten.new_empty.default, aten.lift_fresh.default,
-    aten.new_empty_strided.default, aten._unsafe_view.default,
-}  # fmt: skip
 _MATH = F.scaled_dot_product_attention
-_COPIES = {aten._to_copy.default, aten.copy_.default}
 # What autocast lowers to half precision, and what it raises to fp32.
 _HALF = {
     F.linear, F.conv2d, torch.conv2d, torch.matmul, torch.mm, torch.bmm, torch.addmm,
@@ -46,21 +38,17 @@ class FakeCuda(TorchDispatchMode):
     """While it is entered, ``cuda`` is such a device.
 
     Attributes:
-        blocks: where the host waited for the device: copies between the two that are not from
-            pinned memory, and numbers asked for, by operation.
-        kernels: operations of the device that compute something, by operation.
         live: bytes on the device.
         peak: the most there were.
+        pinned: storages of the host that copies need not wait for.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._fake = FakeTensorMode()
         self._storages: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.live = 0
-        self._records = False
-        self.restart()
+        self.pinned: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.live = self.peak = 0
 
     @contextlib.contextmanager
     def autocast(self, dtype: torch.dtype) -> Iterator[None]:
@@ -68,19 +56,8 @@ class FakeCuda(TorchDispatchMode):
         with torch.autocast("cuda", dtype), _Casts(dtype):
             yield
 
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """While a CUDA graph is recorded: copies from pinned memory block, too."""
-        self._records = True
-        try:
-            yield
-        finally:
-            self._records = False
-
     def restart(self) -> None:
-        """Count from here."""
-        self.blocks: Counter[str] = Counter()
-        self.kernels: Counter[str] = Counter()
+        """Look for the peak from here on."""
         self.peak = self.live
 
     def __enter__(self) -> FakeCuda:
@@ -116,45 +93,30 @@ class FakeCuda(TorchDispatchMode):
             kwargs, target = kwargs | {"device": torch.device("cuda")}, torch.device("cuda")
         if target.type != "cuda" and not any(isinstance(t, FakeTensor) for t in tensors):
             return self._on_host(func, args, kwargs)
-        return self._on_device(func, args, kwargs, tensors)
+        return self.on_device(func, args, kwargs, tensors)
 
     def _on_host(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with unset_fake_temporarily():
             if func is aten.is_pinned.default:
-                return args[0].untyped_storage() in self._pinned
+                return args[0].untyped_storage() in self.pinned
             if func is not aten._pin_memory.default:
                 return func(*args, **kwargs)
             pinned = args[0].clone()
-            self._pinned.add(pinned.untyped_storage())
+            self.pinned.add(pinned.untyped_storage())
             return pinned
 
-    def _on_device(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        name = func.overloadpacket.__name__
+    def on_device(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """Compute the shape of an operation of the device; ``tensors`` are all that it reads."""
         if func is aten._local_scalar_dense.default:
-            self.blocks[name] += 1
             return 1.0 if args[0].is_floating_point() else 0
         if func is aten.is_pinned.default:
             return False
-        host = [t for t in tensors if not isinstance(t, FakeTensor) and t.ndim]
         if func is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
-            self.blocks["to the host"] += 1
             with unset_fake_temporarily():
                 dtype = kwargs.get("dtype") or args[0].dtype
                 return torch.ones(args[0].shape, dtype=dtype) * dtype.is_floating_point
-        wait = not (
-            kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,))
-        )
-        if host and (
-            func not in _COPIES
-            or wait
-            or self._records  # would be what it was then at every replay
-            or any(t.untyped_storage() not in self._pinned for t in host)
-        ):
-            self.blocks[f"{name} from the host"] += 1
         if any(not isinstance(t, FakeTensor) for t in tensors):
             args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
-        if func not in _NO_KERNEL and not func.is_view:
-            self.kernels[name] += 1
         out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

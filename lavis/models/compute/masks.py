@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from lavis.common.device import to_device
 from lavis.common.errors import ConfigError
 
 KeysAndValues = tuple[Tensor, Tensor]
-Keep = Callable[[nn.Module, Tensor, Tensor, Tensor, "MaskRule | None", "Softmax"], "Tensor | None"]
+Keep = Callable[["Asked"], "Tensor | None"]
 """Takes a layer's queries, keys and values where they outlive the pass. Returns what the queries
 see, (1, T, heads, head_dim), or ``None`` if they see nothing but their document."""
 
@@ -41,6 +41,29 @@ class Softmax:
     def fused(self) -> bool:
         """Whether fused kernels know it."""
         return self.softcap is None and self.sinks is None
+
+
+class Asked(NamedTuple):
+    """What a layer asks of attention.
+
+    Attributes:
+        module: the layer's.
+        query, key, value: (1, heads, T, head_dim).
+        rule: what a token sees, if the family says so.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rule: MaskRule | None
+    softmax: Softmax
+
+    @property
+    def layer(self) -> int:
+        """The layer's number."""
+        number: Any = self.module.layer_idx
+        return int(number)
 
 
 @dataclass(frozen=True)
@@ -184,18 +207,9 @@ class MaskRule:
         Made once for all layers; positions are those of one pass.
         """
         if keys not in self._seen:
-            n = len(positions)
-            mask: Tensor = sdpa_mask(
-                batch_size=1,
-                q_length=n,
-                kv_length=keys,
-                q_offset=positions - torch.arange(n, device=positions.device),
-                mask_function=self._arguments["mask_function"],
-                use_vmap=self._arguments["use_vmap"],
-                device=positions.device,
-                allow_is_causal_skip=False,
-            )
-            self._seen[keys] = mask[0, 0, :, None, None]
+            offsets = positions - torch.arange(len(positions), device=positions.device)
+            mask = self._make(len(positions), keys, offsets, positions.device)
+            self._seen[keys] = mask[:, None, None]
         return self._seen[keys]
 
     def inside(self, documents: Documents) -> Masks:
@@ -215,17 +229,22 @@ class MaskRule:
 
     def _sees(self, length: int, before: int) -> Tensor | None:
         """(N, P + N), or ``None`` for a document that is shorter than windows and chunks."""
+        mask = self._make(length, before + length, before, self._arguments["device"])
+        return None if mask.equal(_causal(length, before, mask.device)) else mask
+
+    def _make(self, queries: int, keys: int, offset: int | Tensor, device: torch.device) -> Tensor:
+        """(N, K) bool: what N tokens, whose positions are ``offset`` and on, see of K keys."""
         mask: Tensor = sdpa_mask(
             batch_size=1,
-            q_length=length,
-            kv_length=before + length,
-            q_offset=before,
+            q_length=queries,
+            kv_length=keys,
+            q_offset=offset,
             mask_function=self._arguments["mask_function"],
             use_vmap=self._arguments["use_vmap"],
-            device=self._arguments["device"],
+            device=device,
             allow_is_causal_skip=False,
-        )[0, 0]
-        return None if mask.equal(_causal(length, before, mask.device)) else mask
+        )
+        return mask[0, 0]
 
 
 def _causal(length: int, before: int, device: torch.device) -> Tensor:

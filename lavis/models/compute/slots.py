@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavis.common.device import to_device
 from lavis.models.compute.attention import attend_all
-from lavis.models.compute.masks import Documents, KeysAndValues, MaskRule, Softmax
+from lavis.models.compute.masks import Asked, Documents, KeysAndValues
 
 _BLOCK = 64  # tokens by which a buffer grows
 
@@ -60,47 +59,25 @@ class Slots:
             for buffer in self._buffers.values():
                 buffer[row, :, :last] = buffer[len(self.lengths), :, :last]
 
-    def _store(
-        self,
-        first: int,
-        documents: Documents,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *_: object,
-    ) -> None:
-        layer: Any = module.layer_idx
-        before = documents.prefix_length
-        for part, new in enumerate((key, value)):
+    def _store(self, first: int, documents: Documents, asked: Asked) -> None:
+        layer, before = asked.layer, documents.prefix_length
+        for part, new in enumerate((asked.key, asked.value)):
             buffer = self._buffer(layer, part, new)
             for row, own in enumerate(new[0].split(documents.lengths, dim=1), start=first):
                 if before:
                     buffer[row, :, :before] = documents.prefix[layer][part][0]
                 buffer[row, :, before : self.lengths[row]] = own
 
-    def _append(
-        self,
-        positions: Tensor,
-        rows: Tensor,
-        seen: Tensor,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rule: MaskRule | None,
-        softmax: Softmax,
-    ) -> Tensor:
-        layer: Any = module.layer_idx
+    def _append(self, positions: Tensor, rows: Tensor, seen: Tensor, asked: Asked) -> Tensor:
         longest = seen.shape[-1]
         held: list[Tensor] = []
-        for part, new in enumerate((key, value)):
-            buffer = self._buffer(layer, part, new)
+        for part, new in enumerate((asked.key, asked.value)):
+            buffer = self._buffer(asked.layer, part, new)
             buffer[rows, :, positions] = new[0].transpose(0, 1)
             held.append(buffer[: len(rows), :, :longest])
-        mask = seen if rule is None else rule.seen(positions, longest)
-        keys, values = held
-        out = attend_all(module, query.transpose(0, 2), keys, values, mask, softmax, longest, {})
+        mask = seen if asked.rule is None else asked.rule.seen(positions, longest)
+        query, (keys, values) = asked.query.transpose(0, 2), held
+        out = attend_all(asked.module, query, keys, values, mask, asked.softmax, longest)
         return out.transpose(0, 1)
 
     def _buffer(self, layer: int, part: int, new: Tensor) -> Tensor:

@@ -123,11 +123,7 @@ def merge(
 
 
 def _trained(config: Config, checkpoint: Path) -> dict[str, Tensor]:
-    """What belongs to the merged model: all that was trained but the adapters.
-
-    Raises:
-        WeightsError: the language model's own weights were trained, too.
-    """
+    """What belongs to the merged model: all that was trained but the adapters."""
     state: dict[str, Tensor] = {}
     assert isinstance(config.model, PartsConfig)
     start = config.model.finetuned_path(config.env.cache_root)
@@ -310,9 +306,6 @@ def _judge(proof: Proof, kinds: set[torch.dtype], computed: torch.dtype) -> None
     Args:
         kinds: of the merged weights.
         computed: what the adapters were computed beside.
-
-    Raises:
-        WeightsError: it is another.
     """
     names = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds))
     if not proof.relative <= max(_TOLERANCE.get(k, 0) for k in {*kinds, computed}):

@@ -169,11 +169,7 @@ class Hf(LanguagePart):
 
 
 def _own_template(name: str, tokenizer: Tokenizer, key: str) -> ChatTemplate:
-    """A class that a YAML names: ``pkg.module:Class``, made with the tokenizer.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """A class that a YAML names: ``pkg.module:Class``, made with the tokenizer."""
     module, _, attribute = name.partition(":")
     try:
         made: ChatTemplate = getattr(importlib.import_module(module), attribute)(tokenizer)

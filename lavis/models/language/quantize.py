@@ -168,11 +168,7 @@ def _is_blocks(tensor: Any) -> bool:
 
 
 def _rows(path: Path, tensor: Any, shape: torch.Size, processor: TensorProcessor) -> Tensor:
-    """(out, bytes) of a weight, in the model's order: converters to GGUF permute some rows.
-
-    Raises:
-        ConfigError, WeightsError: as :meth:`PackedFile.read`.
-    """
+    """(out, bytes) of a weight, in the model's order: converters to GGUF permute some rows."""
     if tensor.tensor_type not in GGML_BLOCK:
         raise ConfigError(
             f"{path}: {tensor.name} is stored as {tensor.tensor_type.name}; only "

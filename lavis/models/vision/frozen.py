@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lavis.common.errors import ConfigError
+from lavis.common.hashing import settings_digest
 from lavis.common.paths import require_writable
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config
@@ -73,8 +72,7 @@ class FrozenVision:
         eyes = model.parts[0]
         amp = [str(DTYPES[run.autocast_dtype]), eyes.enable_autocast]
         reached = run.amp and not eyes.keeps_precision(device)
-        parts = json.dumps([encoder, amp if reached else None])
-        return hashlib.blake2b(parts.encode(), digest_size=32).hexdigest(), shape
+        return settings_digest([encoder, amp if reached else None]), shape
 
     def load(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """The encoder: (N, 3, H, W) pixels -> (N, Q, D) fp32, on the CPU."""

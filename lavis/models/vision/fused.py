@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis.common.errors import ConfigError, at
+from lavis.common.hashing import settings_digest
 from lavis.common.registry import VISION_ENCODERS
 from lavis.models.contracts import VisionEncoder
 from lavis.models.vision.config import FusedConfig, Key
@@ -21,12 +20,7 @@ _KEY: Key = partial(str.format, "model.vision.{}")
 
 
 class FusedTowers(Tower):
-    """Encoders that see the same image, and whose features are concatenated: (N, Q, sum of D).
-
-    Attributes:
-        width: D, of a feature.
-        tokens: Q, features of an image.
-    """
+    """Encoders that see the same image, and whose features are concatenated: (N, Q, sum of D)."""
 
     config: FusedConfig
 
@@ -38,7 +32,6 @@ class FusedTowers(Tower):
         *,
         home: torch.device | None = None,
     ) -> None:
-        """Build its towers; arguments and errors as theirs."""
         super().__init__(config, config.transform(cache_root, _KEY).image_size)
         self.tokens, self.width = self.shape(config, cache_root)
         self.towers = nn.ModuleList(
@@ -56,16 +49,13 @@ class FusedTowers(Tower):
 
     @property
     def keeps_precision(self) -> bool:
-        """Whether autocast leaves all of its towers alone."""
         return all(getattr(tower, "keeps_precision", False) for tower in self.towers)
 
     def blocks(self) -> Iterator[nn.Module]:
-        """Those of its towers."""
         for tower in self._encoders():
             yield from tower.blocks()
 
     def flops(self, cost: Callable[[nn.Module], float]) -> float:
-        """Those of its towers."""
         return sum(tower.flops(cost) for tower in self._encoders())
 
     def _encoders(self) -> Iterator[VisionEncoder]:
@@ -92,12 +82,11 @@ class FusedTowers(Tower):
 
     @staticmethod
     def fingerprint(config: FusedConfig, cache_root: str, device: torch.device) -> str:
-        """A hash of all that :meth:`forward` depends on."""
         parts: list[object] = []
         for tower, key in config.each(_KEY):
             parts.append(VISION_ENCODERS.get(tower.name).fingerprint(tower, cache_root, device))
             parts.append(normalization(tower.transform(cache_root, key)))
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).hexdigest()
+        return settings_digest(parts)
 
 
 def renormalize(pixels: Tensor, given: Normalization, wanted: Normalization) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING
 
 from lavis.common.errors import ConfigError
-from lavis.common.hashing import file_digest
+from lavis.common.hashing import file_digest, settings_digest
 from lavis.models.vision.config import HfVisionConfig
 from lavis.models.vision.tower import Tower, compute_dtype, pick_tokens
 from lavis.models.weights.files import WeightFile, open_shards
@@ -117,11 +115,7 @@ def read_spec(config: HfVisionConfig, cache_root: str) -> _Spec:
 
 
 def _layer_of_llava(whole: Any, family: _Family, config: HfVisionConfig) -> int:
-    """The layer that a folder of LLaVA reads, counted from the end.
-
-    Raises:
-        ConfigError: it reads several, or keeps a class token that the YAML drops.
-    """
+    """The layer that a folder of LLaVA reads, counted from the end."""
     layer, strategy = whole.vision_feature_layer, whole.vision_feature_select_strategy
     if not isinstance(layer, int):
         raise ConfigError(
@@ -146,12 +140,7 @@ def vision_part(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 class HfVision(Tower):
-    """A vision encoder of Transformers, computed by its own class up to one of its blocks.
-
-    Attributes:
-        width: D, of a feature.
-        tokens: Q, features of an image.
-    """
+    """A vision encoder of Transformers, computed by its own class up to one of its blocks."""
 
     config: HfVisionConfig
 
@@ -164,10 +153,6 @@ class HfVision(Tower):
         home: torch.device | None = None,
     ) -> None:
         """Build it and load its weights.
-
-        Args:
-            device: where it computes.
-            home: where its weights are until then, if they are going to be sharded.
 
         Raises:
             WeightsError, ConfigError: as :func:`read_spec`; or weights that do not fit.
@@ -200,30 +185,25 @@ class HfVision(Tower):
         return not _TEXT.match(name) and not inner.startswith(("head.", "embeddings.position_ids"))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, Q, D)."""
         resize = {"interpolate_pos_encoding": True} if self.spec.resize else {}
         weight = next(self.visual_encoder.parameters())
         tokens = self.visual_encoder(pixels.to(weight.dtype), **resize).last_hidden_state
         return pick_tokens(tokens, self.spec.leading, keep=self.config.keeps_class)
 
     def blocks(self) -> Iterable[nn.Module]:
-        """Its transformer blocks, in order."""
         layers = next(m for m in self.visual_encoder.modules() if isinstance(m, nn.ModuleList))
         return list(layers)
 
     def flops(self, cost: Callable[[nn.Module], float]) -> float:
-        """Floating-point operations of an image, given those of a module's use on one token."""
         return (self.spec.patches + self.spec.leading) * cost(self.visual_encoder)
 
     @staticmethod
     def shape(config: HfVisionConfig, cache_root: str) -> tuple[int, int]:
-        """(Q, D), the shape of an image's features."""
         spec = read_spec(config, cache_root)
         return spec.patches + config.keeps_class, int(spec.sizes.hidden_size)
 
     @staticmethod
     def fingerprint(config: HfVisionConfig, cache_root: str, device: torch.device) -> str:
-        """A hash of weights and settings, of all that :meth:`forward` depends on."""
         spec, folder = read_spec(config, cache_root), config.folder(cache_root)
         files = [folder / "config.json", *config.files(cache_root, str)]
         parts = [file_digest(path) for path in files]
@@ -231,4 +211,4 @@ class HfVision(Tower):
             str(compute_dtype(config.precision, device)), config.class_token,
             str(spec.sizes.num_hidden_layers), str(spec.image_size),
         ]  # fmt: skip
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).hexdigest()
+        return settings_digest(parts)

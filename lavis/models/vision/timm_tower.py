@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis.common.errors import ConfigError
-from lavis.common.hashing import file_digest
+from lavis.common.hashing import file_digest, settings_digest
 from lavis.common.paths import cache_path
 from lavis.models.vision.config import TimmConfig
 from lavis.models.vision.eva import fill_constants
@@ -51,12 +49,7 @@ def outline(config: TimmConfig, cache_root: str) -> tuple[Any, int]:
 
 
 class TimmVision(Tower):
-    """A model of timm, whose features are those of its patches, or of its grid, row by row.
-
-    Attributes:
-        width: D, of a feature.
-        tokens: Q, features of an image.
-    """
+    """A model of timm, whose features are those of its patches, or of its grid, row by row."""
 
     config: TimmConfig
 
@@ -69,10 +62,6 @@ class TimmVision(Tower):
         home: torch.device | None = None,
     ) -> None:
         """Build it and load its weights, each tensor straight to its final place.
-
-        Args:
-            device: where it computes.
-            home: where its weights are until then, if they are going to be sharded.
 
         Raises:
             WeightsError: the file is missing, damaged, or unfit.
@@ -94,35 +83,31 @@ class TimmVision(Tower):
         self.visual_encoder = model.to(dtype)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, Q, D)."""
         weight = next(self.visual_encoder.parameters())
         return _features(self.config, self.visual_encoder, pixels.to(weight.dtype))
 
     def blocks(self) -> Iterable[nn.Module]:
-        """Its transformer blocks or stages, in order."""
         return list(_blocks(self.visual_encoder))
 
     def flops(self, cost: Callable[[nn.Module], float]) -> float:
-        """Floating-point operations of an image, as if all of it ran on the features' grid."""
+        # As if all of it ran on the features' grid.
         return self.tokens * cost(self.visual_encoder)
 
     @staticmethod
     def shape(config: TimmConfig, cache_root: str) -> tuple[int, int]:
-        """(Q, D), the shape of an image's features."""
         model, size = outline(config, cache_root)
         features = _features(config, model.eval(), torch.empty(1, 3, size, size, device="meta"))
         return features.shape[1], features.shape[2]
 
     @staticmethod
     def fingerprint(config: TimmConfig, cache_root: str, device: torch.device) -> str:
-        """A hash of weights and settings, of all that :meth:`forward` depends on."""
         model, size = outline(config, cache_root)
         parts = [
             file_digest(cache_path(config.path, cache_root)), config.model, size,
             len(_blocks(model)), config.class_token,
             str(compute_dtype(config.precision, device)),
         ]  # fmt: skip
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).hexdigest()
+        return settings_digest(parts)
 
 
 def _features(config: TimmConfig, model: Any, pixels: Tensor) -> Tensor:

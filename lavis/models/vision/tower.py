@@ -26,9 +26,13 @@ class Tower(nn.Module):
     Attributes:
         visual_encoder: the library's model.
         image_size: pixels of a side that it reads.
+        width: D, of a feature.
+        tokens: Q, features of an image.
     """
 
     visual_encoder: nn.Module
+    width: int
+    tokens: int
 
     def __init__(self, config: VisionConfig, image_size: int) -> None:
         super().__init__()

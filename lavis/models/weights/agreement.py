@@ -121,9 +121,6 @@ def _check_parts(
 
     Args:
         theirs, ours: as :func:`_of_parts` gives them.
-
-    Raises:
-        WeightsError: as :func:`check_settings`.
     """
     wrong = []
     for key in sorted(theirs.keys() | ours.keys()):
