@@ -43,7 +43,8 @@ def export(shape: str, root: Path, limit: float) -> dict[str, Any]:
     from lavis.models.export.folder import Export
 
     config = default_model_config("minigpt4qwen", "qwen7b_chat", model_options(SHAPES[shape], root))
-    made, out, checking = Export.of(config, "blip2"), root / "out", [0]
+    made, out = Export.of(config, "blip2"), root / "out"
+    checking = {"VmHWM": 0, "RssAnon": 0}
 
     def watch() -> None:
         """The process that reloads the folder."""
@@ -51,7 +52,8 @@ def export(shape: str, root: Path, limit: float) -> dict[str, Any]:
             for file in Path("/proc/self/task").glob("*/children"):
                 with suppress(OSError, IndexError, ValueError):  # it has just ended
                     for child in file.read_text(encoding="ascii").split():
-                        checking[0] = max(checking[0], status("VmHWM", child))
+                        for key, peak in checking.items():
+                            checking[key] = max(peak, status(key, child))
             time.sleep(0.1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -62,7 +64,8 @@ def export(shape: str, root: Path, limit: float) -> dict[str, Any]:
     return memory.peaks("export") | {
         "seconds": time.perf_counter() - begun,
         "before_bytes": before,
-        "check_peak_bytes": checking[0],
+        "check_peak_bytes": checking["VmHWM"],
+        "check_anonymous_bytes": checking["RssAnon"],
         "files": len(files),
         "files_bytes": sum(files),
         "largest_file_bytes": max(files),
