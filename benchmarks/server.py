@@ -2,25 +2,28 @@
 
 The toybox answers. Each client holds one conversation after the other, each about a picture of its
 own that every turn sends again, as OpenAI's clients do. Every answer is compared with what the
-engine alone says, piece by piece: nearly every piece is a token.
+engine alone says, piece by piece: nearly every piece is a token. One load has hostile clients
+beside them, and what these get is compared with what they are to get (:mod:`benchmarks.clients`).
+
+Memory at rest is what the server holds some idle seconds after it was made to keep the same again:
+as many conversations as it keeps, each of all turns. It is read after a first load that warms the
+server up, and after the load that is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import io
 import itertools
 import json
 import math
-import random
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,38 +31,17 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
+from benchmarks.clients import QUESTIONS, Asked, Hostile, ask, messages_of, picture
 from benchmarks.process import status
-from examples.toybox.world.scenes import draw, random_scene
 from lavis.common.cli import output_file, positive, run_cli
 from lavis.common.errors import LavisError
 from lavis.common.paths import REPOSITORY, TOYBOX
 
-QUESTIONS = ("What is in the picture?", "图里有几个物体？", "Describe this image in detail.")
 LONGEST = 64  # tokens of an answer
+KEPT = 64  # conversations
+BODY_MB, MAX_SECONDS = 32, 30  # of a request
+IDLE = 5  # seconds
 MIB = 1024**2
-
-
-@dataclass
-class Asked:
-    """A turn.
-
-    Attributes:
-        pieces: of the answer, as they came.
-        first: seconds to the first of them.
-        usage: OpenAI's counts of tokens.
-    """
-
-    question: str
-    pieces: list[str]
-    first: float
-    usage: dict[str, Any]
-
-    @property
-    def computed(self) -> int:
-        """Tokens of the prompt that had not been computed before."""
-        return int(
-            self.usage["prompt_tokens"] - self.usage["prompt_tokens_details"]["cached_tokens"]
-        )
 
 
 @dataclass
@@ -69,9 +51,11 @@ class Load:
     Attributes:
         talks: turns of conversations, by the numbers of their pictures.
         memory: the server's bytes at the beginning, and after each quarter of the time.
+        hostile: the other clients, if there were any.
     """
 
     turns: int
+    hostile: Hostile | None = None
     talks: dict[int, list[Asked]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
@@ -90,6 +74,12 @@ class Load:
         for turn in (1, self.turns):
             at = [talk[turn - 1] for talk in self.talks.values() if len(talk) >= turn]
             found[f"turn_{turn}"] = first_tokens(at)
+        if self.hostile is not None:
+            found["hostile"] = {
+                name: {"wanted": self.hostile.wanted[name], **ends}
+                for name, ends in self.hostile.ends.items()
+            }
+            found["surprises"] = self.hostile.surprises
         return found
 
 
@@ -104,84 +94,59 @@ def first_tokens(answers: Sequence[Asked]) -> dict[str, Any]:
     }
 
 
-def picture(number: int) -> bytes:
-    """The PNG file of a drawn scene."""
-    rng, file = random.Random(number), io.BytesIO()
-    draw(random_scene(rng, held_out=None), rng).save(file, "PNG")
-    return file.getvalue()
-
-
 @contextmanager
-def server(parallel: int) -> Iterator[tuple[str, int]]:
-    """A server of the toybox: its address and process."""
-    flags = {"--port": 0, "--parallel": parallel, "--max-queue": 1000, "--max-new-tokens": LONGEST}
+def server(parallel: int) -> Iterator[tuple[str, int, Callable[[], str]]]:
+    """A server of the toybox: its address, its process, and what reads its log."""
+    flags = {
+        "--port": 0, "--parallel": parallel, "--max-queue": 1000, "--max-new-tokens": LONGEST,
+        "--keep-conversations": KEPT, "--max-body-mb": BODY_MB, "--max-seconds": MAX_SECONDS,
+    }  # fmt: skip
     command = [sys.executable, "-m", "lavis.serve", *(str(x) for f in flags.items() for x in f)]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        assert process.stdout is not None
-        found = re.match("http://[^ ]+", process.stdout.readline())
-        if found is None:
-            raise LavisError(f"{' '.join(command)} does not start: run it to see why")
-        yield found[0], process.pid
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        try:
+            assert process.stdout is not None
+            found = re.match("http://[^ ]+", process.stdout.readline())
+            if found is None:
+                raise LavisError(f"{' '.join(command)} does not start: run it to see why")
+            yield found[0], process.pid, lambda: (log.seek(0), log.read())[1]
+        finally:
+            process.terminate()
+            process.wait()
 
 
-async def ask(client: httpx.AsyncClient, messages: list[Any]) -> Asked:
-    """Ask, and read the answer as it comes."""
-    begun, first, pieces, usage = time.perf_counter(), 0.0, list[str](), None
-    body = {"model": "toybox", "messages": messages, "stream": True,
-            "stream_options": {"include_usage": True}}  # fmt: skip
-    async with client.stream("POST", "chat/completions", json=body) as response:
-        if response.status_code != 200:
-            raise LavisError((await response.aread()).decode())
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise LavisError(chunk["error"]["message"])
-            for choice in chunk["choices"]:
-                if piece := choice["delta"].get("content"):
-                    first = first or time.perf_counter() - begun
-                    pieces.append(piece)
-            usage = chunk["usage"] or usage
-    if usage is None:
-        raise LavisError("an answer without its end")
-    return Asked(messages[-1]["content"][-1]["text"], pieces, first, usage)
-
-
-def messages_of(number: int, talk: Sequence[Asked], question: str) -> list[Any]:
-    """The next request of a conversation."""
-    url = f"data:image/png;base64,{base64.b64encode(picture(number)).decode()}"
-    messages: list[Any] = []
-    for asked in talk:
-        messages.append({"role": "user", "content": [{"type": "text", "text": asked.question}]})
-        messages.append({"role": "assistant", "content": "".join(asked.pieces)})
-    messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-    messages[0]["content"].insert(0, {"type": "image_url", "image_url": {"url": url}})
-    return messages
-
-
-async def put_load(address: str, process: int, clients: int, turns: int, seconds: float) -> Load:
-    """Have clients talk for some seconds; those that talk then end their answer."""
-    load, numbers = Load(turns), itertools.count()
-    questions = [*itertools.islice(itertools.cycle(QUESTIONS), turns - 1), QUESTIONS[0]]
+def new_client(address: str) -> httpx.AsyncClient:
+    """A client that may have any number of requests under way."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(
-        base_url=address, timeout=300, limits=limits, trust_env=False
-    ) as client:
+    return httpx.AsyncClient(base_url=address, timeout=300, limits=limits, trust_env=False)
+
+
+async def put_load(
+    address: str, process: int, load: Load, clients: int, seconds: float, first: int
+) -> None:
+    """Have clients talk for some seconds, and until one conversation has come to its end; those
+    that talk then end their answer.
+
+    Args:
+        first: number of the first picture.
+    """
+    turns, numbers = load.turns, itertools.count(first)
+    questions = [*itertools.islice(itertools.cycle(QUESTIONS), turns - 1), QUESTIONS[0]]
+    async with new_client(address) as client:
         await ask(client, messages_of(-1, [], QUESTIONS[0]))  # what only the first one pays
         begun = time.monotonic()
+
+        def over() -> bool:
+            done = load.errors or any(len(talk) == turns for talk in load.talks.values())
+            return time.monotonic() - begun >= seconds and bool(done)
 
         async def talk() -> None:
             for number in numbers:
                 said = load.talks[number] = []
                 for question in questions:
-                    if time.monotonic() - begun >= seconds:
+                    if over():
                         return
                     try:
                         said.append(await ask(client, messages_of(number, said, question)))
@@ -199,24 +164,38 @@ async def put_load(address: str, process: int, clients: int, turns: int, seconds
                         bar.update(min(int(time.monotonic() - begun), bar.total) - bar.n)
                     load.memory.append(status("RssAnon", process))
 
+        hostile = [] if load.hostile is None else load.hostile.loops(over)
+        others = [asyncio.ensure_future(loop) for loop in hostile]
         await asyncio.gather(watch(), *(talk() for _ in range(clients)))
         load.seconds = time.monotonic() - begun
-    return load
+        await asyncio.gather(*others)
 
 
-async def last_turns_anew(address: str, load: Load) -> list[Asked]:
-    """The last turn of whole conversations, after a beginning that the server does not know."""
+async def fill(address: str, load: Load) -> list[Asked]:
+    """Ask the last turn of whole conversations after beginnings that the server does not know:
+    as many as it keeps, which are then all that it keeps."""
+    whole = [(n, talk) for n, talk in load.talks.items() if len(talk) == load.turns]
+    if not whole:
+        raise LavisError(f"no conversation came to its end: {load.errors[0]}")
     found = []
-    async with httpx.AsyncClient(base_url=address, timeout=300, trust_env=False) as client:
-        for number, talk in list(load.talks.items())[:50]:
-            if len(talk) == load.turns:
-                messages = messages_of(number, talk[:-1], talk[-1].question)
-                other = {"role": "system", "content": f"{number} and so on"}
-                found.append(await ask(client, [other, *messages]))
+    async with new_client(address) as client:
+        for k in range(KEPT):
+            number, talk = whole[k % len(whole)]
+            messages = messages_of(number, talk[:-1], talk[-1].question)
+            other = {"role": "system", "content": f"{number}, {k} and so on"}
+            found.append(await ask(client, [other, *messages]))
     return found
 
 
-def differing(load: Load) -> int:
+async def left(address: str) -> int:
+    """Requests that the server still has after some idle seconds, with no client there."""
+    await asyncio.sleep(IDLE)
+    async with httpx.AsyncClient(trust_env=False) as client:
+        health = (await client.get(address.removesuffix("/v1") + "/health")).json()
+    return int(health["active"])
+
+
+def differing(talks: Mapping[int, Sequence[Asked]]) -> int:
     """How many answers are not those of the engine alone, in pieces or their tokens' number."""
     from lavis.chat import ChatEngine, ChatSettings, Conversation
     from lavis.models import load_model_and_preprocess
@@ -225,7 +204,7 @@ def differing(load: Load) -> int:
         "minigpt4qwen", "toybox", is_eval=True, checkpoint=TOYBOX / "checkpoint.pth"
     )
     engine, wrong = ChatEngine(model, processors["eval"]), 0
-    for number, talk in tqdm(load.talks.items(), desc="the engine alone", mininterval=1):
+    for number, talk in tqdm(talks.items(), desc="the engine alone", mininterval=1):
         alone = Conversation(engine, ChatSettings(max_new_tokens=LONGEST))
         alone.show(picture(number))
         for n, asked in enumerate(talk):
@@ -238,16 +217,28 @@ def differing(load: Load) -> int:
     return wrong
 
 
-def measure(clients: int, parallel: int, turns: int, seconds: float) -> dict[str, Any]:
+def measure(
+    clients: int, parallel: int, turns: int, seconds: float, warm_up: float, *, hostile: bool
+) -> dict[str, Any]:
     """A server of its own under a load; its first errors go to the standard error."""
-    with server(parallel) as (address, process):
-        load = asyncio.run(put_load(address, process, clients, turns, seconds))
-        anew = asyncio.run(last_turns_anew(address, load)) if clients == 1 else []
+    with server(parallel) as (address, process, log):
+        rest, active = [], 0
+        for n, time_given in enumerate((warm_up, seconds)):
+            load = Load(turns, Hostile(address, BODY_MB) if hostile else None)
+            asyncio.run(put_load(address, process, load, clients, time_given, first=n * 10**5))
+            active += asyncio.run(left(address))
+            anew = asyncio.run(fill(address, load))
+            active += asyncio.run(left(address))
+            rest.append(status("RssAnon", process))
+        faults = len(re.findall("^Traceback", log(), re.MULTILINE))
     for error in load.errors[:3]:
         print(error, file=sys.stderr)
     found = load.numbers() | {"clients": clients, "parallel": parallel, "turns": turns}
-    found["different"] = differing(load)
-    return found | ({"last_turn_anew": first_tokens(anew)} if anew else {})
+    found |= {"rest_bytes": rest, "requests_left": active, "faults_in_log": faults}
+    found["different"] = differing(load.talks)
+    if load.hostile is not None:
+        found["slow_different"] = differing(load.hostile.slow)
+    return found | ({"last_turn_anew": first_tokens(anew)} if clients == 1 else {})
 
 
 def table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -255,24 +246,41 @@ def table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     turns = next(iter(found.values()))["turns"]
     yield (
         "| | requests/s | tokens/s | first token, turn 1: p50, p95 | turn "
-        f"{turns}: p50, p95 | answers | unlike the engine's | errors | memory, by quarters |"
+        f"{turns}: p50, p95 | answers | unlike the engine's | errors | left | memory, by "
+        "quarters | at rest |"
     )
-    yield "|---" * 9 + "|"
+    yield "|---" * 11 + "|"
     for way, got in found.items():
         times = [
             f"{at['p50_ms']:.1f}, {at['p95_ms']:.1f} ms ({at['computed_tokens']:.0f} computed)"
             for at in (got["turn_1"], got[f"turn_{turns}"])
         ]
         memory = " ".join(f"{n / MIB:.0f}" for n in got["memory_bytes"])
+        before, after = (n / MIB for n in got["rest_bytes"])
+        memory += f" MiB | {before:.0f} -> {after:.0f} MiB ({after / before - 1:+.1%})"
+        errors = got["errors"] + got["faults_in_log"]
         yield (
             f"| {way} | {got['requests_per_s']:.1f} | {got['tokens_per_s']:.0f} | {times[0]} | "
-            f"{times[1]} | {got['answers']} | {got['different']} | {got['errors']} | {memory} MiB |"
+            f"{times[1]} | {got['answers']} | {got['different']} | {errors} | "
+            f"{got['requests_left']} | {memory} |"
         )
         if at := got.get("last_turn_anew"):
             yield (
                 f"| {way}, turn {turns} of an unknown conversation | | | | {at['p50_ms']:.1f}, "
-                f"{at['p95_ms']:.1f} ms ({at['computed_tokens']:.0f} computed) | | | | |"
+                f"{at['p95_ms']:.1f} ms ({at['computed_tokens']:.0f} computed) | | | | | | |"
             )
+
+
+def hostile_table(got: dict[str, Any]) -> Iterator[str]:
+    """Rows of Markdown: what hostile clients did, and what came of it."""
+    yield f"Slow readers' answers unlike the engine's: {got['slow_different']}"
+    yield ""
+    yield "| | to come of it | did | otherwise |"
+    yield "|---" * 4 + "|"
+    for name, ends in got["hostile"].items():
+        wanted = ends["wanted"]
+        other = {end: n for end, n in ends.items() if end not in ("wanted", wanted)}
+        yield f"| {name} | {wanted} | {ends.get(wanted, 0)} | {other or 0} |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -281,16 +289,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=positive, default=32, help="default: %(default)s")
     parser.add_argument("--turns", type=positive, default=20, help="default: %(default)s")
     parser.add_argument("--seconds", type=positive, default=120, help="of each load: %(default)s")
+    parser.add_argument(
+        "--warm-up", type=positive, default=60, metavar="S", help="seconds before: %(default)s"
+    )
+    parser.add_argument("--only", metavar="WAY", help="one load: a part of its name")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers there")
     args = parser.parse_args(argv)
     many = args.clients
+    hostile = f"{many} clients and hostile ones"
     ways = {
         "one client": (1, many),
         f"{many} clients, one after another": (many, 1),
         f"{many} clients": (many, many),
+        hostile: (many, many),
     }
-    found = {w: measure(*clients, args.turns, args.seconds) for w, clients in ways.items()}
+    found = {
+        way: measure(*ways[way], args.turns, args.seconds, args.warm_up, hostile=way == hostile)
+        for way in ways
+        if (args.only or "") in way
+    }
     print("\n".join(table(found)))
+    if hostile in found:
+        print("\n" + "\n".join(hostile_table(found[hostile])))
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0
