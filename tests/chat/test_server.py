@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 pytest.importorskip("openai")
@@ -249,6 +249,28 @@ def test_another_conversation_uses_a_common_beginning_and_leaves_the_rest(
     assert again.cached_tokens == begun.prompt_tokens - 1
 
 
+def test_of_two_caches_the_one_with_more_in_common_is_used(toybox: ChatEngine) -> None:
+    answers = Answers(toybox, Limits(), DEFAULTS)
+    list(answers.answer(body(user("A red star or a blue one?")), lambda: False))
+    asked = body(user(shown(), QUESTIONS[0]))
+    begun, *_ = answers.answer(asked, lambda: False)
+    again, *_ = answers.answer(asked, lambda: False)
+    assert isinstance(begun, Begun) and isinstance(again, Begun)
+    assert again.cached_tokens == begun.prompt_tokens - 1
+
+
+def test_pictures_that_begin_alike_are_not_one(toybox: ChatEngine) -> None:
+    prompts, seen = Prompts(toybox, Limits(), DEFAULTS), []
+    for colour in ("red", "blue"):
+        file, said_first = io.BytesIO(), PngImagePlugin.PngInfo()
+        said_first.add_text("Comment", "the same for both " * 9)
+        Image.new("RGB", (84, 84), colour).save(file, "PNG", pnginfo=said_first)
+        data = base64.b64encode(file.getvalue()).decode()
+        part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        seen.append(prompts(body(user(part, "Why?"))).images[0].embeds)
+    assert not torch.equal(*seen)
+
+
 @pytest.mark.parametrize("limit", [1, 3, 64])
 def test_every_answer_is_that_of_a_cold_start(engine: ChatEngine, limit: int) -> None:
     """Turns, other words, other pictures, forgotten turns, in any order, over few caches."""
@@ -308,6 +330,27 @@ def test_a_stop_string_ends_an_answer(served: Served, rows: list[int]) -> None:
     assert served.ask(question, stop="#" + whole).choices[0].message.content == whole
 
 
+def test_the_first_of_two_stop_strings() -> None:
+    until = UntilStop(["cd", "b"])
+    assert (list(until.push("abcd")), until.ended) == (["a"], True)
+
+
+def test_the_end_of_an_answer_beside_stop_strings(served: Served) -> None:
+    question = user(shown(), QUESTIONS[0])
+    whole = served.ask(question).choices[0].message.content
+    # Its last character might have begun one; and one may be found in the last token allowed.
+    assert served.ask(question, stop=whole[-1] + "#").choices[0].message.content == whole
+    choice = served.ask(question, stop=whole[0], max_tokens=1).choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("", "stop")
+
+
+def test_nothing_follows_for_a_client_that_left(toybox: ChatEngine) -> None:
+    events = list(
+        Answers(toybox, Limits(), DEFAULTS).answer(body(user(shown(), "Why?")), lambda: True)
+    )
+    assert [type(event) for event in events] == [Begun]
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_a_beginning_of_a_stop_string_is_held_back(size: int) -> None:
     text = "abcabdabcabcx"
@@ -339,6 +382,7 @@ def test_how_an_answer_is_chosen(toybox: ChatEngine) -> None:
     assert chosen(temperature=0, top_p=0.5)[0] is False
     assert chosen(top_p=0.5, seed=1) == (True, 1, 0.5, 0, 1, 1)
     assert chosen(temperature=0.5, top_k=3, repetition_penalty=2) == (True, 0.5, 1, 3, 2, 5)
+    assert chosen(top_k=3)[:4] == (True, 1, 1, 3)
     neutral = {
         "n": 1,
         "frequency_penalty": 0,
@@ -530,6 +574,8 @@ def test_a_body_that_is_too_large(toybox: ChatEngine) -> None:
 def test_pictures_and_messages_are_counted(toybox: ChatEngine) -> None:
     prompts = Prompts(toybox, Limits(pictures=2, messages=3, pixels=10_000), DEFAULTS)
     assert len(prompts(body(user(shown("pair"), shown("pair"), "Why?"))).images) == 2
+    assert prompts(body(user("a"), said("b"), user("c"))).ids
+    assert len(body(user("a"), stop=["a", "b", "c", "d" * 256]).stops) == 4
     for asked, code in (
         (body(user(*[shown()] * 3, "Why?")), "too_many_images"),
         (body(*[user("a"), said("b")] * 2, user("a")), "too_many_messages"),
@@ -597,6 +643,7 @@ def test_a_prompt_past_the_context(
         ({"max_tokens": 1, "max_completion_tokens": 1}, None, "give one of them"),
         ({"stop": ["a"] * 5}, None, "at most 4"),
         ({"stop": [""]}, None, "1 to 256"),
+        ({"stop": ["a" * 257]}, None, "1 to 256"),
         ({"stream_options": {}}, None, "needs stream: true"),
         ({"model": "gpt"}, "model", "this server has 'toy'"),
     ],
@@ -830,6 +877,16 @@ def test_a_listed_host_is_asked(
     ):
         with pytest.raises(ApiError, match=message):
             looked_at(toybox, url, hosts=hosts, body_bytes=size)
+    name = host.partition(":")[0]
+    for url, message in (
+        (f"http://other{host}/scene.png", "fetches no pictures"),
+        (f"http://other{name}/scene.png", "fetches no pictures"),
+        (f"http://{host}/scene.png", "fetches no pictures"),
+        (f"http://{name}/scene.png", "cannot be fetched"),  # it is asked at its usual port
+    ):
+        listed = hosts if url.startswith("http://other") and host in url else frozenset({name})
+        with pytest.raises(ApiError, match=message):
+            looked_at(toybox, url, hosts=listed)
     looked_at(toybox, f"http://{host}/a%0d%0aX-Evil:%201?\r\nb", hosts=hosts)
     assert {tuple(names) for _, names in _Host.asked} == {("Accept", "Accept-Encoding", "Host")}
     assert _Host.asked[-1][0] == "/a%0d%0aX-Evil:%201?b"
@@ -918,8 +975,8 @@ class _Vllm(http.server.BaseHTTPRequestHandler):
             "stop_token_ids": list, "stream": bool, "stream_options": dict,
         }  # fmt: skip
         assert all(isinstance(value, known[name]) for name, value in request.items())  # type: ignore[arg-type]
-        if self.trouble == "refuse":
-            self.send_response(400)
+        if self.trouble in ("refuse", "forbid"):
+            self.send_response(400 if self.trouble == "refuse" else 401)
             self.end_headers()
             self.wfile.write(b'{"error": {"message": "too long", "type": "x", "code": 400}}')
             return
@@ -937,13 +994,15 @@ class _Vllm(http.server.BaseHTTPRequestHandler):
         text = self.engine.tokenizer.decode(out, skip_special_tokens=True)
         for i, c in enumerate(f" {text} "):
             reason = ("stop" if stopped else "length") if i == len(text) + 1 else None
+            reason = reason if self.trouble != "no reason" else None
             self.event({"choices": [{"index": 0, "text": c, "finish_reason": reason}]})
             if self.trouble == "break" and i == 3:
                 return
             if self.trouble == "error" and i == 3:
                 self.event({"error": {"message": "lost its GPU", "code": 500}})
                 return
-        self.event({"choices": [], "usage": {"completion_tokens": len(out)}})
+        if self.trouble != "no count":
+            self.event({"choices": [], "usage": {"completion_tokens": len(out)}})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, content: dict[str, Any]) -> None:
@@ -993,7 +1052,10 @@ def test_embeddings_are_continued_elsewhere(
     ("trouble", "message"),
     [
         ("refuse", "refuses: too long"),
+        ("forbid", "refuses: too long"),
         ("break", "without a reason"),
+        ("no reason", "without a reason"),
+        ("no count", "without a reason"),
         ("error", "refuses: lost its GPU"),
     ],
 )
@@ -1005,6 +1067,14 @@ def test_trouble_elsewhere_is_passed_on(
     status, error = error_of(lambda: served.ask(user(shown(), QUESTIONS[0])))
     assert message in error["message"]
     assert status == (400 if trouble == "refuse" else 502)
+
+
+def test_nothing_follows_from_elsewhere_for_a_client_that_left(
+    vllm: tuple[Served, type[_Vllm]],
+) -> None:
+    backend = vllm[0].server._backend
+    events = list(backend.answer(body(user(shown(), QUESTIONS[0])), lambda: True))
+    assert [type(event) for event in events] == [Begun]
 
 
 def test_nobody_there(toybox: ChatEngine) -> None:
