@@ -48,16 +48,17 @@ class TilesConfig:
             limit: tokens that ``key`` leaves to a picture.
 
         Raises:
-            ConfigError: the whole picture does not fit, or with its parts it may pass ``limit``.
+            ConfigError: the whole picture and two parts do not fit, or it may pass ``limit``.
         """
-        if self.max_tokens is not None and self.max_tokens < tokens:
-            raise ConfigError(
-                f"preprocess.tiles.max_tokens is {self.max_tokens}, but a picture takes {tokens} "
-                "tokens without its parts; raise it, or take a connector that gives an image fewer"
-            )
         most = self.max
-        if self.max_tokens is not None:
-            most = max(min(most, self.max_tokens // tokens - 1), 1)
+        if most > 1 and self.max_tokens is not None:
+            if self.max_tokens < 3 * tokens:
+                raise ConfigError(
+                    f"preprocess.tiles.max_tokens is {self.max_tokens}, but a picture takes "
+                    f"{tokens} tokens and its parts, two at least, as many each: {3 * tokens}. Raise it, "
+                    "take a connector that gives an image fewer, or set preprocess.tiles.max: 1"
+                )
+            most = min(most, self.max_tokens // tokens - 1)
         if most > 1 and (most + 1) * tokens >= limit:
             raise ConfigError(
                 f"preprocess.tiles.max is {self.max}: a picture may take {most + 1} x {tokens} "

@@ -136,13 +136,15 @@ def test_a_file_is_read_once_for_all_its_tiles(tmp_path: Path) -> None:
 # --- limits ---------------------------------------------------------------------------------
 
 
-def test_a_limit_of_tokens_takes_tiles_away() -> None:
+def test_a_limit_of_tokens_leaves_fewer_tiles() -> None:
     def most(tiles: TilesConfig) -> int:
         return tiles.within(9, 500, "model.max_txt_len").max
 
     assert most(TilesConfig(6, max_tokens=46)) == 4
     assert most(TilesConfig(3, max_tokens=46)) == 3
-    assert most(TilesConfig(6, max_tokens=26)) == 1  # the whole and one part would be the same
+    assert most(TilesConfig(6, max_tokens=27)) == 2
+    with pytest.raises(ConfigError, match=r"max_tokens is 26, but a picture takes 9 .* each: 27"):
+        most(TilesConfig(6, max_tokens=26))  # the whole and one part would be the same
     assert most(TilesConfig(6)) == 6
     with pytest.raises(ConfigError, match=r"tiles\.max_tokens is 8, but a picture takes 9"):
         TilesConfig(6, max_tokens=8).within(9, 500, "")
