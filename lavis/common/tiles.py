@@ -55,8 +55,9 @@ class TilesConfig:
             if self.max_tokens < 3 * tokens:
                 raise ConfigError(
                     f"preprocess.tiles.max_tokens is {self.max_tokens}, but a picture takes "
-                    f"{tokens} tokens and its parts, two at least, as many each: {3 * tokens}. Raise it, "
-                    "take a connector that gives an image fewer, or set preprocess.tiles.max: 1"
+                    f"{tokens} tokens and its parts, two at least, as many each: {3 * tokens}. "
+                    "Raise it, take a connector that gives an image fewer, or set "
+                    "preprocess.tiles.max: 1"
                 )
             most = min(most, self.max_tokens // tokens - 1)
         if most > 1 and (most + 1) * tokens >= limit:

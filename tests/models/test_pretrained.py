@@ -221,9 +221,10 @@ def test_positions_of_another_size_are_interpolated(tmp_path: Path) -> None:
 
 
 def test_half_precision_files(tmp_path: Path) -> None:
-    save("qwen2", tmp_path / "stock", dtype=torch.bfloat16)
+    stock = save("qwen2", tmp_path / "stock", dtype=torch.bfloat16)
     model = load("qwen2", tmp_path / "stock", vision={"vit_precision": "bf16"})
     assert isinstance(model.vision, EvaQFormer)
+    assert model.vision.ln_vision.eps == stock.vision_model.post_layernorm.eps
     assert model.vision.visual_encoder.pos_embed.dtype == torch.bfloat16
     assert model.vision.query_tokens.dtype == torch.float32
     assert model.language.head.weight.dtype == torch.bfloat16
