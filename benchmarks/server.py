@@ -6,8 +6,8 @@ engine alone says, piece by piece: nearly every piece is a token. One load has h
 beside them, and what these get is compared with what they are to get (:mod:`benchmarks.clients`).
 
 Memory at rest is what the server holds some idle seconds after it was made to keep the same again:
-as many conversations as it keeps, each of all turns. It is read after a first load that warms the
-server up, and after the load that is measured.
+as many conversations as it keeps, those of a first load that warms the server up. It is read after
+that load, and after the load that is measured.
 """
 
 from __future__ import annotations
@@ -222,12 +222,13 @@ def measure(
 ) -> dict[str, Any]:
     """A server of its own under a load; its first errors go to the standard error."""
     with server(parallel) as (address, process, log):
-        rest, active = [], 0
+        loads, rest, active = [], [], 0
         for n, time_given in enumerate((warm_up, seconds)):
             load = Load(turns, Hostile(address, BODY_MB) if hostile else None)
             asyncio.run(put_load(address, process, load, clients, time_given, first=n * 10**5))
             active += asyncio.run(left(address))
-            anew = asyncio.run(fill(address, load))
+            loads.append(load)
+            anew = asyncio.run(fill(address, loads[0]))
             active += asyncio.run(left(address))
             rest.append(status("RssAnon", process))
         faults = len(re.findall("^Traceback", log(), re.MULTILINE))
