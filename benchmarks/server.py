@@ -161,7 +161,7 @@ async def put_load(
                 for quarter in range(5):
                     while time.monotonic() - begun < quarter * seconds / 4:
                         await asyncio.sleep(0.1)
-                        bar.update(min(int(time.monotonic() - begun), bar.total) - bar.n)
+                        bar.update(min(int(time.monotonic() - begun), int(seconds)) - bar.n)
                     load.memory.append(status("RssAnon", process))
 
         hostile = [] if load.hostile is None else load.hostile.loops(over)
