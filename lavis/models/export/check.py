@@ -47,17 +47,7 @@ def check(folder: Path, record: Path) -> dict[str, Any]:
     # Pillow's own resizing, with which the model was trained; the default differs by a grey level.
     processor = hf.AutoProcessor.from_pretrained(folder, backend="pil")
     tokenizer = processor.tokenizer
-    model, info = hf.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype="auto", output_loading_info=True
-    )
-    for what, names in info.items():
-        if names:
-            raise DifferenceError(
-                f"weights, {what.replace('_', ' ')}: {sorted(map(str, names))[:4]}"
-            )
-    if type(model).__name__ != said["class"]:
-        raise DifferenceError(f"the class is {type(model).__name__}, not {said['class']}")
-    model = model.to(said["device"]).eval()
+    model = _load(folder, said["class"]).to(said["device"])
     pictures = [Image.open(record / name) for name in said["pictures"]]
     dtype, limit = model.dtype, said["tolerance"]
     result = {"features": 0.0, "logits": 0.0, "same": 0, "conversations": len(said["asked"])}
@@ -97,6 +87,23 @@ def check(folder: Path, record: Path) -> dict[str, Any]:
         tokens = new[0, ids.shape[1] :].tolist()
         result["same"] += _answers(f"{at}, answer", tokens, answer, logits, float(off))
     return result
+
+
+def _load(folder: Path, family: str) -> Any:
+    """The folder's model, every weight of which has a place, and which is of the class meant."""
+    import transformers as hf
+
+    model, info = hf.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
+    for what, names in info.items():
+        if names:
+            raise DifferenceError(
+                f"weights, {what.replace('_', ' ')}: {sorted(map(str, names))[:4]}"
+            )
+    if type(model).__name__ != family:
+        raise DifferenceError(f"the class is {type(model).__name__}, not {family}")
+    return model.eval()
 
 
 def _same(what: str, got: Sequence[int], wanted: Sequence[int], tokenizer: Any) -> None:

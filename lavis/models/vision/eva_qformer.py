@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 
-from lavis.common.hashing import file_digest
+from lavis.common.hashing import file_digest, settings_digest
 from lavis.models.vision.config import EvaQFormerConfig
 from lavis.models.vision.eva import build_vit, fill_constants, interpolate_pos_embed, load_vit
 from lavis.models.vision.qformer import build_qformer, qformer_config
@@ -196,8 +194,7 @@ class EvaQFormer(nn.Module):
             "qformer_config": {name: getattr(qformer, name) for name in _QFORMER_SETTINGS},
             "queries": config.num_query_token,
         }
-        text = json.dumps(parts, sort_keys=True).encode()
-        return hashlib.blake2b(text, digest_size=32).hexdigest()
+        return settings_digest(parts)
 
 
 def _is_vit(name: str) -> bool:
