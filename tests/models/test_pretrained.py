@@ -65,7 +65,7 @@ def stock_model(name: str) -> Any:
     return randomize(hf.Blip2ForConditionalGeneration(config))
 
 
-def tokens(name: str, model: Any) -> int:
+def tokens(name: str) -> int:
     """How often the template has to write the image's token: LLaVA's processor does that itself."""
     return 3 if FOLDERS[name][0] == "blip-2" else 1
 
@@ -81,7 +81,7 @@ def save(name: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     while backend.get_vocab_size() < model.config.image_token_id:
         backend.add_tokens([AddedToken(f"<|{backend.get_vocab_size()}|>", special=True)])
     backend.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-    source = made.template.replace(f"'{IMAGE}'", repr(IMAGE * tokens(name, model)))
+    source = made.template.replace(f"'{IMAGE}'", repr(IMAGE * tokens(name)))
     tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=backend, chat_template=source.lstrip("\n"), **made.names
     )
@@ -218,6 +218,20 @@ def test_positions_of_another_size_are_interpolated(tmp_path: Path) -> None:
             stock.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
         )
         torch.testing.assert_close(model.encode_image(pixels), wanted, rtol=0, atol=2e-5)
+
+
+def test_a_template_that_only_the_processor_has(tmp_path: Path) -> None:
+    folder = tmp_path / "stock"
+    save("siglip", folder)
+    wanted = load("siglip", folder).encoder.prompt([Turn("user", "<ImageHere>Why?")])
+    source = folder / "chat_template.jinja"
+    older = folder / "chat_template.json"
+    older.write_text(json.dumps({"chat_template": source.read_text(encoding="utf-8")}))
+    source.unlink()
+    assert load("siglip", folder).encoder.prompt([Turn("user", "<ImageHere>Why?")]) == wanted
+    older.write_text("[]")
+    with pytest.raises(WeightsError, match=r"chat_template\.json: no JSON object with a chat"):
+        load("siglip", folder)
 
 
 def test_half_precision_files(tmp_path: Path) -> None:

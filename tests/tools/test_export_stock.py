@@ -236,6 +236,16 @@ def test_templates_take_texts_as_well_as_parts(home: Path, tmp_path: Path) -> No
     assert f"a {image} b" in render("a <image> b")
 
 
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("system", [None, "Be <brief>."])
+def test_a_template_that_takes_lists(home: Path, tmp_path: Path, system: str | None) -> None:
+    spoken = save_language(tmp_path / "parts", "qwen3", "chatml in parts")
+    path = run_yaml(
+        home, tmp_path, "siglip", "mlp", "qwen3", language={"path": str(spoken), "system": system}
+    )
+    assert_same(export(path, "llava", trained(path), tmp_path / "out"))
+
+
 # --- refusals -------------------------------------------------------------------------------
 
 
