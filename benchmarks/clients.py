@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -225,7 +226,7 @@ class Hostile:
         yield self._repeat("vanishes in its own request", "gone", over, self._half)
         for name, wrong in wrong_requests(self.body_mb).items():
             wanted = f"{wrong.status} {wrong.code}"
-            yield self._repeat(name, wanted, over, lambda wrong=wrong: self._refused(wrong))
+            yield self._repeat(name, wanted, over, partial(self._refused, wrong))
 
     @property
     def surprises(self) -> dict[str, dict[str, int]]:
