@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.server import server
 from examples.toybox.world.__main__ import write_split
 from lavis.common.errors import ConfigError, DataError
 from lavis.processors.conversation import IMAGE, Turn
@@ -263,7 +264,8 @@ def test_the_entry_point_is_declared() -> None:
 
 @pytest.mark.skipif(not INSTALLED, reason="lmms-eval is not installed")
 def test_its_own_command_scores_the_toybox_as_evaluate_does(tmp_path: Path) -> None:
-    """``pip install -e '.[lmms-eval]'``, then the two commands of docs/evaluate.md."""
+    """``pip install -e '.[lmms-eval]'``, then the commands of docs/evaluate.md and docs/serve.md:
+    the model in lmms-eval's process, and its client of OpenAI's protocol with a server."""
     if "lavis" not in entry_points(group="lmms_eval.models").names:
         pytest.skip("this package was installed before it had an entry point")
     write_split(tmp_path / "cache" / "toybox" / "demo", "test", 36, seed=3)
@@ -286,16 +288,24 @@ def test_its_own_command_scores_the_toybox_as_evaluate_does(tmp_path: Path) -> N
         str(REPO / "evaluate.py"), "--cfg-path", str(cfg), "--checkpoint", str(checkpoint),
         "--out", str(tmp_path / "ours"), "--options", root, *parts.split("; "),
     )  # fmt: skip
-    run(
+    asked = (
         # Not with -m: here, in place of a package that it imports, it would find our evaluate.py.
-        "-c", "from lmms_eval.__main__ import cli_evaluate; cli_evaluate()",
-        "--model", "lavis", "--tasks", "toybox", "--device", "cpu",
-        "--model_args", f"cfg={cfg},checkpoint={checkpoint},options={root};{parts}",
-        "--include_path", str(REPO / "examples" / "lmms_eval"), "--batch_size", "16",
-        "--output_path", str(tmp_path / "theirs"),
+        "-c", "from lmms_eval.__main__ import cli_evaluate; cli_evaluate()", "--tasks", "toybox",
+        "--include_path", str(REPO / "examples" / "lmms_eval"),
     )  # fmt: skip
+    run(
+        *asked, "--model", "lavis", "--device", "cpu", "--batch_size", "16",
+        "--model_args", f"cfg={cfg},checkpoint={checkpoint},options={root};{parts}",
+        "--output_path", str(tmp_path / "here"),
+    )  # fmt: skip
+    with server(parallel=4) as (address, _, _):
+        run(
+            *asked, "--model", "openai", "--output_path", str(tmp_path / "served"),
+            "--model_args", f"model=toybox,base_url={address},api_key=none,max_retries=1",
+        )  # fmt: skip
     ours = json.loads((tmp_path / "ours" / "scores.json").read_text(encoding="utf-8"))["test"]
-    (file,) = (tmp_path / "theirs").rglob("*_results.json")
-    theirs = json.loads(file.read_text(encoding="utf-8"))["results"]["toybox"]
-    assert 100 * theirs["exact,none"] == pytest.approx(ours["overall"])
+    for way in ("here", "served"):
+        (file,) = (tmp_path / way).rglob("*_results.json")
+        theirs = json.loads(file.read_text(encoding="utf-8"))["results"]["toybox"]
+        assert 100 * theirs["exact,none"] == pytest.approx(ours["overall"]), way
     assert ours["overall"] > 80
