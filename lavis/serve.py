@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lavis.chat.address import bind, check_address
 from lavis.chat.command import add_chat_arguments, load_chat
+from lavis.chat.server.heap import share_heap
 from lavis.common.cli import positive, run_cli, setup_logging, whole_number
 from lavis.common.errors import ConfigError
 
@@ -80,6 +81,7 @@ def main() -> int:
     args = parser.parse_args()
     setup_logging()
     check_arguments(args)
+    share_heap()
     engine, settings, _ = load_chat(args)
 
     from lavis.chat.server.answers import Answers, Backend

@@ -9,6 +9,7 @@ import http.server
 import io
 import itertools
 import json
+import platform
 import random
 import socket
 import ssl
@@ -32,6 +33,7 @@ pytest.importorskip("openai")
 
 import openai
 
+from benchmarks.process import status
 from lavis import serve
 from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.chat.address import bind
@@ -473,6 +475,26 @@ def test_a_client_that_does_not_read(toybox: ChatEngine) -> None:
     assert received.startswith(b"HTTP/1.1 200")
     assert b"timeout" not in received
     served.close()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide alone")
+def test_freed_memory_goes_back_when_nobody_asks() -> None:
+    class Hungry:
+        held = 0
+        stays: bytearray
+
+        def answer(self, body: ChatBody, stopped: Callable[[], bool]) -> Iterator[Event]:
+            pieces = [bytearray(b"x" * 50_000) for _ in range(4000)]
+            self.stays = bytearray(b"x" * 50_000)  # what is below does not go by itself
+            self.held = status("RssAnon")
+            yield Begun(1, 0)
+            pieces.clear()
+            yield Ended("stop", 1)
+
+    backend = Hungry()
+    with contextlib.closing(Served(backend, Limits())) as served:
+        served.ask(user("a"))
+        wait_until(lambda: status("RssAnon") < backend.held - 150e6)
 
 
 def test_events_on_the_wire(served: Served) -> None:

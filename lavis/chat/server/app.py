@@ -21,10 +21,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lavis.chat.server.answers import Backend, Begun, Ended, Event
+from lavis.chat.server.heap import give_back
 from lavis.chat.server.prompts import Limits
 from lavis.chat.server.protocol import ApiError, ChatBody, Json, Reply, usage
 
 logger = logging.getLogger(__name__)
+_IDLE = 1.0  # seconds without a request until freed memory is given back
 
 
 class _GoneError(Exception):
@@ -126,6 +128,7 @@ class ChatServer:
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
         self._threads = ThreadPoolExecutor(limits.parallel, thread_name_prefix="answer")
         self._active = 0
+        self._rest: asyncio.TimerHandle | None = None
         self.app = FastAPI(openapi_url=None)
         self.app.add_route("/health", self._health, ["GET"])
         self.app.add_route("/v1/models", self._models, ["GET"])
@@ -153,6 +156,8 @@ class ChatServer:
         if self._active >= self._limits.parallel + self._limits.queue:
             raise ApiError("too many requests are waiting: try again in a moment", 429, code="busy")
         self._active += 1
+        if self._rest is not None:
+            self._rest.cancel()
         job = Job(self._limits.seconds)
         try:
             body = await self._body(request, job.deadline)
@@ -170,6 +175,8 @@ class ChatServer:
 
     def _leave(self) -> None:
         self._active -= 1
+        if not self._active:
+            self._rest = asyncio.get_running_loop().call_later(_IDLE, give_back)
 
     async def _body(self, request: Request, deadline: float) -> ChatBody:
         """The request's body.
