@@ -33,7 +33,7 @@ pytest.importorskip("openai")
 
 import openai
 
-from benchmarks.process import status
+from benchmarks import process
 from lavis import serve
 from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.chat.address import bind
@@ -486,7 +486,7 @@ def test_freed_memory_goes_back_when_nobody_asks() -> None:
         def answer(self, body: ChatBody, stopped: Callable[[], bool]) -> Iterator[Event]:
             pieces = [bytearray(b"x" * 50_000) for _ in range(4000)]
             self.stays = bytearray(b"x" * 50_000)  # what is below does not go by itself
-            self.held = status("RssAnon")
+            self.held = process.status("RssAnon")
             yield Begun(1, 0)
             pieces.clear()
             yield Ended("stop", 1)
@@ -494,7 +494,7 @@ def test_freed_memory_goes_back_when_nobody_asks() -> None:
     backend = Hungry()
     with contextlib.closing(Served(backend, Limits())) as served:
         served.ask(user("a"))
-        wait_until(lambda: status("RssAnon") < backend.held - 150e6)
+        wait_until(lambda: process.status("RssAnon") < backend.held - 150e6)
 
 
 def test_events_on_the_wire(served: Served) -> None:
