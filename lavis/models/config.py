@@ -19,7 +19,7 @@ from lavis.common.registry import (
     did_you_mean,
 )
 from lavis.common.schema import ImageTransform, ModelConfig, PartConfig, RunConfig
-from lavis.common.typed import require_range
+from lavis.common.typed import Checked, ranged
 from lavis.models.vision.config import EvaQFormerConfig, Key, VisionConfig
 from lavis.models.weights.shards import check_download, folder_files, llm_files
 
@@ -27,23 +27,19 @@ Precision = Literal["auto", "fp16", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Checked):
     """Low-rank adapters of the language model (Hu et al. 2021).
 
     The scale is ``alpha / r``, or with ``use_rslora`` ``alpha / sqrt(r)`` (Kalajdzievski 2023);
     ``use_dora`` also learns the norm of each row (Liu et al. 2024).
     """
 
-    r: int = 8
-    alpha: int = 32
-    dropout: float = 0.05
+    r: int = ranged(8, least=1)
+    alpha: int = ranged(32, least=1)
+    dropout: float = ranged(0.05, least=0, below=1)
     targets: tuple[str, ...] | Literal["all"] = ("q_proj", "v_proj")  # all: every linear layer
     use_rslora: bool = False
     use_dora: bool = False
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, "r", "alpha")
-        require_range(self, 0, "dropout", below=1)
 
 
 @dataclass(frozen=True)
@@ -116,21 +112,14 @@ class LinearConfig(ConnectorConfig):
 class MlpConfig(ConnectorConfig):
     """``connector: {name: mlp}``: linear layers with GELU between them."""
 
-    depth: int = 2
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, "depth")
+    depth: int = ranged(2, least=1)
 
 
 @dataclass(frozen=True)
 class MergeConfig(MlpConfig):
     """``connector: {name: merge}``: squares of features concatenated, then an MLP."""
 
-    size: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, 2, "size")
+    size: int = ranged(2, least=2)
 
 
 @dataclass(frozen=True)
@@ -142,11 +131,8 @@ class PoolConfig(MergeConfig):
 class ResamplerConfig(ConnectorConfig):
     """``connector: {name: resampler}``: learned queries attend to the features."""
 
-    queries: int = 64
-    depth: int = 2
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, "queries", "depth")
+    queries: int = ranged(64, least=1)
+    depth: int = ranged(2, least=1)
 
 
 @dataclass(frozen=True)
@@ -162,6 +148,7 @@ class LanguageConfig(PartConfig):
     quantize: Literal["nf4", "int8", "gguf"] | None = None  # the layers; gguf: as they are stored
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         packed = self.path.endswith(".gguf")
         if self.quantize == "gguf" and not packed:
             raise ConfigError(
@@ -246,11 +233,11 @@ class PartsConfig(ModelConfig):
     model_type: str = ""
     load_finetuned: bool = False
     finetuned: str | None = None
-    max_txt_len: int = 512
+    max_txt_len: int = ranged(512, least=1)
     label_mask: Literal["chatml_delimiters", "assistant_only"] = "chatml_delimiters"
 
     def __post_init__(self) -> None:
-        require_range(self, 1, "max_txt_len")
+        super().__post_init__()
         if self.load_finetuned and not self.finetuned:
             raise ConfigError("load_finetuned is true but finetuned names no checkpoint")
         for part, training in self.training.items():

@@ -12,7 +12,7 @@ from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import VISION_ENCODERS, Registry
 from lavis.common.schema import ImageTransform, PartConfig
-from lavis.common.typed import require_range
+from lavis.common.typed import Checked, ranged
 from lavis.models.weights.shards import folder_files
 
 if TYPE_CHECKING:
@@ -20,19 +20,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Checked):
     """``model.vit_config``: sizes of the vision encoder, EVA-CLIP ViT-g/14 by default."""
 
-    embed_dim: int = 1408
-    depth: int = 39
-    num_heads: int = 16
-    mlp_ratio: float = 4.3637
-    patch_size: int = 14
-    initializer_range: float = 0.02  # of the matrices, from scratch
+    embed_dim: int = ranged(1408, least=1)
+    depth: int = ranged(39, least=1)
+    num_heads: int = ranged(16, least=1)
+    mlp_ratio: float = ranged(4.3637, least=1)
+    patch_size: int = ranged(14, least=1)
+    initializer_range: float = ranged(0.02, least=0)  # of the matrices, from scratch
 
     def __post_init__(self) -> None:
-        require_range(self, 1, "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size")
-        require_range(self, 0, "initializer_range")
+        super().__post_init__()
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}"
@@ -40,26 +39,18 @@ class ViTConfig:
 
 
 @dataclass(frozen=True)
-class QFormerConfig:
+class QFormerConfig(Checked):
     """``model.qformer_config``: what is not given comes from ``bert_config``, or is BERT-base."""
 
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    intermediate_size: int | None = None
-    hidden_dropout_prob: float | None = None
-    attention_probs_dropout_prob: float | None = None
-    layer_norm_eps: float | None = None
-    cross_attention_frequency: int | None = None
-    initializer_range: float | None = None
-
-    def __post_init__(self) -> None:
-        require_range(
-            self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads",
-            "intermediate_size", "cross_attention_frequency",
-        )  # fmt: skip
-        require_range(self, 0, "hidden_dropout_prob", "attention_probs_dropout_prob", below=1)
-        require_range(self, 0, "initializer_range", "layer_norm_eps")
+    hidden_size: int | None = ranged(None, least=1)
+    num_hidden_layers: int | None = ranged(None, least=1)
+    num_attention_heads: int | None = ranged(None, least=1)
+    intermediate_size: int | None = ranged(None, least=1)
+    hidden_dropout_prob: float | None = ranged(None, least=0, below=1)
+    attention_probs_dropout_prob: float | None = ranged(None, least=0, below=1)
+    layer_norm_eps: float | None = ranged(None, least=0)
+    cross_attention_frequency: int | None = ranged(None, least=1)
+    initializer_range: float | None = ranged(None, least=0)
 
 
 Key = Callable[[str], str]
@@ -79,7 +70,7 @@ class VisionConfig(PartConfig):
     REGISTRY: ClassVar[Registry[Any]] = VISION_ENCODERS
     PARTS: ClassVar[tuple[str, ...]] = ()
 
-    image_size: int | None = None
+    image_size: int | None = ranged(None, least=1)
     enable_autocast: bool = True
 
     def transform(self, cache_root: str, key: Key) -> ImageTransform:
@@ -116,30 +107,29 @@ class VisionConfig(PartConfig):
 
 
 @dataclass(frozen=True)
-class EvaQFormerKeys:
+class EvaQFormerKeys(Checked):
     """EVA ViT-g, a LayerNorm and the Q-Former, by the original's keys."""
 
     pretrained: str = "ckpt/blip2/blip2_pretrained_flant5xxl.pth"
     vit_model: Literal["eva_clip_g"] = "eva_clip_g"
     vit_weights: str = "ckpt/eva/eva_vit_g.pth"
     vit_config: ViTConfig = ViTConfig()
-    image_size: int = 224
-    drop_path_rate: float = 0.0
+    image_size: int = ranged(224, least=1)
+    drop_path_rate: float = ranged(0.0, least=0, below=1)
     use_grad_checkpoint: bool = False
     vit_precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     bert_config: str = "ckpt/bert-base-uncased/config.json"
     qformer_config: QFormerConfig = QFormerConfig()
-    num_query_token: int = 32
+    num_query_token: int = ranged(32, least=1)
     enable_autocast: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.image_size % self.vit_config.patch_size:
             raise ConfigError(
                 f"image_size {self.image_size} is not divisible by vit_config.patch_size "
                 f"{self.vit_config.patch_size}"
             )
-        require_range(self, 1, "image_size", "num_query_token")
-        require_range(self, 0, "drop_path_rate", below=1)
 
 
 @dataclass(frozen=True)
@@ -227,7 +217,7 @@ class TowerConfig(VisionConfig):
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
 
     def __post_init__(self) -> None:
-        require_range(self, 1, "image_size")
+        super().__post_init__()
         if not self.path:
             raise ConfigError("path is missing: what holds the vision encoder's weights")
         if self.layer == 0:
