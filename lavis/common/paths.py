@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -147,6 +148,21 @@ def replaces(target: Path) -> Iterator[Path]:
         raise
     with suppress(OSError):  # not every file system can sync a folder
         _sync(target.parent)
+
+
+@contextmanager
+def makes_folder(target: Path) -> Iterator[Path]:
+    """As :func:`replaces`, of a folder that is not there yet, or is empty."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        with suppress(OSError):
+            target.rmdir()  # an empty one
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
