@@ -184,7 +184,6 @@ class Qwen1Config(LanguageConfig):
             raise ConfigError("quantize: a language model from scratch has no weights to quantize")
 
     def check_files(self, cache_root: str, key: Key) -> None:
-        """As its base says."""
         folder = cache_path(self.path, cache_root)
         for path in llm_files(folder, key("path"), weights=not self.from_scratch):
             check_download(path)
@@ -208,7 +207,6 @@ class HfConfig(LanguageConfig):
         super().__post_init__()
 
     def check_files(self, cache_root: str, key: Key) -> None:
-        """As its base says."""
         path = cache_path(self.path, cache_root)
         if path.suffix == ".gguf":
             check_packages("gguf", f"{key('path')}: {self.path}")
@@ -270,11 +268,9 @@ class PartsConfig(ModelConfig):
         raise NotImplementedError
 
     def key(self, part: str, name: str) -> str:
-        """What the user calls a setting of a part."""
         return f"model.{part}.{name}"
 
     def transform(self, cache_root: str) -> ImageTransform:
-        """How the vision encoder takes its images."""
         return self.parts[0].transform(cache_root, partial(self.key, "vision"))
 
     @property
@@ -362,7 +358,6 @@ class VlmConfig(PartsConfig):
 
     @classmethod
     def of_folder(cls, path: str, cache_root: str) -> dict[str, Any]:
-        """As its base says."""
         from lavis.models.pretrained import parts_of
 
         blocks = parts_of(cache_path(path, cache_root))
@@ -370,11 +365,9 @@ class VlmConfig(PartsConfig):
 
     @property
     def parts(self) -> tuple[VisionConfig, ConnectorConfig, LanguageConfig]:
-        """Vision encoder, connector and language model."""
         return self.vision, self.connector, self.language
 
     @property
     def training(self) -> Mapping[str, PartTraining]:
-        """How each part learns that does."""
         given = (self.train or {"connector": PartTraining()}).items()
         return {k: v if isinstance(v, PartTraining) else PartTraining(lr=v) for k, v in given}

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from lavis.common.errors import ConfigError
 from lavis.common.typed import only, ranged
 from lavis.models.config import (
     ConnectorConfig,
@@ -18,7 +17,7 @@ from lavis.models.config import (
     Precision,
     Qwen1Config,
 )
-from lavis.models.vision.config import EvaQFormerConfig, EvaQFormerKeys, VisionConfig
+from lavis.models.vision.config import EvaQFormerConfig, EvaQFormerKeys, VisionConfig, too_short
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,7 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
         super().__post_init__()
         trained = "freeze_vit: false" if not self.freeze_vit else "unfreeze_pos_embed: true"
         if self.vit_precision == "fp16" and (not self.freeze_vit or self.unfreeze_pos_embed):
-            raise ConfigError(
-                f"{trained} needs vit_precision: fp32 (fp16 weights do not train: their updates "
-                "round away); run.amp gives the speed of half precision"
-            )
+            raise too_short(trained, "vit_precision", "fp16")
 
     @property
     def parts(self) -> tuple[VisionConfig, ConnectorConfig, LanguageConfig]:

@@ -118,7 +118,7 @@ class DeepSpeedStrategy(Strategy):
             buffer.data = buffer.data.to(device)
 
     def reserved(self) -> float:
-        """Whole parameters, as many as ZeRO-3 keeps, and slices of the gradient in fp32."""
+        # Whole parameters, as many as ZeRO-3 keeps, and slices of the gradient in fp32.
         most = self.module._config.zero_config.max_live_parameters
         whole = min(most, sum(p.ds_numel for p in self.module.parameters()))
         each = self._half or torch.float32

@@ -106,20 +106,14 @@ class Estimator:
         trained = sum(p.nbytes for p in learning)
         each = 12 if to.master else 0  # bytes of two moments and a copy, beside half precision
         moments = sum(p.numel() * each for p in learning) if to.master else 2 * trained
-        gathered = 0
-        if to.weights:
-            whole = [sum(map(self._whole, b.parameters())) for b in self.model.shardable_blocks()]
-            gathered = sum(map(self._whole, self.model.parameters())) - sum(whole) + 2 * max(whole)
+        whole = gathered_at_once(self.model, self._dtype, gradients=False)
         return Held(
             frozen=(self.weights - trained) * to.share(to.weights),
             trained=trained * to.share(to.weights),
             gradients=trained * (to.share(to.gradients) + to.buckets),
             moments=moments * to.share(to.moments),
-            gathered=gathered,
+            gathered=whole * to.weights,
         )
-
-    def _whole(self, parameter: nn.Parameter) -> int:
-        return parameter.numel() * (self._dtype or parameter.dtype).itemsize
 
     def _reserve(self) -> float:
         """What a run keeps free of activations."""

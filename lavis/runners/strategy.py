@@ -190,18 +190,21 @@ def unchanged_blocks(model: nn.Module) -> set[nn.Module]:
     return set(vision.blocks()) if vision is not None and vision.keeps_precision else set()
 
 
-def gathered_at_once(model: nn.Module, dtype: torch.dtype | None) -> int:
+def gathered_at_once(model: nn.Module, dtype: torch.dtype | None, *, gradients: bool = True) -> int:
     """Bytes of whole parameters in use and on their way while :class:`FSDP2Strategy` computes.
-
-    Of one that learns also its gradient's, before and while it is added up in fp32.
 
     Args:
         dtype: of the products; ``None``: as the parameters are.
+        gradients: also those of what learns, before and while they are added up in fp32.
     """
 
+    def size(parameter: nn.Parameter) -> int:
+        each = dtype.itemsize if dtype else parameter.itemsize
+        learns = gradients and parameter.requires_grad
+        return parameter.numel() * (2 * each + 4 if learns else each)
+
     def whole(module: nn.Module) -> int:
-        sizes = ((p, dtype.itemsize if dtype else p.itemsize) for p in module.parameters())
-        return sum(p.numel() * (2 * n + 4 if p.requires_grad else n) for p, n in sizes)
+        return sum(map(size, module.parameters()))
 
     blocks = [0, *map(whole, getattr(model, "shardable_blocks", list)())]
     return whole(model) - sum(blocks) + 2 * max(blocks)  # one is in use, one on its way

@@ -53,6 +53,19 @@ class QFormerConfig(Checked):
     initializer_range: float | None = ranged(None, least=0)
 
 
+def too_short(setting: str, key: str, precision: str) -> ConfigError:
+    """What to raise where weights learn that are in half precision."""
+    return ConfigError(
+        f"{setting} needs {key}: fp32 ({precision} weights do not train: their updates round "
+        "away); run.amp gives the speed of half precision"
+    )
+
+
+def _is_half(precision: str, device: torch.device) -> bool:
+    """Whether an encoder is in half precision there: on a CPU, fp16 is computed in fp32."""
+    return precision == "bf16" or (precision == "fp16" and device.type != "cpu")
+
+
 Key = Callable[[str], str]
 """Says what the user calls a key of a part's block, for messages."""
 
@@ -153,21 +166,12 @@ class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
 
     @property
     def random_parts(self) -> tuple[str, ...]:
-        """What starts from random weights."""
         return self.from_scratch
 
     def keeps_precision(self, device: torch.device) -> bool:
-        """Whether the ViT does: on a CPU, fp16 is computed in fp32."""
-        return self.vit_precision == "bf16" or (
-            self.vit_precision == "fp16" and device.type != "cpu"
-        )
+        return _is_half(self.vit_precision, device)
 
     def files(self, cache_root: str, key: Key) -> Iterator[Path]:
-        """The weight files, checked.
-
-        Raises:
-            WeightsError: one is missing.
-        """
         if self.path is not None:
             yield from folder_files(self.file("path", cache_root), key("path"))
             return
@@ -180,7 +184,6 @@ class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
         return cache_path(getattr(self, name), cache_root)
 
     def transform(self, cache_root: str, key: Key) -> ImageTransform:
-        """As its base says; with a folder, what its image processor does."""
         if self.path is None:
             return super().transform(cache_root, key)
         from lavis.models.vision.transforms import of_folder
@@ -188,16 +191,8 @@ class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
         return of_folder(self.file("path", cache_root), self.image_size, key("path"))
 
     def check_training(self, parts: tuple[str, ...]) -> None:
-        """Check that these parts can learn.
-
-        Raises:
-            ConfigError: the ViT's weights are too short.
-        """
         if self.vit_precision == "fp16" and {"vit", "pos_embed"} & set(parts or self.PARTS):
-            raise ConfigError(
-                "train.vision needs vision.vit_precision: fp32 (fp16 weights do not train: their "
-                "updates round away); run.amp gives the speed of half precision"
-            )
+            raise too_short("train.vision", "vision.vit_precision", "fp16")
 
 
 @dataclass(frozen=True)
@@ -229,20 +224,11 @@ class TowerConfig(VisionConfig):
         return self.class_token == "keep"  # noqa: S105
 
     def keeps_precision(self, device: torch.device) -> bool:
-        """Whether it does: on a CPU, fp16 is computed in fp32."""
-        return self.precision == "bf16" or (self.precision == "fp16" and device.type != "cpu")
+        return _is_half(self.precision, device)
 
     def check_training(self, parts: tuple[str, ...]) -> None:
-        """Check that it can learn.
-
-        Raises:
-            ConfigError: its weights are too short.
-        """
         if self.precision != "fp32":
-            raise ConfigError(
-                f"train.vision needs vision.precision: fp32 ({self.precision} weights do not "
-                "train: their updates round away); run.amp gives the speed of half precision"
-            )
+            raise too_short("train.vision", "vision.precision", self.precision)
 
     def blocks_of(self, depth: int) -> int:
         """How many blocks of ``depth`` are computed, if a layer is given.
@@ -263,7 +249,6 @@ class HfVisionConfig(TowerConfig):
     """``vision: {name: hf, path: ...}``: a vision encoder of Transformers, from its folder."""
 
     def files(self, cache_root: str, key: Key) -> Iterator[Path]:
-        """The weight files, checked; the small ones must be there, too."""
         yield from folder_files(self.folder(cache_root), key("path"))
 
     def folder(self, cache_root: str) -> Path:
@@ -271,7 +256,6 @@ class HfVisionConfig(TowerConfig):
         return cache_path(self.path, cache_root)
 
     def transform(self, cache_root: str, key: Key) -> ImageTransform:
-        """What the folder's image processor does."""
         from lavis.models.vision.transforms import of_folder
 
         return of_folder(self.folder(cache_root), self.image_size, key("path"))
@@ -289,13 +273,11 @@ class TimmConfig(TowerConfig):
             raise ConfigError("model is missing: what timm calls it, e.g. vit_base_patch16_224")
 
     def files(self, cache_root: str, key: Key) -> Iterator[Path]:
-        """The weight file, checked."""
         if not self.path.endswith(".safetensors"):
             raise ConfigError(f"{key('path')}: {self.path} is no .safetensors file")
         yield require(cache_path(self.path, cache_root), key("path"), WeightsError)
 
     def transform(self, cache_root: str, key: Key) -> ImageTransform:
-        """What timm says of the model."""
         from lavis.models.vision.transforms import of_timm
 
         return of_timm(self.model, self.image_size, key)
@@ -326,29 +308,20 @@ class FusedConfig(VisionConfig):
 
     @property
     def random_parts(self) -> tuple[str, ...]:
-        """Those of its towers."""
         return tuple(part for tower in self.towers for part in tower.random_parts)
 
     def keeps_precision(self, device: torch.device) -> bool:
-        """Whether its towers do."""
         return all(tower.keeps_precision(device) for tower in self.towers)
 
     def files(self, cache_root: str, key: Key) -> Iterator[Path]:
-        """Those of its towers, checked."""
         for tower, name in self.each(key):
             yield from tower.files(cache_root, name)
 
     def check_training(self, parts: tuple[str, ...]) -> None:
-        """Check that every tower can learn."""
         for tower in self.towers:
             tower.check_training(())
 
     def transform(self, cache_root: str, key: Key) -> ImageTransform:
-        """The first tower's.
-
-        Raises:
-            ConfigError: another one reads images of another size.
-        """
         from lavis.models.vision.transforms import normalization
 
         found = [tower.transform(cache_root, name) for tower, name in self.each(key)]
