@@ -89,29 +89,23 @@ def new_job_id(run: RunConfig) -> str:
     Raises:
         ConfigError: on every process, if the main one cannot make the folder.
     """
-    name, parent = "", Path(run.output_dir)
-    with dist.raise_together():
-        try:
-            if dist.is_main():
-                parent.mkdir(parents=True, exist_ok=True)
-                name = _make_new(parent, time.strftime("%Y%m%d%H%M%S"))
-        except OSError as error:
-            raise ConfigError(
-                f"run.output_dir: no folder can be made in {parent}: {error}"
-            ) from error
-    return str(dist.from_main(name))
+    return dist.by_main(lambda: _make_new(Path(run.output_dir), time.strftime("%Y%m%d%H%M%S")))
 
 
 def _make_new(parent: Path, name: str) -> str:
     chosen, number = name, 1
-    while True:
-        try:
-            (parent / chosen).mkdir()
-        except FileExistsError:
-            number += 1
-            chosen = f"{name}-{number}"
-        else:
-            return chosen
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                (parent / chosen).mkdir()
+            except FileExistsError:
+                number += 1
+                chosen = f"{name}-{number}"
+            else:
+                return chosen
+    except OSError as error:
+        raise ConfigError(f"run.output_dir: no folder can be made in {parent}: {error}") from error
 
 
 def make_folder(folder: Path, tree: dict[str, Any]) -> None:

@@ -98,17 +98,20 @@ def merge(
     adapted: Any = model.language.model
     prompts = [model.encoder.prompt([Turn("user", q)]) for q in _QUESTIONS]
     texts = [_answer(adapted, ids, device) for ids in prompts]
-    wanted = [_logits(adapted, ids, device) for ids in texts]
+
+    def said(llm: nn.Module) -> Tensor:
+        return torch.cat([_logits(llm, ids, device) for ids in texts])
+
+    wanted = said(adapted)
     with makes_folder(out) as folder:
         kinds = write_folder(described, adapted, folder, dtype)
         computed = model.language.head.weight.dtype
         _write_run(config, state, folder, out)
         for layer in _layers(adapted).values():
             layer.enable_adapters(False)
-        bare = [_logits(adapted, ids, device) for ids in texts]
+        bare = said(adapted)
         del model, adapted, layer
-        merged = _read_back(described, folder, device)
-        proof = _compare(prompts, texts, wanted, [_logits(merged, t, device) for t in texts], bare)
+        proof = _compare(prompts, texts, wanted, said(_read_back(described, folder, device)), bare)
         _judge(proof, kinds, computed)
     return proof
 
@@ -265,18 +268,14 @@ def _answer(llm: nn.Module, prompt: list[int], device: torch.device) -> list[int
 
 
 def _compare(
-    prompts: list[list[int]],
-    texts: list[list[int]],
-    wanted: list[Tensor],
-    got: list[Tensor],
-    bare: list[Tensor],
+    prompts: list[list[int]], texts: list[list[int]], wanted: Tensor, got: Tensor, bare: Tensor
 ) -> Proof:
     # A greedy answer is the same if each of its tokens is the likeliest after those before it.
-    chosen = [g[len(p) - 1 : -1].argmax(-1).tolist() for p, g in zip(prompts, got, strict=True)]
-    same = sum(t[len(p) :] == c for p, t, c in zip(prompts, texts, chosen, strict=True))
-    w, g, b = torch.cat(wanted), torch.cat(got), torch.cat(bare)
-    relative, effect = (float((x - w).norm() / w.norm()) for x in (g, b))
-    return Proof(same, len(prompts), float((g - w).abs().max()), relative, effect)
+    likeliest = [ids.tolist() for ids in got.argmax(-1).split([len(t) for t in texts])]
+    each = zip(prompts, texts, likeliest, strict=True)
+    same = sum(text[len(p) :] == ids[len(p) - 1 : -1] for p, text, ids in each)
+    relative, effect = (float((x - wanted).norm() / wanted.norm()) for x in (got, bare))
+    return Proof(same, len(prompts), float((got - wanted).abs().max()), relative, effect)
 
 
 def _judge(proof: Proof, kinds: set[torch.dtype], computed: torch.dtype) -> None:
