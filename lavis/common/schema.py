@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -119,11 +119,24 @@ class DatasetConfig(Selected):
                 METRICS.check(self.score)
 
 
+Key = Callable[[str], str]
+"""Says what the user calls a key of a part's block, for messages."""
+
+
 @dataclass(frozen=True)
 class PartConfig(Selected):
     """Base of the configuration of a model's part; ``name`` selects the subclass."""
 
     name: str
+
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
+        """The weight files, checked before any is read.
+
+        Raises:
+            WeightsError: one is missing or not complete.
+            ConfigError: they are of another kind.
+        """
+        return iter(())
 
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:

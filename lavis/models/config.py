@@ -18,9 +18,9 @@ from lavis.common.registry import (
     Registry,
     did_you_mean,
 )
-from lavis.common.schema import ImageTransform, ModelConfig, PartConfig, RunConfig
+from lavis.common.schema import ImageTransform, Key, ModelConfig, PartConfig, RunConfig
 from lavis.common.typed import Checked, ranged
-from lavis.models.vision.config import EvaQFormerConfig, Key, VisionConfig
+from lavis.models.vision.config import EvaQFormerConfig, VisionConfig
 from lavis.models.weights.shards import check_download, folder_files, llm_files
 
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
@@ -93,14 +93,9 @@ class ConnectorConfig(PartConfig):
     init: Literal["embeddings", "pytorch"] = "embeddings"
     path: str | None = None
 
-    def check_files(self, cache_root: str, key: Key) -> None:
-        """Check the folder, if one is named, before any weight is read.
-
-        Raises:
-            WeightsError: it is missing or not complete.
-        """
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
         if self.path is not None:
-            list(folder_files(cache_path(self.path, cache_root), key("path")))
+            yield from folder_files(cache_path(self.path, cache_root), key("path"))
 
 
 @dataclass(frozen=True)
@@ -161,14 +156,6 @@ class LanguageConfig(PartConfig):
                 "quantize: gguf keeps its blocks"
             )
 
-    def check_files(self, cache_root: str, key: Key) -> None:
-        """Check every file before any weight is read.
-
-        Raises:
-            WeightsError: one is missing or not complete.
-            ConfigError: it is a language model of another kind.
-        """
-
 
 @dataclass(frozen=True)
 class Qwen1Config(LanguageConfig):
@@ -183,10 +170,9 @@ class Qwen1Config(LanguageConfig):
         if self.quantize and self.from_scratch:
             raise ConfigError("quantize: a language model from scratch has no weights to quantize")
 
-    def check_files(self, cache_root: str, key: Key) -> None:
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
         folder = cache_path(self.path, cache_root)
-        for path in llm_files(folder, key("path"), weights=not self.from_scratch):
-            check_download(path)
+        return llm_files(folder, key("path"), weights=not self.from_scratch)
 
 
 @dataclass(frozen=True)
@@ -206,13 +192,12 @@ class HfConfig(LanguageConfig):
             raise ConfigError("path is missing: a language model's folder or .gguf file")
         super().__post_init__()
 
-    def check_files(self, cache_root: str, key: Key) -> None:
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
         path = cache_path(self.path, cache_root)
-        if path.suffix == ".gguf":
-            check_packages("gguf", f"{key('path')}: {self.path}")
-            check_download(require(path, key("path"), WeightsError))
-            return
-        list(folder_files(path, key("path")))
+        if path.suffix != ".gguf":
+            return folder_files(path, key("path"))
+        check_packages("gguf", f"{key('path')}: {self.path}")
+        return iter((require(path, key("path"), WeightsError),))
 
 
 @dataclass(frozen=True)
@@ -297,14 +282,6 @@ class PartsConfig(ModelConfig):
         drawn = {"vision": vision.random_parts, "language": getattr(language, "from_scratch", ())}
         return tuple(part for part, random in drawn.items() if not random)
 
-    def vision_files(self, cache_root: str) -> Iterator[Path]:
-        """The weight files of the vision encoder, checked.
-
-        Raises:
-            WeightsError: one is missing.
-        """
-        return self.parts[0].files(cache_root, partial(self.key, "vision"))
-
     def check_files(self, cache_root: str) -> None:
         """Check every path, and the packages that some settings need, before any weight is read.
 
@@ -312,17 +289,16 @@ class PartsConfig(ModelConfig):
             WeightsError: a file is missing or not complete.
             ConfigError: a package is missing, or the language model is of another kind.
         """
-        language = self.parts[2]
+        vision, connector, language = self.parts
         if self.lora is not None:
             check_packages("lora", "low-rank adapters")
         if language.quantize == "nf4":
             check_packages("quantize", f"{self.key('language', 'quantize')}: nf4")
         if language.device_map == "auto":
             check_packages("multi-gpu-chat", "a language model spread over several GPUs")
-        for path in self.vision_files(cache_root):
-            check_download(path)
-        language.check_files(cache_root, partial(self.key, "language"))
-        self.parts[1].check_files(cache_root, partial(self.key, "connector"))
+        for name, part in (("vision", vision), ("language", language), ("connector", connector)):
+            for path in part.files(cache_root, partial(self.key, name)):
+                check_download(path)
         if self.finetuned_path(cache_root) is not None:
             require(cache_path(self.finetuned or "", cache_root), "model.finetuned", WeightsError)
 

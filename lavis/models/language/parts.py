@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen2ForCausalLM
 
 from lavis.common.errors import ConfigError, LavisError
 from lavis.common.paths import cache_path
+from lavis.common.schema import Key
 from lavis.common.types import DTYPES
 from lavis.models.compute.quantized_linear import PACKED_BITS, OutlinedLinear
 from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
@@ -17,7 +18,6 @@ from lavis.models.language.causal import CausalLM, context_of
 from lavis.models.language.hf import load_hf, stock_class
 from lavis.models.language.quantize import quantize, replace_linears
 from lavis.models.language.qwen1 import load_llm, new_llm, read_spec
-from lavis.models.vision.config import Key
 from lavis.models.weights.original import QWEN, SAME_NAMES, KeyMap
 from lavis.models.weights.stock import read_config
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import VISION_ENCODERS, Registry
-from lavis.common.schema import ImageTransform, PartConfig
+from lavis.common.schema import ImageTransform, Key, PartConfig
 from lavis.common.typed import Checked, ranged
 from lavis.models.weights.shards import folder_files
 
@@ -66,10 +66,6 @@ def _is_half(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "fp16" and device.type != "cpu")
 
 
-Key = Callable[[str], str]
-"""Says what the user calls a key of a part's block, for messages."""
-
-
 @dataclass(frozen=True)
 class VisionConfig(PartConfig):
     """What every vision encoder's block may hold, and what it says before a weight is read.
@@ -102,14 +98,6 @@ class VisionConfig(PartConfig):
     def keeps_precision(self, device: torch.device) -> bool:
         """Whether autocast leaves it alone where it is frozen, as it is in half precision there."""
         return False
-
-    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
-        """The weight files, checked.
-
-        Raises:
-            WeightsError: one is missing.
-        """
-        return iter(())
 
     def check_training(self, parts: tuple[str, ...]) -> None:
         """Check that these of :attr:`PARTS` can learn; without any, the whole encoder.

@@ -9,8 +9,7 @@ from typing import Any
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.registry import did_you_mean
-from lavis.common.schema import ImageTransform
-from lavis.models.vision.config import Key
+from lavis.common.schema import ImageTransform, Key
 from lavis.models.weights.shards import read_json
 from lavis.processors.config import CLIP_MEAN, CLIP_STD
 
