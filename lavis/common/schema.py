@@ -324,6 +324,10 @@ class RunConfig(Checked):
         if self.evaluate and not (self.test_splits or self.valid_splits):
             raise ConfigError("evaluate: true needs test_splits (or valid_splits) to score")
 
+    def deepspeed(self, section: str) -> dict[str, Any]:
+        """A section of ``deepspeed_config``, maybe empty."""
+        return (self.deepspeed_config or {}).get(section) or {}
+
 
 @dataclass(frozen=True)
 class EnvConfig:

@@ -14,7 +14,7 @@ import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
-from lavis.common.errors import ConfigError, DataError
+from lavis.common.errors import ConfigError, DataError, LavisError, at
 from lavis.common.images import as_image
 from lavis.common.types import IMAGE_PLACEHOLDER, Spans
 from lavis.common.videos import cut, read_video
@@ -139,14 +139,12 @@ class LavisModel(lmms):
         pictures: list[Any] = []
         for number in numbers:
             _, doc_to_messages, _, doc_id, task, split = requests[number].args
-            try:
+            with at(f"task {task}, {split}[{doc_id}]", LavisError):
                 messages = ChatMessages(
                     messages=doc_to_messages(self.task_dict[task][split][doc_id])
                 )
                 prompt, shown = self._prompt(messages)
                 require_context(self.model.context, len(prompt), max_new_tokens)
-            except (ConfigError, DataError) as error:
-                raise type(error)(f"task {task}, {split}[{doc_id}]: {error}") from error
             ids.append(prompt)
             pictures += shown
         pixels = Generator(self.model).pixels(pictures)
