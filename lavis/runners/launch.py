@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lavis.common import dist
 from lavis.common.device import pick_device
-from lavis.common.errors import ConfigError
+from lavis.common.errors import ConfigError, raised_as
 from lavis.common.packages import check_packages
 from lavis.common.schema import RunConfig
 from lavis.runners.strategy import DDPStrategy, FSDP2Strategy, Strategy
@@ -94,7 +94,7 @@ def new_job_id(run: RunConfig) -> str:
 
 def _make_new(parent: Path, name: str) -> str:
     chosen, number = name, 1
-    try:
+    with raised_as(ConfigError, f"run.output_dir: no folder can be made in {parent}", OSError):
         parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
@@ -104,8 +104,6 @@ def _make_new(parent: Path, name: str) -> str:
                 chosen = f"{name}-{number}"
             else:
                 return chosen
-    except OSError as error:
-        raise ConfigError(f"run.output_dir: no folder can be made in {parent}: {error}") from error
 
 
 def make_folder(folder: Path, tree: dict[str, Any]) -> None:
@@ -114,10 +112,8 @@ def make_folder(folder: Path, tree: dict[str, Any]) -> None:
     Raises:
         ConfigError: on every process, if the main one cannot.
     """
-    with dist.raise_together():
-        try:
-            if dist.is_main():
-                folder.mkdir(parents=True, exist_ok=True)
-                OmegaConf.save(OmegaConf.create(tree), folder / "config.yaml")
-        except OSError as error:
-            raise ConfigError(f"run.output_dir: {folder} cannot be made: {error}") from error
+    what = f"run.output_dir: {folder} cannot be made"
+    with dist.raise_together(), raised_as(ConfigError, what, OSError):
+        if dist.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.create(tree), folder / "config.yaml")
