@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
@@ -129,7 +128,5 @@ def interpolate_pos_embed(pos_embed: Tensor, num_positions: int) -> Tensor:
             "not a class token and a square grid"
         )
     logger.info("position embeddings interpolated from %d x %d to %d x %d", old, old, new, new)
-    grid = pos_embed[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
-    return torch.cat([pos_embed[:, :1], patches], dim=1)
+    resized: Tensor = resample_abs_pos_embed(pos_embed, [new, new], antialias=False)
+    return resized
