@@ -39,19 +39,12 @@ _ROWS = 64  # a vocabulary grows to a multiple of it, which matrix products like
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported, with all that can be checked before a weight is read checked.
-
-    Attributes:
-        config: the run.
-        target: the stock class.
-        described: the language model's small files.
-        template: the chat template in Jinja.
-    """
+    """What is exported, with all that can be checked before a weight is read checked."""
 
     config: Config
     target: Target
     described: LanguagePart
-    template: str
+    template: str  # in Jinja
 
     @classmethod
     def of(cls, config: Config, kind: str) -> Export:

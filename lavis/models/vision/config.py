@@ -53,6 +53,9 @@ class QFormerConfig(Checked):
     initializer_range: float | None = ranged(None, least=0)
 
 
+KEY: Key = "model.vision.{}".format  # for those who are given none
+
+
 def too_short(setting: str, key: str, precision: str) -> ConfigError:
     """What to raise where weights learn that are in half precision."""
     return ConfigError(
