@@ -19,7 +19,7 @@ from lavis.common.device import warn_of_emulation
 from lavis.common.errors import ConfigError
 from lavis.common.schema import RunConfig
 from lavis.common.types import DTYPES
-from lavis.models.weights.slices import own_rows, take_out
+from lavis.models.weights.slices import own_rows, replace_parameters, take_out
 
 if TYPE_CHECKING:
     from lavis.models.vlm import VLM
@@ -261,7 +261,7 @@ class FSDP2Strategy(Strategy):
             policy = MixedPrecisionPolicy() if block in unchanged else policy
             fully_shard(block, mp_policy=policy, **options)
         fully_shard(model, **options)
-        self._fill(model, held)
+        replace_parameters(model, lambda name, parameter: self.shard(held[name], parameter))
         for method in ("generate_ids", "encode_query", "prove_language"):
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
@@ -277,17 +277,6 @@ class FSDP2Strategy(Strategy):
             return float(self._at_once)
         local = sum(p.to_local().nbytes for p in self.trained)
         return float(self._at_once + 3 * local)  # a gradient and two moments
-
-    def _fill(self, model: nn.Module, held: dict[str, Tensor]) -> None:
-        """Give each parameter its slice of what :func:`take_out` has taken."""
-        filled: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stays tied
-        state = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter not in filled:
-                sharded = self.shard(held[name], parameter)
-                filled[parameter] = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
-            state[name] = filled[parameter]
-        model.load_state_dict(state, strict=False, assign=True)
 
     def whole(self, tensor: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
