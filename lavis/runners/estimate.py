@@ -8,6 +8,7 @@ counted. Of two rows, since what a row takes grows evenly with its tokens.
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_right
 from functools import cached_property
 from typing import NamedTuple
 
@@ -152,12 +153,8 @@ class Estimator:
 
     def longest(self, schedule: StepSchedule, memory: float, limit: int = 2**20) -> int:
         """Tokens of the longest row that fits, a multiple of 64; 0 if none does."""
-        low, high = 0, limit // _STEP
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.needed(middle * _STEP, schedule) <= memory
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low * _STEP
+        rows = range(_STEP, limit + 1, _STEP)
+        return _STEP * bisect_right(rows, memory, key=lambda tokens: self.needed(tokens, schedule))
 
     def measure(self, documents: int, schedule: StepSchedule) -> Pass:
         """What forward and backward pass of a row take, on the card of shapes."""

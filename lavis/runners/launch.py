@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,11 @@ def _make_new(parent: Path, name: str) -> str:
     with raised_as(ConfigError, f"run.output_dir: no folder can be made in {parent}", OSError):
         parent.mkdir(parents=True, exist_ok=True)
         while True:
-            try:
+            with suppress(FileExistsError):
                 (parent / chosen).mkdir()
-            except FileExistsError:
-                number += 1
-                chosen = f"{name}-{number}"
-            else:
                 return chosen
+            number += 1
+            chosen = f"{name}-{number}"
 
 
 def make_folder(folder: Path, tree: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,17 +101,15 @@ class LavisModel(lmms):
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answers in the order of the requests, cut before what ``until`` names."""
-        groups: dict[str, list[int]] = defaultdict(list)
-        settings: dict[str, Mapping[str, Any]] = {}
-        for number, request in enumerate(requests):
-            given = request.args[2] or {}
-            groups[repr(sorted(given.items()))].append(number)
-            settings[repr(sorted(given.items()))] = given
+        settings = [request.args[2] or {} for request in requests]
+        keys = [repr(sorted(given.items())) for given in settings]
         answers: dict[int, str] = {}
-        for key, numbers in groups.items():
-            for number, ids in self._answer(requests, numbers, settings[key]):
+        for key in dict.fromkeys(keys):
+            numbers = [n for n, k in enumerate(keys) if k == key]
+            given = settings[numbers[0]]
+            for number, ids in self._answer(requests, numbers, given):
                 text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
-                answers[number] = _cut(text, settings[key].get("until")).strip()
+                answers[number] = _cut(text, given.get("until")).strip()
         return [answers[number] for number in range(len(requests))]
 
     def _answer(
