@@ -67,16 +67,11 @@ def load_vit(vit: Eva, path: Path, *, device: torch.device, dtype: torch.dtype) 
     Raises:
         WeightsError: the file is damaged or does not fit.
     """
-    depth = len(vit.blocks)
-
-    def is_extra(key: str) -> bool:
-        block = _BLOCK.match(key)
-        return block is not None and int(block[1]) >= depth
-
-    source = open_pth(path)
-    extra = {int(b[1]) for key in source if (b := _BLOCK.match(key)) and int(b[1]) >= depth}
-    if extra:
-        logger.info("%s: %d blocks past depth %d are not used", path.name, len(extra), depth)
+    depth, source = len(vit.blocks), open_pth(path)
+    blocks = {key: int(block[1]) for key in source if (block := _BLOCK.match(key))}
+    extra = {key: number for key, number in blocks.items() if number >= depth}
+    if count := len(set(extra.values())):
+        logger.info("%s: %d blocks past depth %d are not used", path.name, count, depth)
     load_weights(
         vit,
         source,
@@ -86,7 +81,7 @@ def load_vit(vit: Eva, path: Path, *, device: torch.device, dtype: torch.dtype) 
         adapt=lambda key, t: (
             interpolate_pos_embed(t, vit.pos_embed.shape[1]) if key == "pos_embed" else t
         ),
-        extra_dropped=is_extra,
+        extra_dropped=extra.__contains__,
     )
     fill_constants(vit, device)
 
