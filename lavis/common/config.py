@@ -16,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavis.common.errors import ConfigError, at
+from lavis.common.errors import ConfigError, at, raised_as
 from lavis.common.paths import LIBRARY_ROOT, REPOSITORY, is_file, user_path
 from lavis.common.registry import BUILDERS, did_you_mean, import_plugins
 from lavis.common.schema import Config, EnvConfig, ModelConfig, RunConfig
@@ -222,10 +222,9 @@ def _read_yaml(path: Path) -> DictConfig:
     if not is_file(path):
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
         raise ConfigError(f"no configuration file {path}{near}")
-    try:
+    errors = yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError
+    with raised_as(ConfigError, f"{path} is not valid YAML", *errors):
         loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with the sections model, datasets and run")
     return loaded

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from lavis.common.errors import ConfigError, LavisError
 
+T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=30)  # rank 0 may consolidate and write a checkpoint meanwhile
 
 
@@ -118,13 +119,16 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def from_main(value: Any) -> Any:
-    """The main process's value."""
-    if world_size() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+def by_main(find: Callable[[], T]) -> T:
+    """What the main process finds; what it finds wrong, all raise. Every process must call it."""
+    values: list[Any] = [None]
+    with raise_together():
+        if is_main():
+            values = [find()]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    found: T = values[0]
+    return found
 
 
 @contextmanager

@@ -53,3 +53,12 @@ def at(place: str, kind: type[LavisError] = ConfigError) -> Iterator[None]:
         yield
     except kind as error:
         raise type(error)(f"{place}: {error}", agreed=error.agreed) from error
+
+
+@contextmanager
+def raised_as(kind: type[LavisError], what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise errors of the system or a library from inside as the user's: what is wrong, and why."""
+    try:
+        yield
+    except errors as error:
+        raise kind(f"{what}: {error}") from error

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, replace
 
 from lavis.common.errors import ConfigError
-from lavis.common.typed import require_range
+from lavis.common.typed import Checked, ranged
 
 
 @dataclass(frozen=True)
-class VideoConfig:
+class VideoConfig(Checked):
     """``preprocess.video``: a frame is shown as an image is, and takes as many tokens.
 
     Attributes:
@@ -19,12 +19,12 @@ class VideoConfig:
         max_tokens: of the frames of a video together.
     """
 
-    max_frames: int = 32
+    max_frames: int = ranged(32, least=1)
     fps: float | None = None
-    max_tokens: int | None = None
+    max_tokens: int | None = ranged(None, least=1)
 
     def __post_init__(self) -> None:
-        require_range(self, 1, "max_frames", "max_tokens")
+        super().__post_init__()
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise ConfigError(f"fps must be positive, not {self.fps}")
 

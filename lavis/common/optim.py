@@ -28,10 +28,6 @@ class Schedule:
 
     Subclasses that decay by epoch warm up inside epoch 0 only, as the original does.
 
-    Attributes:
-        run: settings of the run.
-        steps_per_epoch: optimizer steps of one epoch.
-
     Raises:
         ConfigError: if the warm-up does not fit into the run.
     """

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lavis.common.errors import ConfigError, LavisError, WeightsError
+from lavis.common.errors import ConfigError, LavisError, WeightsError, raised_as
 from lavis.common.registry import did_you_mean
 
 LIBRARY_ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +113,7 @@ def require_writable(
     if not directory and os.path.isdir(target):
         raise error(f"{at}{target} is a folder; name a file")
     folder = nearest = (target if directory else target.parent).absolute()
-    try:
+    with raised_as(error, f"{at}{target} cannot be written", OSError, ValueError):
         while not os.path.lexists(nearest):
             nearest = nearest.parent
         if not nearest.is_dir():
@@ -123,8 +124,6 @@ def require_writable(
                 (nearest / part).lstat()  # or its name is too long
         with tempfile.TemporaryFile(dir=nearest):  # asks for more than the permission bits say
             pass
-    except (OSError, ValueError) as reason:
-        raise error(f"{at}{target} cannot be written: {reason}") from reason
 
 
 @contextmanager
@@ -147,6 +146,21 @@ def replaces(target: Path) -> Iterator[Path]:
         raise
     with suppress(OSError):  # not every file system can sync a folder
         _sync(target.parent)
+
+
+@contextmanager
+def makes_folder(target: Path) -> Iterator[Path]:
+    """As :func:`replaces`, of a folder that is not there yet, or is empty."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        with suppress(OSError):
+            target.rmdir()  # an empty one
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

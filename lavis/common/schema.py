@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,7 +23,7 @@ from lavis.common.registry import (
     Registry,
 )
 from lavis.common.tiles import TilesConfig
-from lavis.common.typed import Selected, Where, only, require_range
+from lavis.common.typed import Checked, Selected, Where, only, ranged
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,12 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True)
-class BuildInfo:
+class BuildInfo(Checked):
     """Where a data set's files are."""
 
     annotations: dict[str, AnnotationConfig]
     images: ImagesConfig = ImagesConfig()
-    max_frames: int | None = None  # in place of preprocess.video's
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, "max_frames")
+    max_frames: int | None = ranged(None, least=1)  # in place of preprocess.video's
 
 
 @dataclass(frozen=True)
@@ -116,9 +113,14 @@ class DatasetConfig(Selected):
     score: str | None = None  # a metric; without, exact match by kind and language
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.score is not None:
             with at("score"):
                 METRICS.check(self.score)
+
+
+Key = Callable[[str], str]
+"""Says what the user calls a key of a part's block, for messages."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,15 @@ class PartConfig(Selected):
     """Base of the configuration of a model's part; ``name`` selects the subclass."""
 
     name: str
+
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
+        """The weight files, checked before any is read.
+
+        Raises:
+            WeightsError: one is missing or not complete.
+            ConfigError: they are of another kind.
+        """
+        return iter(())
 
     @classmethod
     def __select__(cls, data: Mapping[str, Any], path: str, where: Where) -> type:
@@ -183,19 +194,16 @@ class ModelConfig(Selected):
 
 
 @dataclass(frozen=True)
-class FeatureCacheConfig:
+class FeatureCacheConfig(Checked):
     """``run.feature_cache``: the Q-Former's output, kept on disk by content.
 
     ``dir`` is relative to ``env.cache_root``; ``null`` is ``$XDG_CACHE_HOME/lavis/features``.
     """
 
     enabled: bool = False
-    views: int = 1  # augmented views of an image; epoch e shows view e % views
+    views: int = ranged(1, least=1)  # augmented views of an image; epoch e shows view e % views
     dtype: Literal["fp16", "bf16", "fp32", "int8"] = "fp16"
     dir: str | None = None
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, "views")
 
     def folder(self, cache_root: str) -> Path:
         """Where the features are."""
@@ -203,7 +211,7 @@ class FeatureCacheConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """``run``: optimization, data loading, output. Defaults are the original's."""
 
     task: str = "image_text_pretrain"
@@ -213,28 +221,30 @@ class RunConfig:
     train_splits: tuple[str, ...] = ("train",)
     valid_splits: tuple[str, ...] = ()  # their loss is computed every eval_freq epochs
     test_splits: tuple[str, ...] = ()  # their questions are answered and scored after training
-    eval_freq: int = 1
+    eval_freq: int = ranged(1, least=1)
     # optimizer and schedule; a step is one optimizer step
     lr_sched: str = "linear_warmup_cosine_lr"
-    init_lr: float = 1e-4
-    min_lr: float = 0.0
-    warmup_lr: float = -1.0  # negative: start at init_lr
-    warmup_steps: int = 0
-    warmup_ratio: float | None = None  # of all steps; overrides warmup_steps
-    lr_decay_rate: float = 1.0
-    lr_layer_decay: float = 1.0
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.999
+    init_lr: float = ranged(1e-4, least=0)
+    min_lr: float = ranged(0.0, least=0)
+    warmup_lr: float = ranged(-1.0, least=-math.inf)  # negative: start at init_lr
+    warmup_steps: int = ranged(0, least=0)
+    # of all steps; overrides warmup_steps
+    warmup_ratio: float | None = ranged(None, least=0, below=1)
+    lr_decay_rate: float = ranged(1.0, least=0)
+    lr_layer_decay: float = ranged(1.0, least=0)
+    weight_decay: float = ranged(0.05, least=0)
+    beta1: float = ranged(0.9, least=0, below=1)
+    beta2: float = ranged(0.999, least=0, below=1)
     eps: float = 1e-8
-    grad_norm_clip: float | None = None
-    max_epoch: int = 1
+    grad_norm_clip: float | None = ranged(None, least=0)
+    max_epoch: int = ranged(1, least=1)
     # batches
-    batch_size_train: int = 1
-    batch_size_eval: int = 1
-    accum_grad_iters: int = 1
-    num_workers: int = 0
-    max_tokens_per_batch: int | None = None  # pack micro-batches to this; not batch_size_train
+    batch_size_train: int = ranged(1, least=1)
+    batch_size_eval: int = ranged(1, least=1)
+    accum_grad_iters: int = ranged(1, least=1)
+    num_workers: int = ranged(0, least=0)
+    # pack micro-batches to this; not batch_size_train
+    max_tokens_per_batch: int | None = ranged(None, least=1)
     train_dataset_ratios: dict[str, float] | None = None  # share of each data set in an epoch
     use_dist_eval_sampler: bool = only(
         True, "evaluation is always spread over the processes, each sample once; remove the key"
@@ -252,52 +262,43 @@ class RunConfig:
     prefix_cache: bool = True
     supervised_head: bool = True
     recompute: str | int = "auto"  # none, all, auto, or every n-th layer
-    memory_budget_gb: float | None = None  # for recompute: auto
+    memory_budget_gb: float | None = ranged(None, least=0)  # for recompute: auto
     compile: bool = False
     # placement
     device: str = "cuda"
     distributed: bool = True  # kept for the original's files: the launcher decides
-    world_size: int = 1  # kept for the original's files: the launcher decides
+    world_size: int = ranged(1, least=1)  # kept for the original's files: the launcher decides
     dist_url: str = only("env://", "torch.distributed.run sets the rendezvous; remove the key")
     strategy: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
     fsdp: bool = False  # the original's name for strategy: fsdp2
     fsdp_cpu_offload: bool = False
     deepspeed_config: dict[str, Any] | None = None  # a DeepSpeed JSON; see docs/distributed.md
     # output and resume
-    seed: int = 42
+    seed: int = ranged(42, least=0, below=2**32)
     output_dir: str = "output"
-    log_freq: int = 50
+    log_freq: int = ranged(50, least=1)
     wandb_project: str | None = None
     wandb_mode: Literal["online", "offline"] = "online"
-    save_every_steps: int | None = None  # besides the end of each epoch
-    keep_last: int = 2  # of the checkpoints inside epochs
+    save_every_steps: int | None = ranged(None, least=1)  # besides the end of each epoch
+    keep_last: int = ranged(2, least=1)  # of the checkpoints inside epochs
     resume_ckpt_path: str | None = None
     resume_ckpt_load_dir: str | None = only(None, "use run.resume_ckpt_path with a .pth file")
     resume_ckpt_tag: str | None = only(None, "use run.resume_ckpt_path with a .pth file")
     # generation during evaluation, which is greedy
-    max_new_tokens: int = 100
-    max_len: int | None = None  # of the original's files: max_new_tokens where that is not given
-    min_new_tokens: int = 1  # no effect, as the next two
-    num_beams: int = 5
-    min_len: int | None = None
+    # of the original's files: max_new_tokens where that is not given, and refused by its own name
+    max_len: int | None = ranged(None, least=1)
+    max_new_tokens: int = ranged(100, least=1)
+    min_new_tokens: int = ranged(1, least=0)  # no effect, as the next two
+    num_beams: int = ranged(5, least=1)
+    min_len: int | None = ranged(None, least=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, registry in (("task", TASKS), ("runner", RUNNERS), ("lr_sched", LR_SCHEDULERS)):
             with at(name):
                 registry.check(getattr(self, name))
         if not self.train_splits:
             raise ConfigError("train_splits is empty: name at least one split, such as train")
-        require_range(
-            self, 1, "max_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters",
-            "log_freq", "max_tokens_per_batch", "eval_freq", "save_every_steps", "keep_last",
-            "max_len", "max_new_tokens", "num_beams", "world_size",
-        )  # fmt: skip
-        require_range(
-            self, 0, "init_lr", "min_lr", "warmup_steps", "weight_decay", "grad_norm_clip",
-            "num_workers", "min_new_tokens", "min_len", "lr_decay_rate", "lr_layer_decay",
-            "memory_budget_gb",
-        )  # fmt: skip
-        require_range(self, -math.inf, "warmup_lr")
         for name, most, named in (
             ("min_lr", self.init_lr, " (init_lr)"), ("warmup_lr", self.init_lr, " (init_lr)"),
             ("lr_decay_rate", 1, ""), ("lr_layer_decay", 1, ""),
@@ -308,8 +309,6 @@ class RunConfig:
                 )
         if not 0 < self.eps < math.inf:  # at 0, a parameter without gradient becomes NaN
             raise ConfigError(f"eps must be positive, not {self.eps}")
-        require_range(self, 0, "seed", below=2**32)
-        require_range(self, 0, "beta1", "beta2", "warmup_ratio", below=1)
         every = self.recompute
         if every not in ("auto", "none", "all") and not (isinstance(every, int) and every > 0):
             raise ConfigError(
@@ -324,6 +323,10 @@ class RunConfig:
             raise ConfigError("resume_ckpt_path: auto goes on training; name a file to evaluate")
         if self.evaluate and not (self.test_splits or self.valid_splits):
             raise ConfigError("evaluate: true needs test_splits (or valid_splits) to score")
+
+    def deepspeed(self, section: str) -> dict[str, Any]:
+        """A section of ``deepspeed_config``, maybe empty."""
+        return (self.deepspeed_config or {}).get(section) or {}
 
 
 @dataclass(frozen=True)

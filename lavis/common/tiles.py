@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from lavis.common.errors import ConfigError
-from lavis.common.typed import require_range
+from lavis.common.typed import Checked, ranged
 
 
 class Grid(NamedTuple):
@@ -25,7 +25,7 @@ class Grid(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TilesConfig:
+class TilesConfig(Checked):
     """``preprocess.tiles``: a picture is shown whole and, if it is large, again in parts.
 
     Each takes as many tokens as an image. A new line stands before each row of parts.
@@ -35,11 +35,8 @@ class TilesConfig:
         max_tokens: of a picture, its parts together.
     """
 
-    max: int = 1
-    max_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, "max", "max_tokens")
+    max: int = ranged(1, least=1)
+    max_tokens: int | None = ranged(None, least=1)
 
     def within(self, tokens: int, limit: int, key: str) -> TilesConfig:
         """The same with ``max_tokens`` met by fewer parts, of so many tokens each.

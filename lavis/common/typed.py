@@ -38,7 +38,34 @@ def only(value: Any, why: str) -> Any:
     return dataclasses.field(default=value, metadata={"why": why})
 
 
-class Selected:
+def ranged(default: T, *, least: float, below: float = math.inf) -> T:
+    """A field of a :class:`Checked` dataclass: if set, it lies in [``least``, ``below``).
+
+    NaN lies nowhere.
+    """
+    return dataclasses.field(default=default, metadata={"range": (least, below)})
+
+
+class Checked:
+    """Base of dataclasses with fields that are :func:`ranged`."""
+
+    def __post_init__(self) -> None:
+        """Check these.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if "range" not in field.metadata or value is None:
+                continue
+            least, below = field.metadata["range"]
+            if not least <= value < below:
+                wanted = f"at least {least}" if value < least else f"in [{least}, {below})"
+                raise ConfigError(f"{field.name} must be {wanted}, not {value}")
+
+
+class Selected(Checked):
     """Base of dataclasses of which one of the keys selects the subclass.
 
     Attributes:
@@ -65,20 +92,6 @@ class Selected:
         name = convert(str, data[cls.KEY], dotted, where)
         with at(f"{where(dotted)}: {dotted}"):
             return registry.config(name)
-
-
-def require_range(config: object, least: float, *names: str, below: float = math.inf) -> None:
-    """Check that fields which are set lie in [``least``, ``below``); NaN lies nowhere.
-
-    Raises:
-        ConfigError: naming the field.
-    """
-    for name in names:
-        value = getattr(config, name)
-        if value is None or least <= value < below:
-            continue
-        wanted = f"at least {least}" if value < least else f"in [{least}, {below})"
-        raise ConfigError(f"{name} must be {wanted}, not {value}")
 
 
 def parse(cls: type[T], data: Any, path: str, where: Where) -> T:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from lavis.common.errors import DataError
+from lavis.common.errors import DataError, raised_as
 from lavis.common.frames import VideoConfig
 from lavis.common.images import TooLargeError, is_video, open_image, to_rgb
 from lavis.common.packages import check_packages
@@ -180,12 +180,12 @@ def contact_sheet(frames: Sequence[Image.Image]) -> Image.Image:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    av = _import_av()
-    try:
-        with av.open(str(path), container_options=_ALONE) as container:
-            yield container
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a video: {error}") from error
+    av, what = _import_av(), f"{path} cannot be read as a video"
+    with (
+        raised_as(DataError, what, av.FFmpegError, OSError, ValueError),
+        av.open(str(path), container_options=_ALONE) as container,
+    ):
+        yield container
 
 
 @cache

@@ -30,7 +30,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from lavis.common.errors import DataError, listed
+from lavis.common.errors import DataError, listed, raised_as
 from lavis.common.images import refuse_address
 from lavis.common.paths import is_file
 from lavis.common.tiles import Grid
@@ -151,12 +151,11 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: it cannot be read, or is the pointer to a file that was not fetched.
     """
-    try:
+    with (
+        raised_as(DataError, f"{path} is not UTF-8 text", UnicodeDecodeError),
+        raised_as(DataError, f"{path} cannot be read", OSError),
+    ):
         text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
     if text.startswith("version https://git-lfs"):
         raise DataError(f"{path} is a Git LFS pointer; fetch the file with: git lfs pull")
     return text

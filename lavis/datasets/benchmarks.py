@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lavis.common.errors import ConfigError, DataError
+from lavis.common.errors import ConfigError, DataError, raised_as
 from lavis.common.paths import is_file, replaces
 from lavis.common.types import IMAGE_PLACEHOLDER, BadSample, Reference
 from lavis.datasets.annotations import NOT_JSON, Record, as_object, read_lines, read_text
@@ -296,19 +296,17 @@ def _given(row: dict[str, Any], key: str) -> bool:
 
 def _unpack(packed: str, folder: Path) -> Path:
     """Write an image to a file that is named after its content, unless it is there."""
-    try:
+    with raised_as(DataError, "`image` is no image in base64", ValueError):
         content = base64.b64decode(packed, validate=True)
-    except ValueError as error:
-        raise DataError(f"`image` is no image in base64: {error}") from error
     if not content:
         raise DataError("`image` is empty")
     path = folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.jpg"
     if not path.exists():
-        try:
-            with replaces(path) as temporary:
-                temporary.write_bytes(content)
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error}") from error
+        with (
+            raised_as(DataError, f"{path} cannot be written", OSError),
+            replaces(path) as temporary,
+        ):
+            temporary.write_bytes(content)
     return path
 
 
@@ -326,10 +324,8 @@ def _each(
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
+    with raised_as(DataError, f"{path} is not valid JSON", *NOT_JSON):
         data = json.loads(read_text(path))
-    except NOT_JSON as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise DataError(f"{path} must hold an object, as the benchmark's file, not a list")
     return data

@@ -204,9 +204,9 @@ class Assembly:
         Raises:
             WeightsError: a weight file is missing.
         """
-        for _ in config.vision_files(cache_root):
-            pass
         eyes = config.parts[0]
+        for _ in eyes.files(cache_root, partial(config.key, "vision")):
+            pass  # which checks them
         kind = VISION_ENCODERS.get(eyes.name)
         return kind.fingerprint(eyes, cache_root, device), kind.shape(eyes, cache_root)
 

@@ -18,32 +18,28 @@ from lavis.common.registry import (
     Registry,
     did_you_mean,
 )
-from lavis.common.schema import ImageTransform, ModelConfig, PartConfig, RunConfig
-from lavis.common.typed import require_range
-from lavis.models.vision.config import EvaQFormerConfig, Key, VisionConfig
+from lavis.common.schema import ImageTransform, Key, ModelConfig, PartConfig, RunConfig
+from lavis.common.typed import Checked, ranged
+from lavis.models.vision.config import EvaQFormerConfig, VisionConfig
 from lavis.models.weights.shards import check_download, folder_files, llm_files
 
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Checked):
     """Low-rank adapters of the language model (Hu et al. 2021).
 
     The scale is ``alpha / r``, or with ``use_rslora`` ``alpha / sqrt(r)`` (Kalajdzievski 2023);
     ``use_dora`` also learns the norm of each row (Liu et al. 2024).
     """
 
-    r: int = 8
-    alpha: int = 32
-    dropout: float = 0.05
+    r: int = ranged(8, least=1)
+    alpha: int = ranged(32, least=1)
+    dropout: float = ranged(0.05, least=0, below=1)
     targets: tuple[str, ...] | Literal["all"] = ("q_proj", "v_proj")  # all: every linear layer
     use_rslora: bool = False
     use_dora: bool = False
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, "r", "alpha")
-        require_range(self, 0, "dropout", below=1)
 
 
 @dataclass(frozen=True)
@@ -97,14 +93,9 @@ class ConnectorConfig(PartConfig):
     init: Literal["embeddings", "pytorch"] = "embeddings"
     path: str | None = None
 
-    def check_files(self, cache_root: str, key: Key) -> None:
-        """Check the folder, if one is named, before any weight is read.
-
-        Raises:
-            WeightsError: it is missing or not complete.
-        """
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
         if self.path is not None:
-            list(folder_files(cache_path(self.path, cache_root), key("path")))
+            yield from folder_files(cache_path(self.path, cache_root), key("path"))
 
 
 @dataclass(frozen=True)
@@ -116,21 +107,14 @@ class LinearConfig(ConnectorConfig):
 class MlpConfig(ConnectorConfig):
     """``connector: {name: mlp}``: linear layers with GELU between them."""
 
-    depth: int = 2
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, "depth")
+    depth: int = ranged(2, least=1)
 
 
 @dataclass(frozen=True)
 class MergeConfig(MlpConfig):
     """``connector: {name: merge}``: squares of features concatenated, then an MLP."""
 
-    size: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, 2, "size")
+    size: int = ranged(2, least=2)
 
 
 @dataclass(frozen=True)
@@ -142,11 +126,8 @@ class PoolConfig(MergeConfig):
 class ResamplerConfig(ConnectorConfig):
     """``connector: {name: resampler}``: learned queries attend to the features."""
 
-    queries: int = 64
-    depth: int = 2
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, "queries", "depth")
+    queries: int = ranged(64, least=1)
+    depth: int = ranged(2, least=1)
 
 
 @dataclass(frozen=True)
@@ -162,6 +143,7 @@ class LanguageConfig(PartConfig):
     quantize: Literal["nf4", "int8", "gguf"] | None = None  # the layers; gguf: as they are stored
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         packed = self.path.endswith(".gguf")
         if self.quantize == "gguf" and not packed:
             raise ConfigError(
@@ -173,14 +155,6 @@ class LanguageConfig(PartConfig):
                 f"quantize: {self.quantize} would quantize a .gguf file a second time; "
                 "quantize: gguf keeps its blocks"
             )
-
-    def check_files(self, cache_root: str, key: Key) -> None:
-        """Check every file before any weight is read.
-
-        Raises:
-            WeightsError: one is missing or not complete.
-            ConfigError: it is a language model of another kind.
-        """
 
 
 @dataclass(frozen=True)
@@ -196,11 +170,9 @@ class Qwen1Config(LanguageConfig):
         if self.quantize and self.from_scratch:
             raise ConfigError("quantize: a language model from scratch has no weights to quantize")
 
-    def check_files(self, cache_root: str, key: Key) -> None:
-        """As its base says."""
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
         folder = cache_path(self.path, cache_root)
-        for path in llm_files(folder, key("path"), weights=not self.from_scratch):
-            check_download(path)
+        return llm_files(folder, key("path"), weights=not self.from_scratch)
 
 
 @dataclass(frozen=True)
@@ -220,14 +192,12 @@ class HfConfig(LanguageConfig):
             raise ConfigError("path is missing: a language model's folder or .gguf file")
         super().__post_init__()
 
-    def check_files(self, cache_root: str, key: Key) -> None:
-        """As its base says."""
+    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
         path = cache_path(self.path, cache_root)
-        if path.suffix == ".gguf":
-            check_packages("gguf", f"{key('path')}: {self.path}")
-            check_download(require(path, key("path"), WeightsError))
-            return
-        list(folder_files(path, key("path")))
+        if path.suffix != ".gguf":
+            return folder_files(path, key("path"))
+        check_packages("gguf", f"{key('path')}: {self.path}")
+        return iter((require(path, key("path"), WeightsError),))
 
 
 @dataclass(frozen=True)
@@ -246,11 +216,11 @@ class PartsConfig(ModelConfig):
     model_type: str = ""
     load_finetuned: bool = False
     finetuned: str | None = None
-    max_txt_len: int = 512
+    max_txt_len: int = ranged(512, least=1)
     label_mask: Literal["chatml_delimiters", "assistant_only"] = "chatml_delimiters"
 
     def __post_init__(self) -> None:
-        require_range(self, 1, "max_txt_len")
+        super().__post_init__()
         if self.load_finetuned and not self.finetuned:
             raise ConfigError("load_finetuned is true but finetuned names no checkpoint")
         for part, training in self.training.items():
@@ -283,11 +253,9 @@ class PartsConfig(ModelConfig):
         raise NotImplementedError
 
     def key(self, part: str, name: str) -> str:
-        """What the user calls a setting of a part."""
         return f"model.{part}.{name}"
 
     def transform(self, cache_root: str) -> ImageTransform:
-        """How the vision encoder takes its images."""
         return self.parts[0].transform(cache_root, partial(self.key, "vision"))
 
     @property
@@ -314,14 +282,6 @@ class PartsConfig(ModelConfig):
         drawn = {"vision": vision.random_parts, "language": getattr(language, "from_scratch", ())}
         return tuple(part for part, random in drawn.items() if not random)
 
-    def vision_files(self, cache_root: str) -> Iterator[Path]:
-        """The weight files of the vision encoder, checked.
-
-        Raises:
-            WeightsError: one is missing.
-        """
-        return self.parts[0].files(cache_root, partial(self.key, "vision"))
-
     def check_files(self, cache_root: str) -> None:
         """Check every path, and the packages that some settings need, before any weight is read.
 
@@ -329,17 +289,16 @@ class PartsConfig(ModelConfig):
             WeightsError: a file is missing or not complete.
             ConfigError: a package is missing, or the language model is of another kind.
         """
-        language = self.parts[2]
+        vision, connector, language = self.parts
         if self.lora is not None:
             check_packages("lora", "low-rank adapters")
         if language.quantize == "nf4":
             check_packages("quantize", f"{self.key('language', 'quantize')}: nf4")
         if language.device_map == "auto":
             check_packages("multi-gpu-chat", "a language model spread over several GPUs")
-        for path in self.vision_files(cache_root):
-            check_download(path)
-        language.check_files(cache_root, partial(self.key, "language"))
-        self.parts[1].check_files(cache_root, partial(self.key, "connector"))
+        for name, part in (("vision", vision), ("language", language), ("connector", connector)):
+            for path in part.files(cache_root, partial(self.key, name)):
+                check_download(path)
         if self.finetuned_path(cache_root) is not None:
             require(cache_path(self.finetuned or "", cache_root), "model.finetuned", WeightsError)
 
@@ -375,7 +334,6 @@ class VlmConfig(PartsConfig):
 
     @classmethod
     def of_folder(cls, path: str, cache_root: str) -> dict[str, Any]:
-        """As its base says."""
         from lavis.models.pretrained import parts_of
 
         blocks = parts_of(cache_path(path, cache_root))
@@ -383,11 +341,9 @@ class VlmConfig(PartsConfig):
 
     @property
     def parts(self) -> tuple[VisionConfig, ConnectorConfig, LanguageConfig]:
-        """Vision encoder, connector and language model."""
         return self.vision, self.connector, self.language
 
     @property
     def training(self) -> Mapping[str, PartTraining]:
-        """How each part learns that does."""
         given = (self.train or {"connector": PartTraining()}).items()
         return {k: v if isinstance(v, PartTraining) else PartTraining(lr=v) for k, v in given}

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from lavis.common.errors import ConfigError
-from lavis.common.typed import only, require_range
+from lavis.common.typed import only, ranged
 from lavis.models.config import (
     ConnectorConfig,
     LanguageConfig,
@@ -18,7 +17,7 @@ from lavis.models.config import (
     Precision,
     Qwen1Config,
 )
-from lavis.models.vision.config import EvaQFormerConfig, EvaQFormerKeys, VisionConfig
+from lavis.models.vision.config import EvaQFormerConfig, EvaQFormerKeys, VisionConfig, too_short
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,16 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
     # language model
     llm_model: str = "ckpt/Qwen7B-chat"
     llm_config: dict[str, Any] | None = None  # over its config.json
-    llm_embedding_std: float | None = None  # from scratch; default: initializer_range
+    # from scratch; default: initializer_range
+    llm_embedding_std: float | None = ranged(None, least=0)
     llm_precision: Precision = "auto"  # auto: as stored
     freeze_llm: bool = True
     llm_grad_ckpt: bool = False
     llm_device_map: Literal["cpu", "auto"] = "cpu"  # auto: spread over the visible GPUs
     get_lora: bool = False
-    lora_r: int = 8
-    lora_alpha: int = 32
-    lora_dropout: float = 0.05
+    lora_r: int = ranged(8, least=1)
+    lora_alpha: int = ranged(32, least=1)
+    lora_dropout: float = ranged(0.05, least=0, below=1)
     lora_targets: tuple[str, ...] | Literal["all"] = ("q_proj", "v_proj")
     lora_use_rslora: bool = False
     lora_use_dora: bool = False
@@ -67,17 +67,10 @@ class MiniGPT4QwenConfig(EvaQFormerKeys, PartsConfig):
     apply_lemmatizer: bool = only(False, "answers are returned as generated; remove the key")
 
     def __post_init__(self) -> None:
-        require_range(self, 1, "lora_r", "lora_alpha")
-        require_range(self, 0, "lora_dropout", below=1)
-        require_range(self, 0, "llm_embedding_std")
-        EvaQFormerKeys.__post_init__(self)
-        PartsConfig.__post_init__(self)
+        super().__post_init__()
         trained = "freeze_vit: false" if not self.freeze_vit else "unfreeze_pos_embed: true"
         if self.vit_precision == "fp16" and (not self.freeze_vit or self.unfreeze_pos_embed):
-            raise ConfigError(
-                f"{trained} needs vit_precision: fp32 (fp16 weights do not train: their updates "
-                "round away); run.amp gives the speed of half precision"
-            )
+            raise too_short(trained, "vit_precision", "fp16")
 
     @property
     def parts(self) -> tuple[VisionConfig, ConnectorConfig, LanguageConfig]:

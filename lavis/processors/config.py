@@ -7,7 +7,7 @@ from typing import Literal
 
 from lavis.common.errors import ConfigError
 from lavis.common.schema import ProcessorConfig
-from lavis.common.typed import only, require_range
+from lavis.common.typed import only, ranged
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -20,13 +20,13 @@ class ImageEvalConfig(ProcessorConfig):
     What is not given is the vision encoder's, and where that says nothing, bicubic and CLIP's.
     """
 
-    image_size: int | None = None
+    image_size: int | None = ranged(None, least=1)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] | None = None
 
     def __post_init__(self) -> None:
-        require_range(self, 1, "image_size")
+        super().__post_init__()
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and len(value) != 3:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lavis
-from lavis.common.errors import WeightsError
+from lavis.common.errors import WeightsError, raised_as
 from lavis.common.paths import replaces, require_checkpoint
 from lavis.common.types import Metric
 from lavis.datasets.plan import BatchPlan
@@ -208,11 +208,9 @@ def _check_sums(path: Path) -> None:
     """Compare every part of the file with its CRC-32, which ``torch.load`` does not do."""
     if not zipfile.is_zipfile(path):
         return  # cut short, or PyTorch's old format: reading it will tell
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise WeightsError(f"{path} is damaged: {error}") from error
+    errors = zipfile.BadZipFile, EOFError, OSError
+    with raised_as(WeightsError, f"{path} is damaged", *errors), zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
     if damaged is not None:
         raise WeightsError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
 

@@ -50,10 +50,11 @@ class DeepSpeedStrategy(Strategy):
         except Exception as error:  # assertions, pydantic's and others
             reason = " ".join(str(error).split("\n    For further")[0].split())
             raise ConfigError(f"run.deepspeed_config: DeepSpeed refuses it: {reason}") from error
-        self.stage = int((given.get("zero_optimization") or {}).get("stage", 0))
+        zero = run.deepspeed("zero_optimization")
+        self.stage = int(zero.get("stage", 0))
         self.shards = self.stage == 3
         self.keeps_packed = not self.shards
-        fp16 = _enabled(given, "fp16")
+        fp16, bf16 = (bool(run.deepspeed(kind).get("enabled")) for kind in ("fp16", "bf16"))
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.rescales = fp16  # by DeepSpeed
         if run.on_nonfinite == "skip" and self.stage > 0:
@@ -61,14 +62,12 @@ class DeepSpeedStrategy(Strategy):
                 "run.on_nonfinite: skip does not work with ZeRO stages above 0, which have merged "
                 "a gradient before it can be taken back; use on_nonfinite: error or strategy: fsdp2"
             )
-        bf16 = _enabled(given, "bf16")
         self._half = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
         if self.stage == 0 and self._half:
             # Of a half-precision stage 0 DeepSpeed does not hand out whole moments.
             logger.info("ZeRO stage 0 in half precision runs as stage 1: the same numbers")
             self.stage = 1
-            zero = (given.get("zero_optimization") or {}) | {"stage": 1}
-            self.deepspeed_config["zero_optimization"] = zero
+            self.deepspeed_config["zero_optimization"] = zero | {"stage": 1}
 
     def setup(self, model: nn.Module, groups: Groups) -> None:
         deepspeed = _import_deepspeed(self.device)
@@ -118,7 +117,7 @@ class DeepSpeedStrategy(Strategy):
             buffer.data = buffer.data.to(device)
 
     def reserved(self) -> float:
-        """Whole parameters, as many as ZeRO-3 keeps, and slices of the gradient in fp32."""
+        # Whole parameters, as many as ZeRO-3 keeps, and slices of the gradient in fp32.
         most = self.module._config.zero_config.max_live_parameters
         whole = min(most, sum(p.ds_numel for p in self.module.parameters()))
         each = self._half or torch.float32
@@ -215,10 +214,6 @@ class DeepSpeedStrategy(Strategy):
         for entries in self._inner.state.values():
             if "step" in entries:
                 entries["step"] = torch.full_like(torch.as_tensor(entries["step"]), step)
-
-
-def _enabled(config: dict[str, Any], *sections: str) -> bool:
-    return any((config.get(s) or {}).get("enabled") for s in sections)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -8,6 +8,7 @@ counted. Of two rows, since what a row takes grows evenly with its tokens.
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_right
 from functools import cached_property
 from typing import NamedTuple
 
@@ -106,20 +107,14 @@ class Estimator:
         trained = sum(p.nbytes for p in learning)
         each = 12 if to.master else 0  # bytes of two moments and a copy, beside half precision
         moments = sum(p.numel() * each for p in learning) if to.master else 2 * trained
-        gathered = 0
-        if to.weights:
-            whole = [sum(map(self._whole, b.parameters())) for b in self.model.shardable_blocks()]
-            gathered = sum(map(self._whole, self.model.parameters())) - sum(whole) + 2 * max(whole)
+        whole = gathered_at_once(self.model, self._dtype, gradients=False)
         return Held(
             frozen=(self.weights - trained) * to.share(to.weights),
             trained=trained * to.share(to.weights),
             gradients=trained * (to.share(to.gradients) + to.buckets),
             moments=moments * to.share(to.moments),
-            gathered=gathered,
+            gathered=whole * to.weights,
         )
-
-    def _whole(self, parameter: nn.Parameter) -> int:
-        return parameter.numel() * (self._dtype or parameter.dtype).itemsize
 
     def _reserve(self) -> float:
         """What a run keeps free of activations."""
@@ -158,12 +153,8 @@ class Estimator:
 
     def longest(self, schedule: StepSchedule, memory: float, limit: int = 2**20) -> int:
         """Tokens of the longest row that fits, a multiple of 64; 0 if none does."""
-        low, high = 0, limit // _STEP
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.needed(middle * _STEP, schedule) <= memory
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low * _STEP
+        rows = range(_STEP, limit + 1, _STEP)
+        return _STEP * bisect_right(rows, memory, key=lambda tokens: self.needed(tokens, schedule))
 
     def measure(self, documents: int, schedule: StepSchedule) -> Pass:
         """What forward and backward pass of a row take, on the card of shapes."""

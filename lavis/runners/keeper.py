@@ -87,11 +87,8 @@ def newest_of(config: Config) -> Path | None:
 
     Every process calls this, and gets what the main one finds.
     """
-    found = None
-    if dist.is_main():
-        found = newest_among(Path(config.run.output_dir), config.tree, [""])
-    path: Path | None = dist.from_main(found)
-    return path
+    parent = Path(config.run.output_dir)
+    return dist.by_main(lambda: newest_among(parent, config.tree, [""]))
 
 
 def newest_among(parent: Path, tree: dict[str, Any], inside: Sequence[str]) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lavis.common import dist
 from lavis.common.device import pick_device
-from lavis.common.errors import ConfigError
+from lavis.common.errors import ConfigError, raised_as
 from lavis.common.packages import check_packages
 from lavis.common.schema import RunConfig
 from lavis.runners.strategy import DDPStrategy, FSDP2Strategy, Strategy
@@ -89,29 +89,19 @@ def new_job_id(run: RunConfig) -> str:
     Raises:
         ConfigError: on every process, if the main one cannot make the folder.
     """
-    name, parent = "", Path(run.output_dir)
-    with dist.raise_together():
-        try:
-            if dist.is_main():
-                parent.mkdir(parents=True, exist_ok=True)
-                name = _make_new(parent, time.strftime("%Y%m%d%H%M%S"))
-        except OSError as error:
-            raise ConfigError(
-                f"run.output_dir: no folder can be made in {parent}: {error}"
-            ) from error
-    return str(dist.from_main(name))
+    return dist.by_main(lambda: _make_new(Path(run.output_dir), time.strftime("%Y%m%d%H%M%S")))
 
 
 def _make_new(parent: Path, name: str) -> str:
     chosen, number = name, 1
-    while True:
-        try:
-            (parent / chosen).mkdir()
-        except FileExistsError:
+    with raised_as(ConfigError, f"run.output_dir: no folder can be made in {parent}", OSError):
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with suppress(FileExistsError):
+                (parent / chosen).mkdir()
+                return chosen
             number += 1
             chosen = f"{name}-{number}"
-        else:
-            return chosen
 
 
 def make_folder(folder: Path, tree: dict[str, Any]) -> None:
@@ -120,10 +110,8 @@ def make_folder(folder: Path, tree: dict[str, Any]) -> None:
     Raises:
         ConfigError: on every process, if the main one cannot.
     """
-    with dist.raise_together():
-        try:
-            if dist.is_main():
-                folder.mkdir(parents=True, exist_ok=True)
-                OmegaConf.save(OmegaConf.create(tree), folder / "config.yaml")
-        except OSError as error:
-            raise ConfigError(f"run.output_dir: {folder} cannot be made: {error}") from error
+    what = f"run.output_dir: {folder} cannot be made"
+    with dist.raise_together(), raised_as(ConfigError, what, OSError):
+        if dist.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.create(tree), folder / "config.yaml")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lavis.common.schema import Config
 from lavis.runners.launch import strategy_name
@@ -45,10 +45,9 @@ class Sharing:
             return cls.fsdp2(cards, offload=run.fsdp_cpu_offload)
         if name != "deepspeed":
             return cls(name, cards, buckets=name == "ddp")
-        section: dict[str, Any] = run.deepspeed_config or {}
-        zero = section.get("zero_optimization") or {}
+        zero = run.deepspeed("zero_optimization")
         stage = int(zero.get("stage", 0))
-        half = any((section.get(k) or {}).get("enabled") for k in ("bf16", "fp16"))
+        half = any(run.deepspeed(k).get("enabled") for k in ("bf16", "fp16"))
         offload = (zero.get("offload_param") or {}).get("device") in ("cpu", "nvme")
         return cls(
             f"deepspeed, ZeRO {stage}", cards, weights=stage == 3, gradients=stage >= 2,

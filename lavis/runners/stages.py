@@ -63,7 +63,7 @@ def train_stages(stages: Mapping[str, Config], only: str | None = None) -> tuple
                 placed = config.run  # these need a process group for a single process, too
     with distributed(placed) as device:
         tree = whole_run(stages)
-        start = _find_start(stages, only, tree)
+        start = dist.by_main(lambda: _start(stages, only, tree))
         names = list(chosen)[list(chosen).index(start.stage) :]
         prepared: dict[str, tuple[Config, Any, RunPlan]] = {}
         for name in names:
@@ -187,17 +187,8 @@ def _check_begins(
     assign_model_state(model, WeightFile.of(label, held), new_parts=new)
 
 
-def _find_start(stages: Mapping[str, Config], only: str | None, tree: dict[str, Any]) -> _Start:
-    """Where ``run.resume_ckpt_path`` says to go on; the same in every process."""
-    start = None
-    with dist.raise_together():
-        if dist.is_main():
-            start = _start(stages, only, tree)
-    found: _Start = dist.from_main(start)
-    return found
-
-
 def _start(stages: Mapping[str, Config], only: str | None, tree: dict[str, Any]) -> _Start:
+    """Where ``run.resume_ckpt_path`` says to go on."""
     names = list(stages)
     last = names.index(only) if only else len(names) - 1
     near = names[max(last - 1, 0) : last + 1] if only else names  # whose checkpoints are of use

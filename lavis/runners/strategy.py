@@ -19,7 +19,7 @@ from lavis.common.device import warn_of_emulation
 from lavis.common.errors import ConfigError
 from lavis.common.schema import RunConfig
 from lavis.common.types import DTYPES
-from lavis.models.weights.slices import own_rows, take_out
+from lavis.models.weights.slices import own_rows, replace_parameters, take_out
 
 if TYPE_CHECKING:
     from lavis.models.vlm import VLM
@@ -190,18 +190,21 @@ def unchanged_blocks(model: nn.Module) -> set[nn.Module]:
     return set(vision.blocks()) if vision is not None and vision.keeps_precision else set()
 
 
-def gathered_at_once(model: nn.Module, dtype: torch.dtype | None) -> int:
+def gathered_at_once(model: nn.Module, dtype: torch.dtype | None, *, gradients: bool = True) -> int:
     """Bytes of whole parameters in use and on their way while :class:`FSDP2Strategy` computes.
-
-    Of one that learns also its gradient's, before and while it is added up in fp32.
 
     Args:
         dtype: of the products; ``None``: as the parameters are.
+        gradients: also those of what learns, before and while they are added up in fp32.
     """
 
+    def size(parameter: nn.Parameter) -> int:
+        each = dtype.itemsize if dtype else parameter.itemsize
+        learns = gradients and parameter.requires_grad
+        return parameter.numel() * (2 * each + 4 if learns else each)
+
     def whole(module: nn.Module) -> int:
-        sizes = ((p, dtype.itemsize if dtype else p.itemsize) for p in module.parameters())
-        return sum(p.numel() * (2 * n + 4 if p.requires_grad else n) for p, n in sizes)
+        return sum(map(size, module.parameters()))
 
     blocks = [0, *map(whole, getattr(model, "shardable_blocks", list)())]
     return whole(model) - sum(blocks) + 2 * max(blocks)  # one is in use, one on its way
@@ -258,7 +261,7 @@ class FSDP2Strategy(Strategy):
             policy = MixedPrecisionPolicy() if block in unchanged else policy
             fully_shard(block, mp_policy=policy, **options)
         fully_shard(model, **options)
-        self._fill(model, held)
+        replace_parameters(model, lambda name, parameter: self.shard(held[name], parameter))
         for method in ("generate_ids", "encode_query", "prove_language"):
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
@@ -274,17 +277,6 @@ class FSDP2Strategy(Strategy):
             return float(self._at_once)
         local = sum(p.to_local().nbytes for p in self.trained)
         return float(self._at_once + 3 * local)  # a gradient and two moments
-
-    def _fill(self, model: nn.Module, held: dict[str, Tensor]) -> None:
-        """Give each parameter its slice of what :func:`take_out` has taken."""
-        filled: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stays tied
-        state = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter not in filled:
-                sharded = self.shard(held[name], parameter)
-                filled[parameter] = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
-            state[name] = filled[parameter]
-        model.load_state_dict(state, strict=False, assign=True)
 
     def whole(self, tensor: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor

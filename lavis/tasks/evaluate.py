@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavis.common import dist
-from lavis.common.errors import DataError, LavisError
+from lavis.common.errors import DataError, LavisError, raised_as
 from lavis.common.schema import RunConfig
 from lavis.common.typed import parse
 from lavis.datasets.instruction import InstructionDataset
@@ -161,12 +161,9 @@ def _write_answers(path: Path, predictions: Iterable[Prediction], mode: str = "w
 
 def _write(path: Path, text: str, mode: str = "w") -> None:
     """In the main process; if it fails, all raise."""
-    with dist.raise_together():
-        try:
-            if dist.is_main():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # Half a surrogate pair has no UTF-8; its backslash escape is JSON's, too.
-                with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(text)
-        except OSError as error:
-            raise LavisError(f"{path} cannot be written: {error}") from error
+    with dist.raise_together(), raised_as(LavisError, f"{path} cannot be written", OSError):
+        if dist.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Half a surrogate pair has no UTF-8; its backslash escape is JSON's, too.
+            with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)

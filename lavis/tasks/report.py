@@ -11,6 +11,7 @@ from pathlib import Path
 from lavis.common.cli import printable
 from lavis.common.videos import preview
 from lavis.tasks.scoring import Prediction
+from lavis.tasks.sheets import grouped
 
 logger = logging.getLogger(__name__)
 _CJK_FONTS = (
@@ -55,10 +56,8 @@ def draw_answers(
 
 
 def _take_turns(predictions: Sequence[Prediction]) -> list[Prediction]:
-    groups: dict[tuple[str, str], list[Prediction]] = {}
-    for prediction in predictions:
-        groups.setdefault((prediction.kind, prediction.language), []).append(prediction)
-    return [p for turn in zip_longest(*groups.values()) for p in turn if p is not None]
+    groups = grouped(predictions, lambda p: (p.kind, p.language)).values()
+    return [p for turn in zip_longest(*groups) for p in turn if p is not None]
 
 
 def _wrapped(text: str, width: int = 34) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from lavis.datasets.annotations import Record
 from lavis.datasets.collate import settle_bad
 from lavis.datasets.instruction import InstructionDataset
 from lavis.models.decode import Prompts
+from lavis.tasks.sheets import grouped
 
 if TYPE_CHECKING:
     from lavis.models.vlm import VLM
@@ -226,16 +226,11 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
         towards ``overall``, which is ``None`` without a question. Of public benchmarks, which do
         not count there, ``"sheets": {data set: Sheet}``.
     """
-    groups: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
-    benchmarks: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
-    for p in predictions:
-        if p.reference.score and not p.skipped:
-            benchmarks[p.reference.dataset, p.reference.score].append(p)
+    scored = [p for p in predictions if p.reference.score and not p.skipped]
+    benchmarks = grouped(scored, lambda p: (p.reference.dataset, p.reference.score))
     asked = [p for p in predictions if not p.skipped and not p.reference.score]
-    for prediction in asked:
-        groups[prediction.kind, prediction.language].append(prediction)
     kinds: dict[str, dict[str, Any]] = {}
-    for (kind, language), group in sorted(groups.items()):
+    for (kind, language), group in sorted(grouped(asked, lambda p: (p.kind, p.language)).items()):
         entry: dict[str, Any] = {"exact": _percent(group), "count": len(group)}
         if kind == DESCRIPTION:
             entry["bleu"] = _bleu(group)
@@ -359,11 +354,9 @@ def _share(order: list[int]) -> list[int]:
 def _shuffled(records: Sequence[Record], seed: int) -> list[Record]:
     """Records that show what another one shows: as many images, or any video."""
     result = list(records)
-    alike: dict[tuple[bool, int, int], list[int]] = defaultdict(list)
-    for i, record in enumerate(records):
-        alike[record.video is not None, len(record.images), len(record.words)].append(i)
+    kinds = [(r.video is not None, len(r.images), len(r.words)) for r in records]
     rng = random.Random(seed)  # noqa: S311
-    for same in alike.values():
+    for same in grouped(range(len(records)), kinds.__getitem__).values():
         for i, j in zip(same, rng.sample(same, len(same)), strict=True):
             other = records[j]
             result[i] = replace(

@@ -6,10 +6,9 @@ A metric is registered under the name that ``score`` has in a block of ``dataset
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lavis.common.errors import DataError
 from lavis.common.types import Reference
@@ -18,6 +17,8 @@ from lavis.tasks.vqa import normalize_textvqa, normalize_vqa, vqa_accuracy
 if TYPE_CHECKING:
     from lavis.tasks.scoring import Prediction
 
+T = TypeVar("T")
+K = TypeVar("K")
 Figures = dict[str, float | None]
 """Percentages, sums of percentages (MME's scores), and ``count``; ``None`` is one of nothing."""
 Sheet = dict[str, Figures]
@@ -60,12 +61,18 @@ def _mean(values: Iterable[float]) -> float | None:
     return 100.0 * sum(values) / len(values) if values else None
 
 
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by their key; keys in the order in which they come."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def _by(
     predictions: Iterable[Prediction], key: Callable[[Prediction], str]
 ) -> dict[str, list[Prediction]]:
-    groups: dict[str, list[Prediction]] = defaultdict(list)
-    for prediction in predictions:
-        groups[key(prediction)].append(prediction)
+    groups = grouped(predictions, key)
     groups.pop("", None)
     return dict(sorted(groups.items()))
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lavis.common.cli import gigabytes, output_folder, run_cli, setup_logging
 from lavis.common.config import load_config
-from lavis.common.device import pick_device
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import cache_path, require, require_checkpoint, user_path
 from lavis.common.schema import Config
@@ -30,7 +29,7 @@ from lavis.models.language.qwen1 import read_spec
 from lavis.models.legacy import MiniGPT4QwenConfig
 from lavis.models.weights.files import load_pickle, state_dict_in
 from lavis.models.weights.shards import read_json
-from lavis.tools.merge import check_mergeable, require_empty
+from lavis.tools import merge
 
 _QFORMER = ("query_tokens", "ln_vision.", "Qformer.")
 
@@ -69,23 +68,15 @@ def main() -> int:
             print(path)
         return 0
     if args.format == "merged":
-        check_mergeable(config, args.out)
-        from lavis.models.language.merged import merge
+        merge.run(config, args)
+        return 0
+    merge.require_empty(args.out)
+    scores = read_json(user_path(args.scores)) if args.scores else None
+    from lavis.models.export.folder import Export
 
-        device = pick_device(args.device, "--device", "--device cpu")
-        print(merge(config, checkpoint, args.out, dtype=dtype, device=device))
-    else:
-        require_empty(args.out)
-        scores = read_json(user_path(args.scores)) if args.scores else None
-        from lavis.models.export.folder import Export
-
-        made = Export.of(config, args.format)
-        limit = args.max_shard_size
-        print(
-            made.write(
-                checkpoint, args.out, dtype=dtype, limit=limit, device=args.device, scores=scores
-            )
-        )
+    made, limit, device = Export.of(config, args.format), args.max_shard_size, args.device
+    proof = made.write(checkpoint, args.out, dtype=dtype, limit=limit, device=device, scores=scores)
+    print(proof)
     print(args.out)
     return 0
 

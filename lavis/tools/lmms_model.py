@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
-from lavis.common.errors import ConfigError, DataError
+from lavis.common.errors import ConfigError, DataError, LavisError, at
 from lavis.common.images import as_image
 from lavis.common.types import IMAGE_PLACEHOLDER, Spans
 from lavis.common.videos import cut, read_video
@@ -102,17 +101,15 @@ class LavisModel(lmms):
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answers in the order of the requests, cut before what ``until`` names."""
-        groups: dict[str, list[int]] = defaultdict(list)
-        settings: dict[str, Mapping[str, Any]] = {}
-        for number, request in enumerate(requests):
-            given = request.args[2] or {}
-            groups[repr(sorted(given.items()))].append(number)
-            settings[repr(sorted(given.items()))] = given
+        settings = [request.args[2] or {} for request in requests]
+        keys = [repr(sorted(given.items())) for given in settings]
         answers: dict[int, str] = {}
-        for key, numbers in groups.items():
-            for number, ids in self._answer(requests, numbers, settings[key]):
+        for key in dict.fromkeys(keys):
+            numbers = [n for n, k in enumerate(keys) if k == key]
+            given = settings[numbers[0]]
+            for number, ids in self._answer(requests, numbers, given):
                 text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
-                answers[number] = _cut(text, settings[key].get("until")).strip()
+                answers[number] = _cut(text, given.get("until")).strip()
         return [answers[number] for number in range(len(requests))]
 
     def _answer(
@@ -139,14 +136,12 @@ class LavisModel(lmms):
         pictures: list[Any] = []
         for number in numbers:
             _, doc_to_messages, _, doc_id, task, split = requests[number].args
-            try:
+            with at(f"task {task}, {split}[{doc_id}]", LavisError):
                 messages = ChatMessages(
                     messages=doc_to_messages(self.task_dict[task][split][doc_id])
                 )
                 prompt, shown = self._prompt(messages)
                 require_context(self.model.context, len(prompt), max_new_tokens)
-            except (ConfigError, DataError) as error:
-                raise type(error)(f"task {task}, {split}[{doc_id}]: {error}") from error
             ids.append(prompt)
             pictures += shown
         pixels = Generator(self.model).pixels(pictures)

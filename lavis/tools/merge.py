@@ -37,7 +37,12 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="where both models are compared")
     args = parser.parse_args()
     setup_logging()
-    config = load_config(args.cfg_path, args.options)
+    run(load_config(args.cfg_path, args.options), args)
+    return 0
+
+
+def run(config: Config, args: argparse.Namespace) -> None:
+    """Merge as a command's ``checkpoint``, ``out``, ``dtype`` and ``device`` say."""
     check_mergeable(config, args.out)
 
     from lavis.common.device import pick_device
@@ -45,10 +50,8 @@ def main() -> int:
     from lavis.models.language.merged import merge
 
     device = pick_device(args.device, "--device", "--device cpu")
-    proof = merge(config, args.checkpoint, args.out, dtype=DTYPES.get(args.dtype), device=device)
-    print(proof)
+    print(merge(config, args.checkpoint, args.out, dtype=DTYPES.get(args.dtype), device=device))
     print(args.out)
-    return 0
 
 
 def check_mergeable(config: Config, out: Path) -> None:

@@ -19,7 +19,7 @@ import regex
 from tqdm import tqdm
 
 from lavis.common.cli import output_file, run_cli, setup_logging
-from lavis.common.errors import DataError
+from lavis.common.errors import DataError, raised_as
 from lavis.common.paths import require, user_path
 from lavis.processors.conversation import SYSTEM_PROMPT
 from lavis.processors.tokenizer import SPLIT_PATTERN, normalize, read_ranks
@@ -88,7 +88,7 @@ def read_texts(path: Path) -> Iterator[str]:
         DataError: the file is not valid JSON.
     """
     text = path.read_text(encoding="utf-8")
-    try:
+    with raised_as(DataError, f"{path} is not valid JSON", ValueError):
         if path.suffix == ".json":
             yield from _strings(json.loads(text))
         elif path.suffix == ".jsonl":
@@ -96,8 +96,6 @@ def read_texts(path: Path) -> Iterator[str]:
                 yield from _strings(json.loads(line))
         else:
             yield from text.splitlines(keepends=True)
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
 def _strings(value: Any) -> Iterator[str]:

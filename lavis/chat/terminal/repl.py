@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from lavis.chat.terminal.interrupt import CtrlC
 from lavis.common.cli import printable
-from lavis.common.errors import ConfigError, DataError, LavisError
+from lavis.common.errors import ConfigError, DataError, LavisError, raised_as
 from lavis.common.paths import replaces
 from lavis.common.registry import did_you_mean
 
@@ -279,10 +279,8 @@ class Repl:
             raise DataError(":save takes one file name")
         path = _path(words[0])
         text = json.dumps(self.conversation.to_dict(), ensure_ascii=False, indent=2)
-        try:
+        with raised_as(DataError, f"{path} cannot be written", OSError, ValueError, RuntimeError):
             write_whole(path, f"{text}\n")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"{path} cannot be written: {error}") from error
         self._note(f"saved to {path}")
 
     def _error(self, text: str) -> None:

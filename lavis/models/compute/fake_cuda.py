@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lavis.models.weights.slices import replace_parameters
+
 aten = torch.ops.aten
 _MATH = F.scaled_dot_product_attention
 # What autocast lowers to half precision, and what it raises to fp32.
@@ -204,12 +206,7 @@ def _fused(
 
 def on_card(model: nn.Module) -> None:
     """Give a model of the meta device memory on the card; call it while the card is there."""
-    made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+    replace_parameters(model, lambda _, p: torch.empty(p.shape, dtype=p.dtype, device="cuda"))
     for module in model.modules():
-        for name, like in list(module.named_parameters(recurse=False)):
-            if like not in made:
-                empty = torch.empty(like.shape, dtype=like.dtype, device="cuda")
-                made[like] = nn.Parameter(empty, requires_grad=like.requires_grad)
-            setattr(module, name, made[like])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))

@@ -69,6 +69,7 @@ _PIL = (
 
 def write_card(
     folder: Path,
+    name: str,
     config: Config,
     target: Target,
     proof: Proof,
@@ -77,6 +78,7 @@ def write_card(
     """Write ``README.md``. It names files by their last part alone.
 
     Args:
+        name: of the folder, when it is finished.
         scores: what ``evaluate.py`` wrote to ``scores.json``.
     """
     model = config.model
@@ -95,7 +97,7 @@ def write_card(
              "`config.json`; a longer one was never trained."]  # fmt: skip
     (folder / "README.md").write_text(
         _FRONT.format(
-            name=folder.name.removeprefix(".").removesuffix(".unfinished"),
+            name=name,
             proof=f"A vision language model, {proof}.",
             parts="\n".join(parts),
             data="\n".join(_data(config)) or "The configuration names none.",

@@ -72,20 +72,18 @@ def check(folder: Path, record: Path) -> dict[str, Any]:
             if shown:
                 features = model.get_image_features(inputs["pixel_values"]).pooler_output
                 features = torch.cat([f.reshape(-1, f.shape[-1]) for f in features])
-                _close(f"{at}, image features", features, wanted[f"{n}.features"], limit)
-                far = (features.float().cpu() - wanted[f"{n}.features"]).abs().max()
-                result["features"] = max(result["features"], float(far))
+                far = _close(f"{at}, image features", features, wanted[f"{n}.features"], limit)
+                result["features"] = max(result["features"], far)
             logits, answer = wanted[f"{n}.logits"], wanted[f"{n}.answer"].tolist()
             more = torch.tensor([answer[:-1]], dtype=torch.int64, device=said["device"])
             whole = torch.cat([inputs["input_ids"], more], 1)
             forced = inputs | {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
             got = model(**forced, use_cache=False).logits[0, -len(answer) :].float().cpu()
-            _close(f"{at}, logits", got[:, : logits.shape[1]], logits, limit)
-            off = (got[:, : logits.shape[1]] - logits).abs().max()
-            result["logits"] = max(result["logits"], float(off))
+            off = _close(f"{at}, logits", got[:, : logits.shape[1]], logits, limit)
+            result["logits"] = max(result["logits"], off)
             new = model.generate(**inputs, max_new_tokens=len(answer), do_sample=False)
         tokens = new[0, ids.shape[1] :].tolist()
-        result["same"] += _answers(f"{at}, answer", tokens, answer, logits, float(off))
+        result["same"] += _answers(f"{at}, answer", tokens, answer, logits, off)
     return result
 
 
@@ -118,8 +116,8 @@ def _same(what: str, got: Sequence[int], wanted: Sequence[int], tokenizer: Any) 
     raise DifferenceError(f"{what}: token {first} is another: {theirs}, not {ours}")
 
 
-def _close(what: str, got: Any, wanted: Any, limit: float) -> None:
-    """Refuse a difference whose length is more than this share of the length."""
+def _close(what: str, got: Any, wanted: Any, limit: float) -> float:
+    """The largest difference of a number; refuse one whose length is more than this share."""
     got = got.float().cpu().reshape(-1)
     wanted = wanted.float().reshape(-1)
     if got.shape != wanted.shape:
@@ -131,6 +129,7 @@ def _close(what: str, got: Any, wanted: Any, limit: float) -> None:
             f"{what}: {share:.1e} of their length away, more than {limit:.0e}; number {first} is "
             f"{float(got[first]):.6g}, not {float(wanted[first]):.6g}"
         )
+    return float((got - wanted).abs().max())
 
 
 def _answers(what: str, got: list[int], wanted: list[int], logits: Any, off: float) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from lavis.common.errors import ConfigError
-from lavis.common.paths import require_checkpoint
+from lavis.common.paths import makes_folder, require_checkpoint
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config
 from lavis.models.config import PartsConfig
@@ -41,19 +39,12 @@ _ROWS = 64  # a vocabulary grows to a multiple of it, which matrix products like
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported, with all that can be checked before a weight is read checked.
-
-    Attributes:
-        config: the run.
-        target: the stock class.
-        described: the language model's small files.
-        template: the chat template in Jinja.
-    """
+    """What is exported, with all that can be checked before a weight is read checked."""
 
     config: Config
     target: Target
     described: LanguagePart
-    template: str
+    template: str  # in Jinja
 
     @classmethod
     def of(cls, config: Config, kind: str) -> Export:
@@ -115,27 +106,19 @@ class Export:
         self.target.check(model.language)
         dtype = dtype or model.dtype
         text = self._text_config(model, image_id, dtype)
-        unfinished = out.with_name(f".{out.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        try:
+        with makes_folder(out) as folder:
             images = _image_settings(model)
             tokenizer.chat_template = self.template
             tokenizer.model_max_length = model.context
-            self.target.processor(images, tokenizer, self.template).save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)  # BLIP-2's processor leaves the template out
-            self._write_configs(model, text, image_id, unfinished)
+            self.target.processor(images, tokenizer, self.template).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)  # BLIP-2's processor leaves the template out
+            self._write_configs(model, text, image_id, folder)
             weights = self.target.weights(model, language_weights(model.language, text.vocab_size))
-            write_shards(weights, unfinished, dtype=dtype, limit=limit)
+            write_shards(weights, folder, dtype=dtype, limit=limit)
             with record(model, self.target, image_id, dtype, device) as recorded:
                 del model, weights
-                proof = reload(unfinished, recorded)
-            write_card(unfinished, self.config, self.target, proof, scores)
-            with suppress(OSError):
-                out.rmdir()  # an empty one
-            unfinished.rename(out)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+                proof = reload(folder, recorded)
+            write_card(folder, out.name, self.config, self.target, proof, scores)
         return proof
 
     def _text_config(self, model: VLM, image_id: int, dtype: torch.dtype) -> PreTrainedConfig:

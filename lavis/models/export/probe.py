@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,15 +28,14 @@ from lavis.processors.contracts import Turn
 from lavis.processors.conversation import IMAGE
 
 _NEW_TOKENS = 8
-_PICTURE = object()
-_ASKED: tuple[tuple[tuple[object, ...] | str, ...], ...] = (
-    ((_PICTURE, "What is in the picture?"),),
-    ((_PICTURE, "\nWhat is this?"), "A red ball.", ("Count from one to ten.",)),
-    ((_PICTURE, _PICTURE, "Compare the two pictures."),),
-    (("用一句话描述图片：", _PICTURE),),
+_ASKED = (
+    (f"{IMAGE} What is in the picture?",),
+    (f"{IMAGE}\nWhat is this?", "A red ball.", "Count from one to ten."),
+    (f"{IMAGE}{IMAGE} Compare the two pictures.",),
+    (f"用一句话描述图片：{IMAGE}",),
 )
-"""Conversations: a user's parts, and an assistant's text."""
-_TEXT_ALONE = (("Name a colour. 说一种颜色。",),)
+"""Conversations of a user and an assistant in turn."""
+_TEXT_ALONE = ("Name a colour. 说一种颜色。",)
 # Length of a difference, as a share: of other weights it would be more, of other rounding less.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -86,9 +86,9 @@ def record(
         said: list[dict[str, Any]] = []
         wanted: dict[str, Tensor] = {}
         for n, turns in enumerate(_ASKED + (_TEXT_ALONE,) * (target.repeat == 1)):
-            messages, asked, count = _spoken(turns)
-            shown = [(n + k) % len(pictures) for k in range(count)]
-            said.append({"messages": messages, "pictures": shown})
+            asked = [Turn("assistant" if k % 2 else "user", text) for k, text in enumerate(turns)]
+            shown = [(n + k) % len(pictures) for k in range("".join(turns).count(IMAGE))]
+            said.append({"messages": list(map(_message, asked)), "pictures": shown})
             computed = _computed(model, asked, [pictures[k] for k in shown], image_id)
             wanted |= {f"{n}.{name}": tensor for name, tensor in computed.items()}
         tolerance = max(_TOLERANCE[d] for d in {dtype, model.dtype})
@@ -134,30 +134,13 @@ def _picture(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(((0.7 * rise + 0.3 * noise) * 255).byte().numpy())
 
 
-def _spoken(
-    turns: tuple[tuple[object, ...] | str, ...],
-) -> tuple[list[dict[str, Any]], list[Turn], int]:
-    """A conversation as Transformers takes it and as this project does, and its pictures."""
-    messages: list[dict[str, Any]] = []
-    asked: list[Turn] = []
-    count = 0
-    for turn in turns:
-        if isinstance(turn, str):
-            messages.append({"role": "assistant", "content": turn})
-            asked.append(Turn("assistant", turn))
-            continue
-        text, content = "", []
-        for part in turn:
-            if part is _PICTURE:
-                content.append({"type": "image"})
-                text, count = text + IMAGE, count + 1
-            else:
-                content.append({"type": "text", "text": str(part)})
-                blank = " " if text.endswith(IMAGE) and not str(part)[0].isspace() else ""
-                text += blank + str(part)
-        messages.append({"role": "user", "content": content})
-        asked.append(Turn("user", text))
-    return messages, asked, count
+def _message(turn: Turn) -> dict[str, Any]:
+    """A turn as Transformers takes it, where the template puts a blank behind an image."""
+    if turn.role == "assistant":
+        return {"role": turn.role, "content": turn.text}
+    parts = filter(None, re.split(f"({IMAGE}) ?", turn.text))
+    content = [{"type": "image"} if p == IMAGE else {"type": "text", "text": p} for p in parts]
+    return {"role": turn.role, "content": content}
 
 
 def _computed(

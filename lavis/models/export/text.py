@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.models.language.parts import LanguagePart, Qwen1
@@ -20,7 +19,6 @@ from lavis.processors.tokenizer import SPLIT_PATTERN, QwenTokenizer, read_ranks
 IMAGE_TOKEN = "<image>"  # noqa: S105  no password
 """What stands for an image's features, once for each."""
 
-_CHARACTERS = bytes_to_unicode()
 _CHATML = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}"
@@ -116,16 +114,9 @@ def _special(text: str) -> AddedToken:
 def _of_tiktoken(tokenizer: QwenTokenizer) -> PreTrainedTokenizerFast:
     """First-generation Qwen's vocabulary as ``tokenizer.json``; its image token gets our name."""
     ranks = read_ranks(tokenizer.path)
-    words = {token: "".join(_CHARACTERS[byte] for byte in token) for token in ranks}
-    merges: list[tuple[str, str]] = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-        known = [(a, b) for a, b in cuts if a in ranks and b in ranks]
-        known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(words[a], words[b]) for a, b in known]
-    # tiktoken takes a piece that is a token as it is, without looking for its merges.
-    vocab = {words[token]: rank for token, rank in ranks.items()}
-    backend = Tokenizer(BPE(vocab, merges, ignore_merges=True))
+    converter = TikTokenConverter(tokenizer.path)
+    converter.load_tiktoken_bpe = lambda path: ranks  # its own keeps a copy of a file for good
+    backend: Tokenizer = converter.tokenizer()
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),

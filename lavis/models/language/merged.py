@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lavis.common.errors import ConfigError, WeightsError, listed
-from lavis.common.paths import require_checkpoint
+from lavis.common.paths import makes_folder, require_checkpoint
 from lavis.common.registry import MODELS
 from lavis.common.schema import Config
 from lavis.common.types import DTYPES
 from lavis.models.compute.adapted_linear import AdaptedLinear
 from lavis.models.config import PartsConfig
+from lavis.models.export.shards import converted, save_shards, write_json
 from lavis.models.language.hf import stock_class, text_part
 from lavis.models.language.parts import LanguagePart, Qwen1
 from lavis.models.vlm import VLM
@@ -99,26 +98,21 @@ def merge(
     adapted: Any = model.language.model
     prompts = [model.encoder.prompt([Turn("user", q)]) for q in _QUESTIONS]
     texts = [_answer(adapted, ids, device) for ids in prompts]
-    wanted = [_logits(adapted, ids, device) for ids in texts]
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        kinds = write_folder(described, adapted, unfinished, dtype)
+
+    def said(llm: nn.Module) -> Tensor:
+        return torch.cat([_logits(llm, ids, device) for ids in texts])
+
+    wanted = said(adapted)
+    with makes_folder(out) as folder:
+        kinds = write_folder(described, adapted, folder, dtype)
         computed = model.language.head.weight.dtype
-        _write_run(config, state, unfinished, out)
+        _write_run(config, state, folder, out)
         for layer in _layers(adapted).values():
             layer.enable_adapters(False)
-        bare = [_logits(adapted, ids, device) for ids in texts]
+        bare = said(adapted)
         del model, adapted, layer
-        merged = _read_back(described, unfinished, device)
-        proof = _compare(prompts, texts, wanted, [_logits(merged, t, device) for t in texts], bare)
+        proof = _compare(prompts, texts, wanted, said(_read_back(described, folder, device)), bare)
         _judge(proof, kinds, computed)
-        with suppress(OSError):
-            out.rmdir()  # an empty one
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return proof
 
 
@@ -166,26 +160,18 @@ def write_folder(
             f"{source}: its files hold no {listed(absent)}: this family's weights are stored "
             "under other names, and adapters cannot be merged into them file by file"
         )
-    index: dict[str, str] = {}
-    kinds, size = set(), 0
-    for number, (file, names) in enumerate(shards, start=1):
-        many = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        tensors = {}
-        for key, stored in names.items():
-            tensor = file[stored]
-            kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-            if key in places:
-                tensor = _merged(tensor, places[key]).to("cpu", kind)
-                kinds.add(kind)
-                if not torch.isfinite(tensor).all():
-                    raise WeightsError(f"{key}, merged, is not finite in {kind}: see --dtype")
-            tensors[key] = tensor.to(kind).contiguous()
-        size += sum(t.nbytes for t in tensors.values())
-        index |= dict.fromkeys(tensors, f"model{many}.safetensors")
-        save_file(tensors, out / f"model{many}.safetensors", metadata={"format": "pt"})
-    if len(shards) > 1:
-        content = {"metadata": {"total_size": size}, "weight_map": index}
-        _write_json(out / "model.safetensors.index.json", content)
+    kinds: set[torch.dtype] = set()
+
+    def make(key: str, file: WeightFile, stored: str) -> Tensor:
+        tensor = file[stored]
+        kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        if key not in places:
+            return tensor.to(kind).contiguous()
+        kinds.add(kind)
+        return converted(f"{key}, merged,", lambda: _merged(tensor, places[key]), kind)
+
+    files = ({k: partial(make, k, file, n) for k, n in names.items()} for file, names in shards)
+    save_shards(list(files), out)
     _write_small_files(described, out, dtype, text=text)
     return kinds
 
@@ -231,11 +217,7 @@ def _write_small_files(
     if dtype is not None:
         content.pop("torch_dtype", None)  # the older name
         content["dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(out / "config.json", content)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / "config.json", content)
 
 
 def _write_run(config: Config, state: dict[str, Tensor], folder: Path, out: Path) -> None:
@@ -286,18 +268,14 @@ def _answer(llm: nn.Module, prompt: list[int], device: torch.device) -> list[int
 
 
 def _compare(
-    prompts: list[list[int]],
-    texts: list[list[int]],
-    wanted: list[Tensor],
-    got: list[Tensor],
-    bare: list[Tensor],
+    prompts: list[list[int]], texts: list[list[int]], wanted: Tensor, got: Tensor, bare: Tensor
 ) -> Proof:
     # A greedy answer is the same if each of its tokens is the likeliest after those before it.
-    chosen = [g[len(p) - 1 : -1].argmax(-1).tolist() for p, g in zip(prompts, got, strict=True)]
-    same = sum(t[len(p) :] == c for p, t, c in zip(prompts, texts, chosen, strict=True))
-    w, g, b = torch.cat(wanted), torch.cat(got), torch.cat(bare)
-    relative, effect = (float((x - w).norm() / w.norm()) for x in (g, b))
-    return Proof(same, len(prompts), float((g - w).abs().max()), relative, effect)
+    likeliest = [ids.tolist() for ids in got.argmax(-1).split([len(t) for t in texts])]
+    each = zip(prompts, texts, likeliest, strict=True)
+    same = sum(text[len(p) :] == ids[len(p) - 1 : -1] for p, text, ids in each)
+    relative, effect = (float((x - wanted).norm() / wanted.norm()) for x in (got, bare))
+    return Proof(same, len(prompts), float((got - wanted).abs().max()), relative, effect)
 
 
 def _judge(proof: Proof, kinds: set[torch.dtype], computed: torch.dtype) -> None:

@@ -8,8 +8,9 @@ import logging
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2ForCausalLM
 
-from lavis.common.errors import ConfigError, LavisError
+from lavis.common.errors import ConfigError, LavisError, raised_as
 from lavis.common.paths import cache_path
+from lavis.common.schema import Key
 from lavis.common.types import DTYPES
 from lavis.models.compute.quantized_linear import PACKED_BITS, OutlinedLinear
 from lavis.models.config import HfConfig, LanguageConfig, Qwen1Config
@@ -17,7 +18,6 @@ from lavis.models.language.causal import CausalLM, context_of
 from lavis.models.language.hf import load_hf, stock_class
 from lavis.models.language.quantize import quantize, replace_linears
 from lavis.models.language.qwen1 import load_llm, new_llm, read_spec
-from lavis.models.vision.config import Key
 from lavis.models.weights.original import QWEN, SAME_NAMES, KeyMap
 from lavis.models.weights.stock import read_config
 from lavis.processors.chatml import SYSTEM_PROMPT, ChatML
@@ -160,10 +160,8 @@ class Hf(LanguagePart):
     def _check_system(self) -> None:
         if self.system is None:
             return
-        try:
+        with raised_as(ConfigError, self.key("system"), LavisError):
             pieces = self.template.pieces([Turn("user", "?")], system=self.system, ask=True)
-        except LavisError as error:
-            raise ConfigError(f"{self.key('system')}: {error}") from error
         if self.system.strip() not in "".join(p.text for p in pieces if p.kind is Kind.TEXT):
             raise ConfigError(f"{self.key('system')}: the chat template leaves it out; give none")
 
@@ -171,10 +169,7 @@ class Hf(LanguagePart):
 def _own_template(name: str, tokenizer: Tokenizer, key: str) -> ChatTemplate:
     """A class that a YAML names: ``pkg.module:Class``, made with the tokenizer."""
     module, _, attribute = name.partition(":")
-    try:
+    what = f"{key}: {name!r} is no pkg.module:Class that takes a tokenizer"
+    with raised_as(ConfigError, what, ImportError, AttributeError, ValueError, TypeError):
         made: ChatTemplate = getattr(importlib.import_module(module), attribute)(tokenizer)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{key}: {name!r} is no pkg.module:Class that takes a tokenizer: {error}"
-        ) from error
     return made

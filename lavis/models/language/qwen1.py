@@ -11,8 +11,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.registry import did_you_mean
+from lavis.common.schema import Key
 from lavis.models.compute.attention import PACKED
-from lavis.models.vision.config import Key
 from lavis.models.weights.files import load_weights, open_shards
 from lavis.models.weights.original import QWEN
 from lavis.models.weights.shards import read_json

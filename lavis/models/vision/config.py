@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lavis.common.errors import ConfigError, WeightsError
 from lavis.common.paths import cache_path, require
 from lavis.common.registry import VISION_ENCODERS, Registry
-from lavis.common.schema import ImageTransform, PartConfig
-from lavis.common.typed import require_range
+from lavis.common.schema import ImageTransform, Key, PartConfig
+from lavis.common.typed import Checked, ranged
 from lavis.models.weights.shards import folder_files
 
 if TYPE_CHECKING:
@@ -20,19 +20,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Checked):
     """``model.vit_config``: sizes of the vision encoder, EVA-CLIP ViT-g/14 by default."""
 
-    embed_dim: int = 1408
-    depth: int = 39
-    num_heads: int = 16
-    mlp_ratio: float = 4.3637
-    patch_size: int = 14
-    initializer_range: float = 0.02  # of the matrices, from scratch
+    embed_dim: int = ranged(1408, least=1)
+    depth: int = ranged(39, least=1)
+    num_heads: int = ranged(16, least=1)
+    mlp_ratio: float = ranged(4.3637, least=1)
+    patch_size: int = ranged(14, least=1)
+    initializer_range: float = ranged(0.02, least=0)  # of the matrices, from scratch
 
     def __post_init__(self) -> None:
-        require_range(self, 1, "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size")
-        require_range(self, 0, "initializer_range")
+        super().__post_init__()
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}"
@@ -40,30 +39,34 @@ class ViTConfig:
 
 
 @dataclass(frozen=True)
-class QFormerConfig:
+class QFormerConfig(Checked):
     """``model.qformer_config``: what is not given comes from ``bert_config``, or is BERT-base."""
 
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    intermediate_size: int | None = None
-    hidden_dropout_prob: float | None = None
-    attention_probs_dropout_prob: float | None = None
-    layer_norm_eps: float | None = None
-    cross_attention_frequency: int | None = None
-    initializer_range: float | None = None
-
-    def __post_init__(self) -> None:
-        require_range(
-            self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads",
-            "intermediate_size", "cross_attention_frequency",
-        )  # fmt: skip
-        require_range(self, 0, "hidden_dropout_prob", "attention_probs_dropout_prob", below=1)
-        require_range(self, 0, "initializer_range", "layer_norm_eps")
+    hidden_size: int | None = ranged(None, least=1)
+    num_hidden_layers: int | None = ranged(None, least=1)
+    num_attention_heads: int | None = ranged(None, least=1)
+    intermediate_size: int | None = ranged(None, least=1)
+    hidden_dropout_prob: float | None = ranged(None, least=0, below=1)
+    attention_probs_dropout_prob: float | None = ranged(None, least=0, below=1)
+    layer_norm_eps: float | None = ranged(None, least=0)
+    cross_attention_frequency: int | None = ranged(None, least=1)
+    initializer_range: float | None = ranged(None, least=0)
 
 
-Key = Callable[[str], str]
-"""Says what the user calls a key of a part's block, for messages."""
+KEY: Key = "model.vision.{}".format  # for those who are given none
+
+
+def too_short(setting: str, key: str, precision: str) -> ConfigError:
+    """What to raise where weights learn that are in half precision."""
+    return ConfigError(
+        f"{setting} needs {key}: fp32 ({precision} weights do not train: their updates round "
+        "away); run.amp gives the speed of half precision"
+    )
+
+
+def _is_half(precision: str, device: torch.device) -> bool:
+    """Whether an encoder is in half precision there: on a CPU, fp16 is computed in fp32."""
+    return precision == "bf16" or (precision == "fp16" and device.type != "cpu")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class VisionConfig(PartConfig):
     REGISTRY: ClassVar[Registry[Any]] = VISION_ENCODERS
     PARTS: ClassVar[tuple[str, ...]] = ()
 
-    image_size: int | None = None
+    image_size: int | None = ranged(None, least=1)
     enable_autocast: bool = True
 
     def transform(self, cache_root: str, key: Key) -> ImageTransform:
@@ -99,14 +102,6 @@ class VisionConfig(PartConfig):
         """Whether autocast leaves it alone where it is frozen, as it is in half precision there."""
         return False
 
-    def files(self, cache_root: str, key: Key) -> Iterator[Path]:
-        """The weight files, checked.
-
-        Raises:
-            WeightsError: one is missing.
-        """
-        return iter(())
-
     def check_training(self, parts: tuple[str, ...]) -> None:
         """Check that these of :attr:`PARTS` can learn; without any, the whole encoder.
 
@@ -116,30 +111,29 @@ class VisionConfig(PartConfig):
 
 
 @dataclass(frozen=True)
-class EvaQFormerKeys:
+class EvaQFormerKeys(Checked):
     """EVA ViT-g, a LayerNorm and the Q-Former, by the original's keys."""
 
     pretrained: str = "ckpt/blip2/blip2_pretrained_flant5xxl.pth"
     vit_model: Literal["eva_clip_g"] = "eva_clip_g"
     vit_weights: str = "ckpt/eva/eva_vit_g.pth"
     vit_config: ViTConfig = ViTConfig()
-    image_size: int = 224
-    drop_path_rate: float = 0.0
+    image_size: int = ranged(224, least=1)
+    drop_path_rate: float = ranged(0.0, least=0, below=1)
     use_grad_checkpoint: bool = False
     vit_precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     bert_config: str = "ckpt/bert-base-uncased/config.json"
     qformer_config: QFormerConfig = QFormerConfig()
-    num_query_token: int = 32
+    num_query_token: int = ranged(32, least=1)
     enable_autocast: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.image_size % self.vit_config.patch_size:
             raise ConfigError(
                 f"image_size {self.image_size} is not divisible by vit_config.patch_size "
                 f"{self.vit_config.patch_size}"
             )
-        require_range(self, 1, "image_size", "num_query_token")
-        require_range(self, 0, "drop_path_rate", below=1)
 
 
 @dataclass(frozen=True)
@@ -163,21 +157,12 @@ class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
 
     @property
     def random_parts(self) -> tuple[str, ...]:
-        """What starts from random weights."""
         return self.from_scratch
 
     def keeps_precision(self, device: torch.device) -> bool:
-        """Whether the ViT does: on a CPU, fp16 is computed in fp32."""
-        return self.vit_precision == "bf16" or (
-            self.vit_precision == "fp16" and device.type != "cpu"
-        )
+        return _is_half(self.vit_precision, device)
 
     def files(self, cache_root: str, key: Key) -> Iterator[Path]:
-        """The weight files, checked.
-
-        Raises:
-            WeightsError: one is missing.
-        """
         if self.path is not None:
             yield from folder_files(self.file("path", cache_root), key("path"))
             return
@@ -190,7 +175,6 @@ class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
         return cache_path(getattr(self, name), cache_root)
 
     def transform(self, cache_root: str, key: Key) -> ImageTransform:
-        """As its base says; with a folder, what its image processor does."""
         if self.path is None:
             return super().transform(cache_root, key)
         from lavis.models.vision.transforms import of_folder
@@ -198,16 +182,8 @@ class EvaQFormerConfig(EvaQFormerKeys, VisionConfig):
         return of_folder(self.file("path", cache_root), self.image_size, key("path"))
 
     def check_training(self, parts: tuple[str, ...]) -> None:
-        """Check that these parts can learn.
-
-        Raises:
-            ConfigError: the ViT's weights are too short.
-        """
         if self.vit_precision == "fp16" and {"vit", "pos_embed"} & set(parts or self.PARTS):
-            raise ConfigError(
-                "train.vision needs vision.vit_precision: fp32 (fp16 weights do not train: their "
-                "updates round away); run.amp gives the speed of half precision"
-            )
+            raise too_short("train.vision", "vision.vit_precision", "fp16")
 
 
 @dataclass(frozen=True)
@@ -227,7 +203,7 @@ class TowerConfig(VisionConfig):
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
 
     def __post_init__(self) -> None:
-        require_range(self, 1, "image_size")
+        super().__post_init__()
         if not self.path:
             raise ConfigError("path is missing: what holds the vision encoder's weights")
         if self.layer == 0:
@@ -239,20 +215,11 @@ class TowerConfig(VisionConfig):
         return self.class_token == "keep"  # noqa: S105
 
     def keeps_precision(self, device: torch.device) -> bool:
-        """Whether it does: on a CPU, fp16 is computed in fp32."""
-        return self.precision == "bf16" or (self.precision == "fp16" and device.type != "cpu")
+        return _is_half(self.precision, device)
 
     def check_training(self, parts: tuple[str, ...]) -> None:
-        """Check that it can learn.
-
-        Raises:
-            ConfigError: its weights are too short.
-        """
         if self.precision != "fp32":
-            raise ConfigError(
-                f"train.vision needs vision.precision: fp32 ({self.precision} weights do not "
-                "train: their updates round away); run.amp gives the speed of half precision"
-            )
+            raise too_short("train.vision", "vision.precision", self.precision)
 
     def blocks_of(self, depth: int) -> int:
         """How many blocks of ``depth`` are computed, if a layer is given.
@@ -273,7 +240,6 @@ class HfVisionConfig(TowerConfig):
     """``vision: {name: hf, path: ...}``: a vision encoder of Transformers, from its folder."""
 
     def files(self, cache_root: str, key: Key) -> Iterator[Path]:
-        """The weight files, checked; the small ones must be there, too."""
         yield from folder_files(self.folder(cache_root), key("path"))
 
     def folder(self, cache_root: str) -> Path:
@@ -281,7 +247,6 @@ class HfVisionConfig(TowerConfig):
         return cache_path(self.path, cache_root)
 
     def transform(self, cache_root: str, key: Key) -> ImageTransform:
-        """What the folder's image processor does."""
         from lavis.models.vision.transforms import of_folder
 
         return of_folder(self.folder(cache_root), self.image_size, key("path"))
@@ -299,13 +264,11 @@ class TimmConfig(TowerConfig):
             raise ConfigError("model is missing: what timm calls it, e.g. vit_base_patch16_224")
 
     def files(self, cache_root: str, key: Key) -> Iterator[Path]:
-        """The weight file, checked."""
         if not self.path.endswith(".safetensors"):
             raise ConfigError(f"{key('path')}: {self.path} is no .safetensors file")
         yield require(cache_path(self.path, cache_root), key("path"), WeightsError)
 
     def transform(self, cache_root: str, key: Key) -> ImageTransform:
-        """What timm says of the model."""
         from lavis.models.vision.transforms import of_timm
 
         return of_timm(self.model, self.image_size, key)
@@ -336,29 +299,20 @@ class FusedConfig(VisionConfig):
 
     @property
     def random_parts(self) -> tuple[str, ...]:
-        """Those of its towers."""
         return tuple(part for tower in self.towers for part in tower.random_parts)
 
     def keeps_precision(self, device: torch.device) -> bool:
-        """Whether its towers do."""
         return all(tower.keeps_precision(device) for tower in self.towers)
 
     def files(self, cache_root: str, key: Key) -> Iterator[Path]:
-        """Those of its towers, checked."""
         for tower, name in self.each(key):
             yield from tower.files(cache_root, name)
 
     def check_training(self, parts: tuple[str, ...]) -> None:
-        """Check that every tower can learn."""
         for tower in self.towers:
             tower.check_training(())
 
     def transform(self, cache_root: str, key: Key) -> ImageTransform:
-        """The first tower's.
-
-        Raises:
-            ConfigError: another one reads images of another size.
-        """
         from lavis.models.vision.transforms import normalization
 
         found = [tower.transform(cache_root, name) for tower, name in self.each(key)]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
@@ -68,16 +67,11 @@ def load_vit(vit: Eva, path: Path, *, device: torch.device, dtype: torch.dtype) 
     Raises:
         WeightsError: the file is damaged or does not fit.
     """
-    depth = len(vit.blocks)
-
-    def is_extra(key: str) -> bool:
-        block = _BLOCK.match(key)
-        return block is not None and int(block[1]) >= depth
-
-    source = open_pth(path)
-    extra = {int(b[1]) for key in source if (b := _BLOCK.match(key)) and int(b[1]) >= depth}
-    if extra:
-        logger.info("%s: %d blocks past depth %d are not used", path.name, len(extra), depth)
+    depth, source = len(vit.blocks), open_pth(path)
+    blocks = {key: int(block[1]) for key in source if (block := _BLOCK.match(key))}
+    extra = {key: number for key, number in blocks.items() if number >= depth}
+    if count := len(set(extra.values())):
+        logger.info("%s: %d blocks past depth %d are not used", path.name, count, depth)
     load_weights(
         vit,
         source,
@@ -87,7 +81,7 @@ def load_vit(vit: Eva, path: Path, *, device: torch.device, dtype: torch.dtype) 
         adapt=lambda key, t: (
             interpolate_pos_embed(t, vit.pos_embed.shape[1]) if key == "pos_embed" else t
         ),
-        extra_dropped=is_extra,
+        extra_dropped=extra.__contains__,
     )
     fill_constants(vit, device)
 
@@ -129,7 +123,5 @@ def interpolate_pos_embed(pos_embed: Tensor, num_positions: int) -> Tensor:
             "not a class token and a square grid"
         )
     logger.info("position embeddings interpolated from %d x %d to %d x %d", old, old, new, new)
-    grid = pos_embed[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
-    return torch.cat([pos_embed[:, :1], patches], dim=1)
+    resized: Tensor = resample_abs_pos_embed(pos_embed, [new, new], antialias=False)
+    return resized

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,9 @@ from lavis.common.errors import ConfigError, at
 from lavis.common.hashing import settings_digest
 from lavis.common.registry import VISION_ENCODERS
 from lavis.models.contracts import VisionEncoder
-from lavis.models.vision.config import FusedConfig, Key
+from lavis.models.vision.config import KEY, FusedConfig
 from lavis.models.vision.tower import Tower
 from lavis.models.vision.transforms import Normalization, normalization
-
-_KEY: Key = partial(str.format, "model.vision.{}")
 
 
 class FusedTowers(Tower):
@@ -32,12 +29,12 @@ class FusedTowers(Tower):
         *,
         home: torch.device | None = None,
     ) -> None:
-        super().__init__(config, config.transform(cache_root, _KEY).image_size)
+        super().__init__(config, config.transform(cache_root, KEY).image_size)
         self.tokens, self.width = self.shape(config, cache_root)
         self.towers = nn.ModuleList(
             VISION_ENCODERS.get(t.name)(t, cache_root, device, home=home) for t in config.towers
         )
-        found = [t.transform(cache_root, key) for t, key in config.each(_KEY)]
+        found = [t.transform(cache_root, key) for t, key in config.each(KEY)]
         self._normalizations: list[Normalization] = [normalization(t) for t in found]
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -69,7 +66,7 @@ class FusedTowers(Tower):
             ConfigError: the towers' differ in Q.
         """
         shapes = []
-        for tower, key in config.each(_KEY):
+        for tower, key in config.each(KEY):
             with at(key("name").removesuffix(".name")):
                 shapes.append(VISION_ENCODERS.get(tower.name).shape(tower, cache_root))
         if len({tokens for tokens, _ in shapes}) > 1:
@@ -83,7 +80,7 @@ class FusedTowers(Tower):
     @staticmethod
     def fingerprint(config: FusedConfig, cache_root: str, device: torch.device) -> str:
         parts: list[object] = []
-        for tower, key in config.each(_KEY):
+        for tower, key in config.each(KEY):
             parts.append(VISION_ENCODERS.get(tower.name).fingerprint(tower, cache_root, device))
             parts.append(normalization(tower.transform(cache_root, key)))
         return settings_digest(parts)

@@ -15,7 +15,7 @@ from transformers import MODEL_MAPPING
 
 from lavis.common.errors import ConfigError
 from lavis.common.hashing import file_digest, settings_digest
-from lavis.models.vision.config import HfVisionConfig
+from lavis.models.vision.config import KEY, HfVisionConfig
 from lavis.models.vision.tower import Tower, compute_dtype, pick_tokens
 from lavis.models.weights.files import WeightFile, open_shards
 from lavis.models.weights.stock import build_stock, read_config
@@ -94,7 +94,7 @@ def read_spec(config: HfVisionConfig, cache_root: str) -> _Spec:
         )
     if config.keeps_class and not family.class_token:
         raise ConfigError(f"model.vision.class_token: keep: {sizes.model_type} has none")
-    image_size = config.transform(cache_root, lambda name: f"model.vision.{name}").image_size
+    image_size = config.transform(cache_root, KEY).image_size
     own = family.sizes == "any" or getattr(sizes, "is_native", False)
     resize = image_size != sizes.image_size and not own
     if resize and family.sizes == "own":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lavis.common.errors import ConfigError
 from lavis.common.hashing import file_digest, settings_digest
 from lavis.common.paths import cache_path
-from lavis.models.vision.config import TimmConfig
+from lavis.models.vision.config import KEY, TimmConfig
 from lavis.models.vision.eva import fill_constants
 from lavis.models.vision.tower import Tower, compute_dtype, pick_tokens
 from lavis.models.weights.files import load_weights, open_shard
@@ -33,7 +33,7 @@ def outline(config: TimmConfig, cache_root: str) -> tuple[Any, int]:
     Raises:
         ConfigError: timm has no such model, or it has no such layer.
     """
-    size = config.transform(cache_root, lambda name: f"model.vision.{name}").image_size
+    size = config.transform(cache_root, KEY).image_size
     with torch.device("meta"):
         model: Any = timm.create_model(config.model, pretrained=False)
     if not hasattr(model, "prune_intermediate_layers") or _blocks(model) is None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lavis.common.errors import ConfigError, WeightsError
+from lavis.common.errors import ConfigError, WeightsError, raised_as
 from lavis.common.registry import did_you_mean
-from lavis.common.schema import ImageTransform
-from lavis.models.vision.config import Key
+from lavis.common.schema import ImageTransform, Key
 from lavis.models.weights.shards import read_json
 from lavis.processors.config import CLIP_MEAN, CLIP_STD
 
@@ -43,12 +42,11 @@ def of_folder(folder: Path, image_size: int | None, key: str) -> ImageTransform:
     if not found:
         raise WeightsError(f"{key}: {folder} has no {names[0]}, which says how images are prepared")
     read_json(found[0])
-    try:
+    # The library's own checks raise all kinds.
+    with raised_as(WeightsError, f"{key}: {found[0]} cannot be used", Exception):
         stock: Any = AutoImageProcessor.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # the library's own checks raise all kinds
-        raise WeightsError(f"{key}: {found[0]} cannot be used: {error}") from error
     if not stock.do_rescale or not math.isclose(stock.rescale_factor, 1 / 255, rel_tol=1e-6):
         raise ConfigError(f"{found[0]}: pixels must be rescaled by 1/255 and by nothing else")
     if stock.resample not in RESAMPLE:

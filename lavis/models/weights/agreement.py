@@ -117,16 +117,12 @@ def _parsed(saved: dict[str, Any]) -> PartsConfig | None:
 def _check_parts(
     label: object, theirs: dict[str, Any], ours: dict[str, Any], *, training: bool
 ) -> None:
-    """Compare models of parts, whichever keys they were written with.
-
-    Args:
-        theirs, ours: as :func:`_of_parts` gives them.
-    """
+    """Compare what :func:`_of_parts` gives of two models, whichever keys they were written with."""
     wrong = []
     for key in sorted(theirs.keys() | ours.keys()):
         then, now = theirs.get(key, "nothing"), ours.get(key, "nothing")
         setting = _TOWER.sub("", key)
-        if then == now or _same_name(then, now) or setting.startswith(_FREE_OF_PARTS):
+        if _same(then, now) or setting.startswith(_FREE_OF_PARTS):
             continue
         if key.endswith(_FREE) or (key.endswith("lora.targets") and "all" in (then, now)):
             continue  # the adapters' names are compared when they are loaded
@@ -152,9 +148,11 @@ def _of_parts(config: PartsConfig) -> dict[str, Any]:
     return flat
 
 
-def _same_name(one: object, other: object) -> bool:
-    paths = isinstance(one, str) and isinstance(other, str)
-    return paths and PurePath(str(one)).name == PurePath(str(other)).name
+def _same(one: object, other: object) -> bool:
+    """Whether two values are the same; of paths, the last part."""
+    if isinstance(one, str) and isinstance(other, str):
+        return PurePath(one).name == PurePath(other).name
+    return one == other
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,9 +171,8 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _agree(theirs: object, own: object) -> bool:
     """Whether two values mean the same, or are of kinds that cannot be compared."""
-    if isinstance(theirs, str) and isinstance(own, str):
-        return PurePath(theirs).name == PurePath(own).name
-    return theirs == own or not all(isinstance(v, int | float) for v in (theirs, own))
+    alike = any(isinstance(theirs, k) and isinstance(own, k) for k in (str, int | float))
+    return not alike or _same(theirs, own)
 
 
 def _lora_rank(content: object) -> int | None:

@@ -189,8 +189,8 @@ def load_weights(
     dtype: torch.dtype | None,
     mapped: bool = False,
     select: Callable[[str], bool] = lambda name: True,
-    adapt: Callable[[str, Tensor], Tensor] | None = None,
-    extra_dropped: Callable[[str], bool] | None = None,
+    adapt: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+    extra_dropped: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Fill a module that was built on the meta device.
 
@@ -214,9 +214,7 @@ def load_weights(
     loaded: dict[str, Tensor] = {}
     misfits: dict[str, str] = {}
     for name, key in wanted.items():
-        tensor = source[key.key]
-        if adapt is not None:
-            tensor = adapt(key.key, tensor)
+        tensor = adapt(key.key, source[key.key])
         if tensor.shape != (shape := key.whole(targets[name].shape)):
             misfits[key.key] = f"{key.key} {tuple(tensor.shape)}, not {shape}"
             continue
@@ -247,20 +245,12 @@ def final_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def _check_names(
-    source: WeightFile,
-    used: set[str],
-    key_map: KeyMap,
-    extra_dropped: Callable[[str], bool] | None,
+    source: WeightFile, used: set[str], key_map: KeyMap, extra_dropped: Callable[[str], bool]
 ) -> None:
     """Refuse a file that lacks a name, or has one that nothing accounts for."""
     missing = sorted(used - set(source))
-    left_over = [
-        k
-        for k in source
-        if k not in used
-        and not key_map.is_dropped(k)
-        and not (extra_dropped is not None and extra_dropped(k))
-    ]
+    unused = (key for key in source if key not in used)
+    left_over = [key for key in unused if not (key_map.is_dropped(key) or extra_dropped(key))]
     parts = (("missing", missing), ("not part of the model", left_over))
     wrong = [f"{len(names)} {what}: {listed(names)}" for what, names in parts if names]
     if wrong:

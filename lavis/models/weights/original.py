@@ -1,7 +1,8 @@
 """Tables that translate the original's parameter names to the library parts' and back.
 
-A table is a list of :class:`Rule`. ``{}`` in a pattern stands for a layer number. A source that is
-split in equal parts along its first dimension appears in one rule with several targets.
+A table is a list of :class:`Rule`. ``{}`` in a pattern stands for a layer number, ``*`` for the
+rest of a name. A source that is split in equal parts along its first dimension appears in one rule
+with several targets.
 """
 
 from __future__ import annotations
@@ -114,13 +115,6 @@ def _fill(template: str, groups: Iterable[str]) -> str:
     return template
 
 
-def _weight_and_bias(source: str, target: str) -> tuple[Rule, Rule]:
-    return (
-        Rule(f"{source}.weight", (f"{target}.weight",)),
-        Rule(f"{source}.bias", (f"{target}.bias",)),
-    )
-
-
 SAME_NAMES = KeyMap((Rule("*", ("*",)),))
 """For files whose names are the model's own."""
 
@@ -137,31 +131,20 @@ _OURS = "Qformer.encoder.layer.{}"
 QFORMER = KeyMap(
     rules=(
         Rule("query_tokens", ("query_tokens",)),
-        *_weight_and_bias("ln_vision", "ln_vision"),
-        *_weight_and_bias("Qformer.bert.embeddings.LayerNorm", "Qformer.layernorm"),
+        Rule("ln_vision.*", ("ln_vision.*",)),
+        Rule("Qformer.bert.embeddings.LayerNorm.*", ("Qformer.layernorm.*",)),
         *(
-            rule
-            for attention, ours in (
-                ("attention", "attention"),
-                ("crossattention", "crossattention"),
-            )
-            for part in ("query", "key", "value")
-            for rule in _weight_and_bias(
-                f"{_LAYER}.{attention}.self.{part}", f"{_OURS}.{ours}.attention.{part}"
-            )
+            Rule(f"{_LAYER}.{part}.self.*", (f"{_OURS}.{part}.attention.*",))
+            for part in ("attention", "crossattention")
         ),
         *(
-            rule
+            Rule(f"{_LAYER}.{part}.*", (f"{_OURS}.{part}.*",))
             for part in (
-                "attention.output.dense",
-                "attention.output.LayerNorm",
-                "crossattention.output.dense",
-                "crossattention.output.LayerNorm",
-                "intermediate_query.dense",
-                "output_query.dense",
-                "output_query.LayerNorm",
+                "attention.output",
+                "crossattention.output",
+                "intermediate_query",
+                "output_query",
             )
-            for rule in _weight_and_bias(f"{_LAYER}.{part}", f"{_OURS}.{part}")
         ),
     ),
     dropped=(
@@ -210,19 +193,15 @@ BLIP2 = KeyMap(
     rules=(
         Rule("vision_model.embeddings.class_embedding", ("visual_encoder.cls_token",)),
         Rule("vision_model.embeddings.position_embedding", ("visual_encoder.pos_embed",)),
-        *_weight_and_bias(
-            "vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"
-        ),
+        Rule("vision_model.embeddings.patch_embedding.*", ("visual_encoder.patch_embed.proj.*",)),
         *(
-            rule
+            Rule(f"{_STOCK_LAYER}.{stock}.*", (f"{_BLOCK}.{ours}.*",))
             for stock, ours in (
                 ("layer_norm1", "norm1"),
                 ("layer_norm2", "norm2"),
                 ("self_attn.projection", "attn.proj"),
-                ("mlp.fc1", "mlp.fc1"),
-                ("mlp.fc2", "mlp.fc2"),
+                ("mlp", "mlp"),
             )
-            for rule in _weight_and_bias(f"{_STOCK_LAYER}.{stock}", f"{_BLOCK}.{ours}")
         ),
         Rule(f"{_STOCK_LAYER}.self_attn.qkv.weight", (f"{_BLOCK}.attn.qkv.weight",)),
         # The keys' third is zero.
@@ -230,7 +209,7 @@ BLIP2 = KeyMap(
             f"{_STOCK_LAYER}.self_attn.qkv.bias",
             tuple(f"{_BLOCK}.attn.{part}_bias" for part in "qkv"),
         ),
-        *_weight_and_bias("vision_model.post_layernorm", "ln_vision"),
+        Rule("vision_model.post_layernorm.*", ("ln_vision.*",)),
         Rule("query_tokens", ("query_tokens",)),
         Rule("qformer.*", ("Qformer.*",)),
     ),
@@ -250,7 +229,8 @@ def full_model(language: KeyMap) -> KeyMap:
             *VIT.under("visual_encoder.", "vision.visual_encoder.").rules,
             *QFORMER.under("", "vision.").rules,
             Rule("vision.*", ("vision.*",)),  # of other encoders
-            *_weight_and_bias("llm_proj", "connector"),
+            Rule("llm_proj.weight", ("connector.weight",)),
+            Rule("llm_proj.bias", ("connector.bias",)),
             Rule("connector.*", ("connector.*",)),  # of more than one layer
             *language.under("llm_model.", "language.model.").rules,
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lavis.common.errors import ConfigError, WeightsError, listed
+from lavis.common.errors import ConfigError, WeightsError, listed, raised_as
 from lavis.common.paths import is_file, require
 
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -44,10 +44,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: it is none.
     """
-    try:
+    what = f"{path} is not a JSON object"
+    with raised_as(WeightsError, what, ValueError, TypeError, RecursionError):
         return dict(**json.loads(path.read_text(encoding="utf-8-sig")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise WeightsError(f"{path} is not a JSON object: {error}") from error
 
 
 def check_download(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,18 +16,22 @@ def take_out(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         What they held, by every name that they have: usually views of mapped files.
     """
-    held: dict[str, Tensor] = {}
-    empty: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stays tied
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if parameter not in empty:
-                meta = torch.empty(parameter.shape, dtype=final_dtype(parameter), device="meta")
-                empty[parameter] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
-            held[f"{prefix}.{name}" if prefix else name] = parameter.detach()
-            module._parameters[name] = empty[parameter]
+    held = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    replace_parameters(
+        model, lambda _, p: torch.empty(p.shape, dtype=final_dtype(p), device="meta")
+    )
     return held
+
+
+def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], Tensor]) -> None:
+    """Put others, made of a name and a parameter, in their place; tied ones stay tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    named = {}
+    for name, old in model.named_parameters(remove_duplicate=False):
+        if old not in made:
+            made[old] = nn.Parameter(make(name, old), requires_grad=old.requires_grad)
+        named[name] = made[old]
+    model.load_state_dict(named, strict=False, assign=True)
 
 
 def own_rows(tensor: Tensor, rank: int, world_size: int) -> Tensor:

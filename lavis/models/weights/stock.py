@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from lavis.common.errors import ConfigError, LavisError, WeightsError, first_line, listed
+from lavis.common.errors import ConfigError, LavisError, WeightsError, first_line, listed, raised_as
 from lavis.common.packages import check_packages
 
 
@@ -70,11 +70,9 @@ def read_config(path: Path) -> PreTrainedConfig:
 
 
 def _check_config(file: Path) -> None:
-    try:
+    with raised_as(WeightsError, f"{file} is not a JSON object", ValueError, AttributeError):
         given = json.loads(file.read_text(encoding="utf-8"))
         kind = given.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{file} is not a JSON object: {error}") from error
     if kind not in CONFIG_MAPPING_NAMES:
         way = "a newer one may know it (pip install -U transformers)"
         if "auto_map" in given:
