@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lavis.common.errors import ConfigError
@@ -98,6 +99,11 @@ class Registry(Generic[T]):
                 "or register it with config=..."
             )
         return config
+
+    def having(self, key: str) -> list[str]:
+        """Names of the entries whose registered configuration has a field ``key``."""
+        kinds = sorted(self._configs.items())
+        return [name for name, kind in kinds if key in {field.name for field in fields(kind)}]
 
     def check(self, name: str) -> None:
         """Raise :class:`ConfigError` unless ``name`` is registered."""

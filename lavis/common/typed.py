@@ -116,6 +116,8 @@ def parse(cls: type[T], data: Any, path: str, where: Where) -> T:
         if key not in fields:
             dotted = _join(path, key)
             hint = did_you_mean(key, fields) or f" (known: {', '.join(sorted(fields))})"
+            if issubclass(cls, Selected) and (others := cls.REGISTRY.having(key)):
+                hint = f", which is of {cls.KEY}: {' or '.join(others)}"
             raise ConfigError(f"{where(dotted)}: unknown key {dotted!r}{hint}")
     values = {}
     for name, field in fields.items():

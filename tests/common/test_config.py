@@ -75,6 +75,13 @@ def test_unknown_key_without_a_near_one_lists_all(write: Any) -> None:
     assert refusal(path) == f"{path}: unknown key 'env.zzz' (known: cache_root)"
 
 
+def test_a_key_of_another_kind_of_the_same_says_which(write: Any) -> None:
+    path = write(MODEL + "run: {seed: 3}\n")
+    assert refusal(path, ["model.language.quantize=nf4"]) == (
+        "--options: unknown key 'model.language', which is of arch: vlm"
+    )
+
+
 def test_unknown_key_from_options_names_options(write: Any) -> None:
     path = write(MODEL + "run: {seed: 3}\n")
     assert refusal(path, ["run.sed=5"]) == "--options: unknown key 'run.sed'; did you mean 'seed'?"

@@ -178,9 +178,12 @@ def language_weights(language: CausalLM, rows: int) -> dict[str, Weight]:
 
 
 def _grow(tensor: Tensor, rows: int) -> Tensor:
-    tensor = tensor.detach()
-    mean = tensor.mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
-    return torch.cat([tensor, mean.expand(rows - len(tensor), *tensor.shape[1:])])
+    grown = tensor.new_empty(rows, *tensor.shape[1:])
+    grown[: len(tensor)] = tensor.detach()
+    # In pieces: all of it in fp32 would be twice the memory.
+    sums = [part.sum(0, dtype=torch.float32) for part in tensor.detach().split(1024)]
+    grown[len(tensor) :] = torch.stack(sums).sum(0) / len(tensor)
+    return grown
 
 
 def _image_settings(model: VLM) -> dict[str, Any]:
