@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import gzip
@@ -30,6 +31,7 @@ from PIL import Image, PngImagePlugin
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 pytest.importorskip("openai")
 
+import httpx
 import openai
 
 from lavis import serve
@@ -37,7 +39,7 @@ from lavis.chat import ChatEngine, ChatSettings, Conversation
 from lavis.chat.address import bind
 from lavis.chat.server import pictures as server_pictures
 from lavis.chat.server.answers import Answers, Backend, Begun, Caches, Ended, Event, UntilStop
-from lavis.chat.server.app import ChatServer, http_server
+from lavis.chat.server.app import ChatServer, Job, http_server
 from lavis.chat.server.prompts import Limits, Prompts
 from lavis.chat.server.protocol import ApiError, ChatBody
 from lavis.chat.server.remote import RemoteAnswers
@@ -222,6 +224,18 @@ def test_who_has_the_end_finds_the_cache(toybox: ChatEngine) -> None:
     assert begun.cached_tokens == begun.prompt_tokens - 1
 
 
+def test_an_answer_that_is_broken_off_leaves_its_cache(toybox: ChatEngine) -> None:
+    answers = Answers(toybox, Limits(), DEFAULTS)
+    asked = body(user(shown(), QUESTIONS[0]))
+    first = answers.answer(asked, lambda: False)
+    for _ in range(3):
+        next(first)
+    first.close()  # type: ignore[attr-defined]
+    begun = next(answers.answer(asked, lambda: False))
+    assert isinstance(begun, Begun)
+    assert begun.cached_tokens == begun.prompt_tokens - 1
+
+
 def test_a_picture_sent_again_is_not_encoded_again(
     toybox: ChatEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +248,44 @@ def test_a_picture_sent_again_is_not_encoded_again(
     for name, count in (("scene", 1), ("pair", 2), ("scene", 2), ("four", 3), ("pair", 4)):
         list(answers.answer(body(user(shown(name), "Why?")), lambda: False))
         assert len(encoded) == count
+
+
+def test_pictures_are_decoded_one_at_a_time(
+    toybox: ChatEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, inside, most = Prompts(toybox, Limits(), DEFAULTS), [0], [0]
+    decode = server_pictures.as_image
+
+    def watched(*args: Any, **more: Any) -> Image.Image:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.05)
+        inside[0] -= 1
+        return decode(*args, **more)
+
+    monkeypatch.setattr(server_pictures, "as_image", watched)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda n: prompts(body(user(shown(n), "a"))), ("scene", "four", "pair")))
+    assert most == [1]
+
+
+def test_a_picture_of_two_requests_at_once_is_one(toybox: ChatEngine) -> None:
+    """So that both find what was computed behind it."""
+    prompts, asked, other = Prompts(toybox, Limits(), DEFAULTS), body(user(shown(), "Why?")), []
+
+    class Ahead:
+        """Lets another request with the same picture go first."""
+
+        def __enter__(self) -> None:
+            if not other:
+                other.append(None)
+                other[0] = prompts(asked)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    prompts._pictures._decoding = Ahead()  # type: ignore[assignment]
+    assert prompts(asked).images[0] is other[0].images[0]
 
 
 def test_another_conversation_uses_a_common_beginning_and_leaves_the_rest(
@@ -457,22 +509,28 @@ def test_a_client_that_does_not_read(toybox: ChatEngine) -> None:
     """Is cut off, without a word, when its time is over."""
 
     class Endless:
-        def answer(self, body: ChatBody, stopped: Callable[[], bool]) -> Iterator[Event]:
-            yield Begun(1, 0)
-            while not stopped():
-                yield "x" * 10**6
+        over = False
 
-    limits = Limits(seconds=0.3)
-    served = Served(Endless(), limits)
+        def answer(self, body: ChatBody, stopped: Callable[[], bool]) -> Iterator[Event]:
+            piece = "x" * 10**6
+            yield Begun(1, 0)
+            while not (stopped() or self.over):
+                yield piece
+                time.sleep(0.001)
+
+    endless = Endless()
     content = json.dumps({"model": "toy", "messages": [user("a")], "stream": True}).encode()
-    with served.raw(content, f"Content-Length: {len(content)}") as plain:
-        wait_until(lambda: served.active == 1)
-        wait_until(lambda: served.active == 0)
-        time.sleep(1.5)
-        received = b"".join(iter(lambda: plain.recv(10**6), b""))
+    with contextlib.closing(Served(endless, Limits(seconds=0.3), grace=1)) as served:
+        try:
+            with served.raw(content, f"Content-Length: {len(content)}") as plain:
+                wait_until(lambda: served.active == 1)
+                wait_until(lambda: served.active == 0)
+                time.sleep(1.5)
+                received = b"".join(iter(lambda: plain.recv(10**6), b""))
+        finally:
+            endless.over = True
     assert received.startswith(b"HTTP/1.1 200")
     assert b"timeout" not in received
-    served.close()
 
 
 def test_events_on_the_wire(served: Served) -> None:
@@ -559,6 +617,21 @@ def test_the_time_of_a_request(toybox: ChatEngine, gate: threading.Semaphore) ->
         wait_until(lambda: served.active == 0)
 
 
+def test_no_timer_outlives_its_request(
+    served: Served, toybox: ChatEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep the request in memory until then."""
+    jobs: list[Job] = []
+    init = Job.__init__
+    monkeypatch.setattr(Job, "__init__", lambda job, s: (jobs.append(job), init(job, s))[1])
+    served.ask(user("Why?"))
+    list(served.ask(user("Why?"), stream=True))
+    error_of(lambda: served.ask(user(" ")))  # refused by the one who answers
+    error_of(lambda: served.ask(user("Why?"), max_tokens=0))  # and before
+    assert len(jobs) == 4
+    wait_until(lambda: all(job._timer.cancelled() for job in jobs))
+
+
 def test_a_body_that_is_too_large(toybox: ChatEngine) -> None:
     with running(toybox, body_bytes=10_000) as served:
         status, error = error_of(lambda: served.ask(user("x" * 10_001)))
@@ -568,7 +641,23 @@ def test_a_body_that_is_too_large(toybox: ChatEngine) -> None:
         chunk = b"1000\r\n" + b" " * 4096 + b"\r\n"
         chunked = served.raw(chunk * 3, "Transfer-Encoding: chunked")
         assert b"413" in chunked.recv(1000)
+        exact = json.dumps({"model": "toy", "messages": [user("a")]}).encode().ljust(10_000)
+        kind = "Content-Type: application/json; charset=utf-8"
+        for more, status in ((b"", b"200"), (b" ", b"413")):
+            assert served.sent("POST /v1/chat/completions", exact + more, kind).split()[1] == status
         assert served.active == 0
+
+
+def test_a_length_of_many_digits(served: Served) -> None:
+    """Python would refuse to read it; the server in front of the application may not."""
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(served.server.app, raise_app_exceptions=False)
+        headers = {"Content-Type": "application/json", "Content-Length": "9" * 5000}
+        async with httpx.AsyncClient(transport=transport) as client:
+            return await client.post("http://a/v1/chat/completions", headers=headers, content=b"")
+
+    assert asyncio.run(ask()).status_code == 413
 
 
 def test_pictures_and_messages_are_counted(toybox: ChatEngine) -> None:
@@ -820,6 +909,8 @@ class _Host(http.server.BaseHTTPRequestHandler):
     """A host with a picture, one that never ends or comes slowly, and one that is elsewhere."""
 
     asked: list[tuple[str, list[str]]]
+    left: list[str]  # paths whose answers the other side did not wait for
+    sent: int
 
     def do_GET(self) -> None:
         content = (PICTURES / "scene.png").read_bytes()
@@ -831,14 +922,16 @@ class _Host(http.server.BaseHTTPRequestHandler):
         self.asked.append((self.path, sorted(self.headers)))
         self.send_response(200)
         self.end_headers()
-        with contextlib.suppress(OSError):  # the other side has had enough
+        try:
             while self.path == "/large":
-                self.wfile.write(content)
+                _Host.sent += self.wfile.write(content)
             first = 100 if self.path == "/slow" else 0  # five seconds
             for n in range(first):
                 self.wfile.write(content[n : n + 1])
                 time.sleep(0.05)
             self.wfile.write(content[first:])
+        except OSError:  # the other side has had enough
+            self.left.append(self.path)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -846,7 +939,7 @@ class _Host(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture()
 def host() -> Iterator[str]:
-    _Host.asked = []
+    _Host.asked, _Host.left, _Host.sent = [], [], 0
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Host)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"pictures.example:{server.server_address[1]}"
@@ -877,6 +970,7 @@ def test_a_listed_host_is_asked(
     ):
         with pytest.raises(ApiError, match=message):
             looked_at(toybox, url, hosts=hosts, body_bytes=size)
+    assert _Host.sent < 20e6  # what the system holds for a reader included
     name = host.partition(":")[0]
     for url, message in (
         (f"http://other{host}/scene.png", "fetches no pictures"),
@@ -902,6 +996,7 @@ def test_a_host_that_is_slow(
         """Takes the socket over, as TLS does."""
 
         def wrap_socket(self, plain: socket.socket, server_hostname: str) -> socket.socket:
+            assert server_hostname == "pictures.example"  # not the address, which anyone may have
             seconds = plain.gettimeout()
             taken = socket.socket(fileno=plain.detach())
             taken.settimeout(seconds)
@@ -912,8 +1007,11 @@ def test_a_host_that_is_slow(
     monkeypatch.setattr(server_pictures, "_FETCH_SECONDS", 0.2)
     with pytest.raises(ApiError, match="cannot be fetched"):
         looked_at(toybox, f"{scheme}://{host}/slow", hosts=frozenset({host}))
+    wait_until(lambda: _Host.left == ["/slow"], seconds=10)  # it was not heard to its end
     monkeypatch.setattr(server_pictures, "_FETCH_SECONDS", 60)  # it is the time that was wrong
     assert looked_at(toybox, f"{scheme}://{host}/slow", hosts=frozenset({host})).images
+    # What would have ended that one is gone with it.
+    wait_until(lambda: not any(isinstance(t, threading.Timer) for t in threading.enumerate()), 10)
 
 
 @pytest.mark.parametrize(
@@ -1083,6 +1181,14 @@ def test_nobody_there(toybox: ChatEngine) -> None:
     backend = RemoteAnswers(toybox, Limits(), DEFAULTS, url, model="llm")
     with pytest.raises(ApiError, match="cannot be used"):
         list(backend.answer(body(user("Why?")), lambda: False))
+    with bind("127.0.0.1", 0) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        backend = RemoteAnswers(toybox, Limits(seconds=0.2), DEFAULTS, url, model="llm")
+        hang_up = threading.Timer(20, silent.close)
+        hang_up.start()
+        with pytest.raises(ApiError, match="cannot be used: timed out"):
+            list(backend.answer(body(user("Why?")), lambda: False))
+        hang_up.cancel()
     for wrong in ("localhost:8000", "ftp://a/v1", "http://a:b/v1"):
         with pytest.raises(ConfigError, match="--prompt-embeds"):
             RemoteAnswers(toybox, Limits(), DEFAULTS, wrong, model="llm")
