@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import gzip
+import http.client
 import http.server
 import io
 import itertools
@@ -26,7 +27,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 pytest.importorskip("openai")
@@ -194,6 +195,8 @@ def test_answers_are_those_of_a_conversation(
         pieces = [chunk.choices[0].delta.content for chunk in chunks]
         assert "".join(pieces) == wanted.exchange.answer
         assert len(pieces) > 2
+        assert {chunk.id for chunk in (*chunks, last)} == {counts.id} != {answer.id}
+        assert abs(answer.created - time.time()) < 600
         assert chunks[0].choices[0].delta.role == "assistant"
         assert last.choices[0].finish_reason == wanted.exchange.finish
         assert (counts.choices, counts.usage.completion_tokens) == ([], len(wanted.ids))
@@ -248,6 +251,16 @@ def test_a_picture_sent_again_is_not_encoded_again(
     for name, count in (("scene", 1), ("pair", 2), ("scene", 2), ("four", 3), ("pair", 4)):
         list(answers.answer(body(user(shown(name), "Why?")), lambda: False))
         assert len(encoded) == count
+
+
+def test_answers_drawn_side_by_side_are_those_drawn_alone(toybox: ChatEngine) -> None:
+    asked = [body(user(QUESTIONS[0]), temperature=1.5, seed=n) for n in (3, 4)]
+    alone = [list(Answers(toybox, Limits(), DEFAULTS).answer(b, lambda: False)) for b in asked]
+    answers = Answers(toybox, Limits(), DEFAULTS)
+    both = itertools.zip_longest(*(answers.answer(b, lambda: False) for b in asked))
+    got = [[event for event in events if event is not None] for events in zip(*both, strict=True)]
+    assert [events[1:] for events in got] == [events[1:] for events in alone]
+    assert alone[0] != alone[1]
 
 
 def test_pictures_are_decoded_one_at_a_time(
@@ -597,6 +610,7 @@ def test_a_full_queue(toybox: ChatEngine, gate: threading.Semaphore) -> None:
         with pytest.raises(openai.RateLimitError, match="try again") as caught:
             served.ask(user("Why?"))
         assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert caught.value.type == "rate_limit_error"
         gate.release(1000)
         assert all(w.result().choices[0].finish_reason for w in waiting)
         wait_until(lambda: served.active == 0)
@@ -645,7 +659,7 @@ def test_a_body_that_is_too_large(toybox: ChatEngine) -> None:
         kind = "Content-Type: application/json; charset=utf-8"
         for more, status in ((b"", b"200"), (b" ", b"413")):
             assert served.sent("POST /v1/chat/completions", exact + more, kind).split()[1] == status
-        assert served.active == 0
+        wait_until(lambda: served.active == 0)
 
 
 def test_a_length_of_many_digits(served: Served) -> None:
@@ -691,6 +705,10 @@ def test_a_prompt_past_the_context(
     prompts = Prompts(toybox, Limits(), ChatSettings(max_new_tokens=10**6))
     assert prompts(body(user("Why?"))).settings.max_new_tokens == room
     assert prompts(body(user("Why?"), max_tokens=room)).settings.max_new_tokens == room
+    bad = {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}
+    with pytest.raises(ApiError) as caught:  # before its picture is looked at
+        prompts(body(user(bad, "Why?"), max_tokens=room))
+    assert caught.value.code == "context_length_exceeded"
     monkeypatch.setattr(type(toybox.model.encoder), "prompt", None)
     assert (
         "characters" in error_of(lambda: served.ask(user("x" * (16 * context + 1))))[1]["message"]
@@ -786,6 +804,7 @@ def test_other_addresses(served: Served) -> None:
         assert b"root:" not in answer
     get = f"http://127.0.0.1:{served.port}/v1/chat/completions"
     assert error_of(lambda: served.client.get(get, cast_to=object))[0] == 405
+    assert b"\r\nallow: POST\r\n" in served.sent("GET /v1/chat/completions")
 
 
 def test_the_key(toybox: ChatEngine) -> None:
@@ -796,6 +815,7 @@ def test_the_key(toybox: ChatEngine) -> None:
                 refused = served.sent(path, raw, f"Authorization: Bearer {key}")
                 assert refused.startswith(b"HTTP/1.1 401")
                 assert b"www-authenticate: Bearer\r\n" in refused
+                assert b'"authentication_error"' in refused
                 assert b'"invalid_api_key"' in refused
         assert served.sent("GET /health").startswith(b"HTTP/1.1 200")
         refused = served.raw(raw, f"Content-Length: {len(raw)}")
@@ -817,10 +837,14 @@ def test_a_fault_of_the_servers_own(
         with monkeypatch.context() as patch:
             patch.setattr(toybox, "_compute", lambda requests, error=error: throw(error))
             got, content = error_of(lambda: served.ask(user("Why?")))
-            assert got == status
+            assert (got, content["type"]) == (status, "server_error")
             assert "secret" not in content["message"]
             with pytest.raises(openai.APIError, match="the server"):
                 list(served.ask(user("Why?"), stream=True))
+            raw = json.dumps({"model": "toy", "messages": [user("Why?")], "stream": True}).encode()
+            events = served.sent("POST /v1/chat/completions", raw)
+            assert b'"server_error"' in events
+            assert b"[DONE]" not in events  # the answer is not complete
     assert served.ask(user("Why?")).choices
 
 
@@ -871,7 +895,9 @@ def test_postscript_is_not_run(toybox: ChatEngine) -> None:
         looked_at(toybox, f"data:image/png;base64,{data}")
 
 
-def test_a_bomb(toybox: ChatEngine, huge_png: Path) -> None:
+def test_a_bomb(toybox: ChatEngine, huge_png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before it is decoded."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
     data = base64.b64encode(huge_png.read_bytes()).decode()
     with pytest.raises(ApiError, match="10000 x 10000 pixels are more than the 50 million"):
         looked_at(toybox, f"data:image/png;base64,{data}")
@@ -1054,6 +1080,17 @@ def test_one_cache_serves_one_request(toybox: ChatEngine) -> None:
     assert caches.take([5, 6, 7]).content == []
 
 
+def test_a_cache_is_copied_for_a_prompt_that_shares_less_than_half(toybox: ChatEngine) -> None:
+    caches = Caches(toybox, 8)
+    cache = caches.take([5, 6, 7, 8])
+    toybox.extend(cache, [5, 6, 7, 8], [])
+    caches.put(cache)
+    copy = caches.take([5, 9])
+    assert copy is not cache
+    assert copy.content == [5]
+    assert caches.take([5, 6, 9]) is cache  # half of it
+
+
 # --- a vLLM server behind
 
 
@@ -1073,10 +1110,11 @@ class _Vllm(http.server.BaseHTTPRequestHandler):
             "stop_token_ids": list, "stream": bool, "stream_options": dict,
         }  # fmt: skip
         assert all(isinstance(value, known[name]) for name, value in request.items())  # type: ignore[arg-type]
-        if self.trouble in ("refuse", "forbid"):
-            self.send_response(400 if self.trouble == "refuse" else 401)
+        if self.trouble.isdigit():
+            self.send_response(int(self.trouble))
             self.end_headers()
-            self.wfile.write(b'{"error": {"message": "too long", "type": "x", "code": 400}}')
+            error = {"message": "too long" + "!" * 1000, "type": "x", "code": 400}
+            self.wfile.write(json.dumps({"error": error}).encode())
             return
         file = io.BytesIO(base64.b64decode(request["prompt_embeds"], validate=True))
         embeds = torch.load(file, weights_only=True, map_location="cpu")
@@ -1102,6 +1140,12 @@ class _Vllm(http.server.BaseHTTPRequestHandler):
         if self.trouble != "no count":
             self.event({"choices": [], "usage": {"completion_tokens": len(out)}})
         self.wfile.write(b"data: [DONE]\n\n")
+        if self.trouble == "stays":
+            self.connection.settimeout(5)
+            try:
+                self.rfile.read(1)
+            except TimeoutError:
+                self.asked.append({"waited": "for more"})
 
     def event(self, content: dict[str, Any]) -> None:
         self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
@@ -1115,7 +1159,7 @@ def vllm(toybox: ChatEngine) -> Iterator[tuple[Served, type[_Vllm]]]:
     handler = type("Handler", (_Vllm,), {"engine": toybox, "asked": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1/"
     backend = RemoteAnswers(toybox, Limits(), DEFAULTS, url, model="llm", api_key="k")
     served = Served(backend, Limits())
     yield served, handler
@@ -1134,13 +1178,18 @@ def test_embeddings_are_continued_elsewhere(
     answer = served.ask(user(shown(), QUESTIONS[2]), stop="#", seed=4)
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (wanted, "stop")
     chunks = list(
-        served.ask(user(shown(), QUESTIONS[2]), stream=True, temperature=1, extra_body={"top_k": 1})
-    )
+        served.ask(
+            user(shown(), QUESTIONS[2]), stream=True, temperature=1, top_p=0.5,
+            extra_body={"top_k": 1, "repetition_penalty": 1.5},
+        )
+    )  # fmt: skip
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == wanted
     first, second = handler.asked
     assert (first["path"], first["key"], first["model"]) == ("/v1/completions", "Bearer k", "llm")
     assert (first["temperature"], first["seed"], first["stop"]) == (0, 4, ["#"])
     assert (second["temperature"], second["top_k"]) == (1, 1)
+    assert (second["top_p"], second["repetition_penalty"]) == (0.5, 1.5)
+    assert "top_k" not in first
     assert "seed" not in second
     embeds = torch.load(io.BytesIO(base64.b64decode(first["prompt_embeds"])), weights_only=True)
     assert embeds.shape == (answer.usage.prompt_tokens, toybox.model.language.width)
@@ -1149,8 +1198,11 @@ def test_embeddings_are_continued_elsewhere(
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
-        ("refuse", "refuses: too long"),
-        ("forbid", "refuses: too long"),
+        ("400", "refuses: too long"),
+        ("401", "refuses: too long"),
+        ("429", "refuses: too long"),
+        ("500", "refuses: too long"),
+        ("503", "refuses: too long"),
         ("break", "without a reason"),
         ("no reason", "without a reason"),
         ("no count", "without a reason"),
@@ -1164,7 +1216,22 @@ def test_trouble_elsewhere_is_passed_on(
     handler.trouble = trouble
     status, error = error_of(lambda: served.ask(user(shown(), QUESTIONS[0])))
     assert message in error["message"]
-    assert status == (400 if trouble == "refuse" else 502)
+    assert len(error["message"]) < 600
+    assert status == (int(trouble) if trouble in ("400", "429", "503") else 502)
+
+
+def test_a_stream_from_elsewhere_ends_where_it_says_so(
+    vllm: tuple[Served, type[_Vllm]], toybox: ChatEngine
+) -> None:
+    """Though the connection stays open; and without a key of its own none is sent."""
+    _, handler = vllm
+    handler.trouble = "stays"
+    backend: Any = vllm[0].server._backend
+    url = f"http://{backend._host}:{backend._port}/v1"
+    without = RemoteAnswers(toybox, Limits(), DEFAULTS, url, model="llm")
+    *_, ended = without.answer(body(user("Why?")), lambda: False)
+    assert isinstance(ended, Ended)
+    assert [asked.get("key") for asked in handler.asked] == [None]
 
 
 def test_nothing_follows_from_elsewhere_for_a_client_that_left(
@@ -1189,6 +1256,8 @@ def test_nobody_there(toybox: ChatEngine) -> None:
         with pytest.raises(ApiError, match="cannot be used: timed out"):
             list(backend.answer(body(user("Why?")), lambda: False))
         hang_up.cancel()
+    secure = RemoteAnswers(toybox, Limits(), DEFAULTS, "https://a/v1", model="llm")
+    assert secure._connection is http.client.HTTPSConnection
     for wrong in ("localhost:8000", "ftp://a/v1", "http://a:b/v1"):
         with pytest.raises(ConfigError, match="--prompt-embeds"):
             RemoteAnswers(toybox, Limits(), DEFAULTS, wrong, model="llm")
