@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
+from lavis.common.config import load_config
 from lavis.common.errors import ConfigError, LavisError, WeightsError
 from lavis.common.types import Sample, Spans
 from lavis.datasets.collate import collate
 from lavis.models import load_model
 from lavis.models.vision.eva_qformer import EvaQFormer
+from lavis.models.vision.hf import HfVision
 from lavis.models.vlm import VLM
 from lavis.processors.conversation import Turn
 from tests.models.towers import SIZES as TOWER
@@ -30,9 +33,18 @@ from tests.test_parts import save_language
 
 IMAGE = "<image>"
 PROJECTORS = "model.multi_modal_projector", "language_projection"
+# 22 * (49 / 22) is under 49 in floating point: the width of the ViT's MLP must not lose one.
+EVA = TOWER | {"hidden_size": 22, "intermediate_size": 49, "qkv_bias": True}
 QFORMER = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40,
-    "encoder_hidden_size": 32, "cross_attention_frequency": 2, "vocab_size": 5,
+    "encoder_hidden_size": 22, "vocab_size": 5,
+    # not the defaults:
+    "cross_attention_frequency": 1, "layer_norm_eps": 1e-2, "hidden_dropout_prob": 0.2,
+    "attention_probs_dropout_prob": 0.3, "initializer_range": 0.04,
+}  # fmt: skip
+BLIP_IMAGES = {
+    "size": {"height": 28, "width": 28}, "image_mean": [0.3, 0.5, 0.6],
+    "image_std": [0.2, 0.3, 0.4], "resample": 2,
 }  # fmt: skip
 FOLDERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "siglip": ("llava", "qwen3", "chatml in parts", {"vision_feature_select_strategy": "full"}),
@@ -59,7 +71,7 @@ def stock_model(name: str) -> Any:
         )  # fmt: skip
         return randomize(hf.LlavaForConditionalGeneration(config))
     config = hf.Blip2Config(
-        vision_config=TOWER | {"qkv_bias": True}, qformer_config=QFORMER, text_config=text,
+        vision_config=EVA, qformer_config=QFORMER, text_config=text,
         num_query_tokens=3, image_token_index=text.vocab_size - 1,
     )  # fmt: skip
     return randomize(hf.Blip2ForConditionalGeneration(config))
@@ -98,7 +110,7 @@ def save(name: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
             num_additional_image_tokens=int(name.startswith("clip")),
         ).save_pretrained(folder)  # fmt: skip
     else:
-        images = hf.BlipImageProcessor(size={"height": 28, "width": 28})
+        images = hf.BlipImageProcessor(**BLIP_IMAGES)
         hf.Blip2Processor(images, tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return model
@@ -207,9 +219,32 @@ def test_what_the_yaml_says_goes_first(tmp_path: Path) -> None:
     assert fresh.language.width == 48
 
 
+def test_pictures_are_taken_as_the_folder_says_in_training_too(tmp_path: Path) -> None:
+    """Not cropped and flipped at random, of which the model knows nothing."""
+    save("siglip", tmp_path / "stock")
+    load("siglip", tmp_path / "stock")
+    chosen = load_config(tmp_path / "run.yaml").preprocess.vis_processor
+    assert (chosen.train, chosen.eval) == (chosen.eval, chosen.eval)
+    assert chosen.eval is not None
+    assert chosen.eval.name == "blip_image_eval"
+
+
+def test_pictures_that_are_not_normalized(tmp_path: Path) -> None:
+    folder = tmp_path / "stock"
+    save("siglip", folder)
+    change(folder / "processor_config.json", {"image_processor.do_normalize": False})
+    process, shown = load("siglip", folder).vis_processor, picture(40)
+    assert process is not None
+    stock = hf.AutoProcessor.from_pretrained(folder, backend="pil").image_processor
+    wanted = stock(shown, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(process(shown), wanted, rtol=0, atol=1e-5)
+
+
 def test_positions_of_another_size_are_interpolated(tmp_path: Path) -> None:
     stock = save("qwen2", tmp_path / "stock")
     model = load("qwen2", tmp_path / "stock", vision={"vit_precision": "fp32", "image_size": 42})
+    assert model.vis_processor is not None
+    assert model.vis_processor(picture(50)).shape == (3, 42, 42)
     pixels = pictures(42)
     with torch.no_grad():
         seen = stock.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
@@ -234,6 +269,13 @@ def test_a_template_that_only_the_processor_has(tmp_path: Path) -> None:
         load("siglip", folder)
 
 
+def test_what_matters_only_in_training_is_the_folders_too(tmp_path: Path) -> None:
+    save("qwen2", tmp_path / "stock")
+    vision: Any = load("qwen2", tmp_path / "stock").vision
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"):
+        assert getattr(vision.Qformer.config, name) == QFORMER[name]
+
+
 def test_half_precision_files(tmp_path: Path) -> None:
     stock = save("qwen2", tmp_path / "stock", dtype=torch.bfloat16)
     model = load("qwen2", tmp_path / "stock", vision={"vit_precision": "bf16"})
@@ -250,12 +292,76 @@ def test_features_are_known_by_weights_and_settings(tmp_path: Path) -> None:
     save("qwen2", folder)
     first = load("qwen2", folder).config
     cpu = torch.device("cpu")
-    known = EvaQFormer.fingerprint(first.parts[0], "cache", cpu)
+    vision: Any = first.parts[0]
+    known = EvaQFormer.fingerprint(vision, "cache", cpu)
     assert known == EvaQFormer.fingerprint(load("qwen2", folder).config.parts[0], "cache", cpu)
+    others = [
+        replace(vision, image_size=42),
+        replace(vision, vit_precision="bf16"),
+        replace(vision, num_query_token=4),
+        replace(vision, vit_config=replace(vision.vit_config, num_heads=1)),
+        *(
+            replace(vision, qformer_config=replace(vision.qformer_config, **change))
+            for change in (
+                {"layer_norm_eps": 1e-3}, {"cross_attention_frequency": 2},
+                {"num_attention_heads": 1},
+            )
+        ),
+    ]  # fmt: skip
+    prints = {EvaQFormer.fingerprint(other, "cache", cpu) for other in others}
+    assert len(prints - {known}) == len(others)
     weights = load_file(folder / "model.safetensors")
     weights["query_tokens"][0, 0, 0] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert known != EvaQFormer.fingerprint(first.parts[0], "cache", cpu)
+
+
+def test_features_of_a_tower_are_known_by_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "stock"
+    save("siglip", folder)
+    config: Any = load("siglip", folder).config.parts[0]
+    cpu = torch.device("cpu")
+    prints = [HfVision.fingerprint(config, "cache", cpu)]
+    change(folder / "config.json", {"vision_config.layer_norm_eps": 1e-3})
+    prints.append(HfVision.fingerprint(config, "cache", cpu))
+    weights = load_file(folder / "model.safetensors")
+    next(w for name, w in weights.items() if "vision_tower" in name)[0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    prints.append(HfVision.fingerprint(config, "cache", cpu))
+    assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_last_layer_is_before_the_norm_unless_tied(tmp_path: Path, tied: bool) -> None:
+    """As the stock class has it in a folder of LLaVA; what ``layer: -1`` gives is normed."""
+    folder = tmp_path / "stock"
+    save("siglip", folder)
+    settings = {"vision_feature_layer": -1, "vision_config.tie_last_hidden_states": tied}
+    change(folder / "config.json", settings)
+    stock: Any = hf.LlavaForConditionalGeneration.from_pretrained(folder)
+    seen = stock.model.vision_tower(pictures(28), output_hidden_states=True)
+    models = [
+        load("siglip", folder, vision={"precision": "fp32", **m}) for m in ({}, {"layer": -1})
+    ]
+    own, last = (model.vision(pictures(28)) for model in models)
+    torch.testing.assert_close(own, seen.hidden_states[-1])
+    torch.testing.assert_close(last, seen.last_hidden_state)
+    assert torch.allclose(own, last) == tied
+    configs: list[Any] = [model.config.parts[0] for model in models]
+    prints = [HfVision.fingerprint(c, "cache", torch.device("cpu")) for c in configs]
+    assert (prints[0] == prints[1]) == tied  # features that differ are kept apart
+
+
+def change(file: Path, values: dict[str, Any]) -> None:
+    """Set values of a JSON file, whose places have dots."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for path, value in values.items():
+        *parents, key = path.split(".")
+        at = config
+        for parent in parents:
+            at = at[parent]
+        at[key] = value
+    file.write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +373,8 @@ def test_features_are_known_by_weights_and_settings(tmp_path: Path) -> None:
             "hidden_act is quick_gelu; only gelu",
         ),
         ("qwen2", {"vision_config.layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05; only 1e-06"),
+        ("qwen2", {"vision_config.qkv_bias": False}, "qkv_bias is False; only True"),
+        ("qwen2", {"qformer_config.hidden_act": "relu"}, "hidden_act is relu; only gelu"),
         ("qwen2", {"qformer_config.use_qformer_text_input": True}, "text_input is True; only Fal"),
         ("qwen2", {"text_config.model_type": "t5"}, "no causal language model"),
         ("siglip", {"vision_feature_layer": [-2, -1]}, r"the layers \[-2, -1\] side by side"),
@@ -280,17 +388,20 @@ def test_what_is_computed_nowhere_here_is_refused(
 ) -> None:
     folder = tmp_path / "stock"
     save(name, folder)
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    for path, value in changes.items():
-        *parents, key = path.split(".")
-        at = config
-        for parent in parents:
-            at = at[parent]
-        at[key] = value
-    file.write_text(json.dumps(config), encoding="utf-8")
+    change(folder / "config.json", changes)
     with pytest.raises(LavisError, match=said):
         load(name, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "right"), [("clip", "keep", "drop"), ("clip keeps class", "drop", "keep")]
+)
+def test_a_class_token_that_the_folder_is_not_made_for(
+    name: str, given: str, right: str, tmp_path: Path
+) -> None:
+    save(name, tmp_path / "stock")
+    with pytest.raises(ConfigError, match=rf"class_token: {given}, but .* set {right}"):
+        load(name, tmp_path / "stock", vision={"class_token": given})
 
 
 def test_weights_that_lack_a_name_or_have_one_more(tmp_path: Path) -> None:

@@ -211,4 +211,6 @@ class HfVision(Tower):
             str(compute_dtype(config.precision, device)), config.class_token,
             str(spec.sizes.num_hidden_layers), str(spec.image_size),
         ]  # fmt: skip
+        if spec.sizes.num_hidden_layers == spec.depth and not spec.normed:
+            parts.append("before the final norm")
         return settings_digest(parts)
