@@ -218,6 +218,8 @@ def test_a_turn_costs_its_own_tokens(toybox: ChatEngine, rows: list[int]) -> Non
         second = served.ask(first, said(answer.choices[0].message.content), user("Why?"))
         cached = second.usage.prompt_tokens_details.cached_tokens
         assert cached >= answer.usage.total_tokens
+        counts = second.usage
+        assert counts.total_tokens == counts.prompt_tokens + counts.completion_tokens
         assert rows[0] == second.usage.prompt_tokens - cached < 20
 
 
@@ -448,6 +450,7 @@ def test_how_an_answer_is_chosen(toybox: ChatEngine) -> None:
         return s.do_sample, s.temperature, s.top_p, s.top_k, s.repetition_penalty, s.seed
 
     assert chosen() == chosen(temperature=0, top_p=1) == (False, 1, 1, 0, 1, 5)
+    assert chosen(top_p=1) == chosen()
     assert chosen(temperature=0, top_p=0.5)[0] is False
     assert chosen(top_p=0.5, seed=1) == (True, 1, 0.5, 0, 1, 1)
     assert chosen(temperature=0.5, top_k=3, repetition_penalty=2) == (True, 0.5, 1, 3, 2, 5)
@@ -513,7 +516,11 @@ def test_models_and_health(served: Served) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_vanished_client_costs_nothing_more(
-    toybox: ChatEngine, gate: threading.Semaphore, rows: list[int], stream: bool
+    toybox: ChatEngine,
+    gate: threading.Semaphore,
+    rows: list[int],
+    stream: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with running(toybox, parallel=1) as served:
         content = body(user(QUESTIONS[0])).model_dump_json(exclude_none=True, exclude_unset=True)
@@ -530,8 +537,13 @@ def test_a_vanished_client_costs_nothing_more(
         gate.release(1)
         wait_until(lambda: served.active == 0)
         assert len(rows) <= 4  # one more token at most
+        early = served.raw(b"{", "Content-Length: 100")
+        wait_until(lambda: served.active == 1)
+        early.close()
+        wait_until(lambda: served.active == 0)
         gate.release(100)
         assert served.ask(user(QUESTIONS[1])).choices[0].finish_reason == "stop"
+    assert "a request failed" not in caplog.text  # it is no fault of the server's
 
 
 def test_a_client_that_does_not_read(toybox: ChatEngine) -> None:
@@ -587,7 +599,9 @@ def test_answers_end_when_the_server_is_stopped(
         assert [c.choices[0].finish_reason for c in stream][-1] == "length"
 
 
-def test_no_longer_than_the_grace(toybox: ChatEngine, gate: threading.Semaphore) -> None:
+def test_no_longer_than_the_grace(
+    toybox: ChatEngine, gate: threading.Semaphore, caplog: pytest.LogCaptureFixture
+) -> None:
     with running(toybox, grace=1) as served:
         stream = served.ask(user(shown(), QUESTIONS[0]), stream=True)
         served.uvicorn.should_exit = True
@@ -596,6 +610,8 @@ def test_no_longer_than_the_grace(toybox: ChatEngine, gate: threading.Semaphore)
         gate.release(100)
         with pytest.raises(Exception, match=r"incomplete|closed|Connection error"):
             list(stream)
+        served.server._threads.shutdown()
+    assert "concurrent.futures" not in {record.name for record in caplog.records}
 
 
 def refuses(port: int) -> bool:
@@ -1050,6 +1066,24 @@ def test_a_listed_host_is_asked(
     looked_at(toybox, f"http://{host}/a%0d%0aX-Evil:%201?\r\nb", hosts=hosts)
     assert {tuple(names) for _, names in _Host.asked} == {("Accept", "Accept-Encoding", "Host")}
     assert _Host.asked[-1][0] == "/a%0d%0aX-Evil:%201?b"
+
+
+@pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
+def test_the_usual_port(
+    toybox: ChatEngine, monkeypatch: pytest.MonkeyPatch, scheme: str, port: int
+) -> None:
+    asked: list[object] = []
+
+    def connect(*args: object) -> socket.socket:
+        asked.append(args)
+        raise OSError("nobody there")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(server_pictures, "_public_address", lambda *_: "93.184.216.34")
+    for url in (f"{scheme}://a.example/b.png", f"{scheme}://a.example:{port}/b.png"):
+        with pytest.raises(ApiError, match="cannot be fetched: nobody there"):
+            looked_at(toybox, url, hosts=frozenset({"a.example"}))
+    assert asked == [(("93.184.216.34", port), server_pictures._FETCH_SECONDS)] * 2
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
