@@ -21,6 +21,7 @@ from lavis.models.decode import Prompts, require_context
 from lavis.models.generation import Generator
 from lavis.models.loading import find_model
 from lavis.processors.conversation import IMAGE, Turn, tiles_text
+from lavis.tasks.sheets import grouped
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -104,8 +105,7 @@ class LavisModel(lmms):
         settings = [request.args[2] or {} for request in requests]
         keys = [repr(sorted(given.items())) for given in settings]
         answers: dict[int, str] = {}
-        for key in dict.fromkeys(keys):
-            numbers = [n for n, k in enumerate(keys) if k == key]
+        for numbers in grouped(range(len(requests)), keys.__getitem__).values():
             given = settings[numbers[0]]
             for number, ids in self._answer(requests, numbers, given):
                 text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
